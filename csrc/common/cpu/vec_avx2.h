@@ -1,0 +1,47 @@
+// The parts of vec.h that AVX2, FMA and F16C say better than the compiler would (included inside
+// vec.h).
+
+BIGKERN_VEC vf fma(vf a, vf b, vf c) {
+  return vf(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+}
+
+// a when the comparison holds, else b: a NaN in either gives b.
+BIGKERN_VEC vf max(vf a, vf b) { return vf(_mm256_max_ps(__m256(a), __m256(b))); }
+BIGKERN_VEC vf min(vf a, vf b) { return vf(_mm256_min_ps(__m256(a), __m256(b))); }
+BIGKERN_VEC vf sqrt(vf x) { return vf(_mm256_sqrt_ps(__m256(x))); }
+
+BIGKERN_VEC float reduce_add(vf x) {
+  __m128 q = _mm256_castps256_ps128(__m256(x)) + _mm256_extractf128_ps(__m256(x), 1);
+  q += _mm_movehl_ps(q, q);
+  return q[0] + q[1];
+}
+BIGKERN_VEC float reduce_max(vf x) {
+  __m128 q = _mm_max_ps(_mm256_castps256_ps128(__m256(x)), _mm256_extractf128_ps(__m256(x), 1));
+  q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+  return q[0] > q[1] ? q[0] : q[1];
+}
+
+BIGKERN_VEC vf widen_fp16(vh h) { return vf(_mm256_cvtph_ps(__m128i(h))); }
+BIGKERN_VEC vh narrow_fp16(vf x) {
+  return vh(_mm256_cvtps_ph(__m256(x), _MM_FROUND_TO_NEAREST_INT));
+}
+
+BIGKERN_VEC __m256i first_lanes(int64_t n) { return __m256i(lanes() < set1_int(int32_t(n))); }
+BIGKERN_VEC vf load_floats_n(const float* p, int64_t n) {
+  return vf(_mm256_maskload_ps(p, first_lanes(n)));
+}
+BIGKERN_VEC void store_floats_n(float* p, vf x, int64_t n) {
+  _mm256_maskstore_ps(p, first_lanes(n), __m256(x));
+}
+
+// There is no masked 16-bit load: through a small array.
+BIGKERN_VEC vh load_halves_n(const void* p, int64_t n) {
+  uint16_t lane[W] = {};
+  memcpy(lane, p, size_t(n) * 2);
+  return load_raw<vh>(lane);
+}
+BIGKERN_VEC void store_halves_n(void* p, vh x, int64_t n) {
+  uint16_t lane[W];
+  store_raw(lane, x);
+  memcpy(p, lane, size_t(n) * 2);
+}

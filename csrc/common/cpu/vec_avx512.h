@@ -1,0 +1,48 @@
+// The parts of vec.h that AVX-512 says better than the compiler would (included inside vec.h).
+
+BIGKERN_VEC __mmask16 first_lanes(int64_t n) { return __mmask16((1u << n) - 1u); }
+
+BIGKERN_VEC vf fma(vf a, vf b, vf c) {
+  return vf(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+}
+
+// a when the comparison holds, else b: a NaN in either gives b.
+BIGKERN_VEC vf max(vf a, vf b) { return a > b ? a : b; }
+BIGKERN_VEC vf min(vf a, vf b) { return a < b ? a : b; }
+BIGKERN_VEC vf sqrt(vf x) { return vf(_mm512_maskz_sqrt_ps(__mmask16(0xffff), __m512(x))); }
+
+typedef float half_vf __attribute__((vector_size(32)));
+BIGKERN_VEC float reduce_add(vf x) {
+  half_vf h[2];
+  memcpy(h, &x, sizeof h);
+  const __m256 s = __m256(h[0] + h[1]);
+  __m128 q = _mm256_castps256_ps128(s) + _mm256_extractf128_ps(s, 1);
+  q += _mm_movehl_ps(q, q);
+  return q[0] + q[1];
+}
+BIGKERN_VEC float reduce_max(vf x) {
+  half_vf h[2];
+  memcpy(h, &x, sizeof h);
+  const __m256 s = _mm256_max_ps(__m256(h[0]), __m256(h[1]));
+  __m128 q = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+  q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+  return q[0] > q[1] ? q[0] : q[1];
+}
+
+BIGKERN_VEC vf widen_fp16(vh h) { return vf(_mm512_maskz_cvtph_ps(__mmask16(0xffff), __m256i(h))); }
+BIGKERN_VEC vh narrow_fp16(vf x) {
+  return vh(_mm512_maskz_cvtps_ph(__mmask16(0xffff), __m512(x), _MM_FROUND_TO_NEAREST_INT));
+}
+
+BIGKERN_VEC vf load_floats_n(const float* p, int64_t n) {
+  return vf(_mm512_maskz_loadu_ps(first_lanes(n), p));
+}
+BIGKERN_VEC void store_floats_n(float* p, vf x, int64_t n) {
+  _mm512_mask_storeu_ps(p, first_lanes(n), __m512(x));
+}
+BIGKERN_VEC vh load_halves_n(const void* p, int64_t n) {
+  return vh(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
+BIGKERN_VEC void store_halves_n(void* p, vh x, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), __m256i(x));
+}
