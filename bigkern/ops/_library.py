@@ -16,13 +16,21 @@ from torch.nn import Parameter
 LIBRARY = torch.library.Library("bigkern", "FRAGMENT")
 NATIVE = torch.library.Library("bigkern_native", "FRAGMENT")
 
+SCHEMAS: list[str] = []  # of every native op: the tests register the emulated kernels with the same ones
+
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def define(schema: str) -> None:
     """Define ``name(args) -> results`` as a public op and, with the same schema, as a native one."""
     LIBRARY.define(schema)
+    define_native(schema)
+
+
+def define_native(schema: str) -> None:
+    """Define an op that only compiled kernels implement: a piece that a backend composes."""
     NATIVE.define(schema)
+    SCHEMAS.append(schema)
 
 
 def plain(*tensors: Tensor | None) -> bool:

@@ -360,17 +360,24 @@ def _triton(name: str) -> Any:
     return call
 
 
-_native = torch.ops.bigkern_native
+def cuda_backend(native: Any, *, emulated: bool = False) -> registry.Backend:
+    """The CUDA kernels in ``native``: the compiled ones, or, in the tests, those that the emulator runs."""
 
-ATTENTION.register(
-    registry.Backend(
+    def refuses(q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, *_: Any) -> registry.Reason:
+        return kernel_refuses("cpu", q, v, bias) if emulated else _cuda_refuses(q, k, v, mask, bias)
+
+    return registry.Backend(
         "cuda",
-        lambda *a: _native.attention(*a),
-        lambda *a: _native.attention_backward(*a),
-        _cuda_refuses,
+        lambda *arguments: native.attention(*arguments),
+        lambda *arguments: native.attention_backward(*arguments),
+        refuses,
         _declines_unproven("cuda"),
     )
-)
+
+
+_native = torch.ops.bigkern_native
+
+ATTENTION.register(cuda_backend(_native))
 ATTENTION.register(
     registry.Backend(
         "triton", _triton("attention"), _triton("attention_backward"), _triton_refuses, _declines_unproven("triton")
@@ -378,7 +385,10 @@ ATTENTION.register(
 )
 ATTENTION.register(
     registry.Backend(
-        "cpu", lambda *a: _native.attention(*a), lambda *a: _native.attention_backward(*a), _cpu_refuses
+        "cpu",
+        lambda *arguments: _native.attention(*arguments),
+        lambda *arguments: _native.attention_backward(*arguments),
+        _cpu_refuses,
     )
 )
 ATTENTION.register(registry.Backend("torch", _stock_forward, _stock_backward))

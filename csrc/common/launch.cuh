@@ -10,6 +10,7 @@
 #pragma once
 
 #include "common/cuda.cuh"
+#include "common/kernel_info.h"
 
 #if !defined(BIGKERN_SIMT)
 #include <map>
@@ -20,16 +21,6 @@
 #include <tuple>
 
 namespace bigkern {
-
-// What the compiler made of one kernel; sizes in bytes.
-struct KernelInfo {
-  const char* name;
-  int registers;
-  int spills;  // local memory per thread: spills and arrays that could not stay in registers
-  int static_smem;
-  int dynamic_smem;
-  int max_threads;
-};
 
 #if defined(BIGKERN_SIMT)
 

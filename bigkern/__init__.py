@@ -1,0 +1,35 @@
+"""bigkern: fused attention, LayerNorm + FFN and Adam for PyTorch, on CPUs and GPUs.
+
+    bigkern.attention, bigkern.scaled_dot_product_attention     softmax attention
+    bigkern.layer_norm, bigkern.rms_norm                        norms, fused with a residual
+    bigkern.layernorm_ffn                                       the second half of a Transformer block
+    bigkern.nn, bigkern.optim                                   drop-in layers and optimizers
+    bigkern.patch, bigkern.unpatch                              the same for a model you already have
+    bigkern.explain, bigkern.use                                see and force which backend runs
+
+Every op falls back to stock PyTorch where that is faster, or where a kernel is unproven.
+"""
+
+from bigkern import nn, optim
+from bigkern.ops.attention import attention, scaled_dot_product_attention
+from bigkern.ops.layernorm_ffn import layernorm_ffn
+from bigkern.ops.norm import layer_norm, rms_norm
+from bigkern.patch import patch, unpatch
+from bigkern.registry import BackendRefused, explain, use
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendRefused",
+    "attention",
+    "explain",
+    "layer_norm",
+    "layernorm_ffn",
+    "nn",
+    "optim",
+    "patch",
+    "rms_norm",
+    "scaled_dot_product_attention",
+    "unpatch",
+    "use",
+]

@@ -1,0 +1,43 @@
+"""Where there is no GPU, Triton kernels run under Triton's interpreter: set before anything imports them."""
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+BUILD = Path(__file__).parent.parent / "build"
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> None:
+    """Every test draws its own seeded random numbers and leaves no backend forced."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _triton_interpreter() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import triton_interpreter
+
+        triton_interpreter.repair()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """One file a worker: ``make test`` merges and prints them."""
+    from parity import RECORD, TIERS
+
+    if not RECORD.worst:
+        return
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    folder = BUILD / "parity"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{worker}-{os.getpid()}.csv").open("w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow(["op", "backend", "dtype", "tier", "kind", "worst_ratio", "cases"])
+        for (op, backend, dtype, kind), (ratio, cases) in sorted(RECORD.worst.items()):
+            out.writerow([op, backend, dtype, TIERS[backend], kind, f"{ratio:.3f}", cases])

@@ -1,0 +1,109 @@
+"""How the tests hold an op's backends to parity, and how they remember what they saw.
+
+``run_backend(op, backend)`` forces a backend for a block; ``assert_parity`` judges a tensor by the rule of
+``bigkern.parity`` and records the verdict. At the end of the run conftest writes the worst ratio of each
+op x backend x dtype x tier to ``build/parity.csv``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import simt_library
+import torch
+from torch import Tensor
+
+import bigkern
+from bigkern import info, registry
+from bigkern.parity import compare
+
+GPU = torch.cuda.is_available()
+
+TIERS = {
+    "cpu": "native CPU",
+    "torch": "native CPU" if not GPU else "GPU",
+    "triton": "GPU" if GPU else "interpreter",
+    "simt": "emulator",
+    "cuda": "GPU",
+}
+
+
+def backends() -> list[str]:
+    """The backends that this machine can execute, ``simt`` being the CUDA sources in the emulator."""
+    here = ["torch"]
+    here += ["cpu"] if info.import_error is None else []
+    here += ["triton"] if GPU or os.environ.get("TRITON_INTERPRET") == "1" else []
+    here += ["cuda"] if GPU and info.has_cuda_kernels() else []
+    here += [] if GPU else ["simt"]
+    return here
+
+
+BACKENDS = backends()
+KERNEL_BACKENDS = [name for name in BACKENDS if name != "torch"]
+
+
+def device_of(backend: str) -> torch.device:
+    return torch.device("cuda" if GPU and backend in ("cuda", "triton", "torch") else "cpu")
+
+
+@contextmanager
+def run_backend(op: str, backend: str) -> Iterator[None]:
+    """Force ``backend`` for ``op``. ``simt`` puts the emulated CUDA kernels in the place of ``cuda``."""
+    if backend != "simt":
+        with bigkern.use(**{op: backend}):
+            yield
+        return
+    declared = registry.get(op)
+    native = declared.backends["cuda"]
+    declared.register(simt_library.backend(op))
+    try:
+        with bigkern.use(**{op: "cuda"}):
+            yield
+    finally:
+        declared.register(native)
+
+
+class Record:
+    """The worst verdict of every (op, backend, dtype, kind) of this run."""
+
+    def __init__(self) -> None:
+        self.worst: dict[tuple[str, str, str, str], tuple[float, int]] = {}
+
+    def add(self, op: str, backend: str, dtype: str, kind: str, ratio: float) -> None:
+        key = (op, backend, dtype, kind)
+        before, cases = self.worst.get(key, (0.0, 0))
+        self.worst[key] = (max(before, ratio), cases + 1)
+
+
+RECORD = Record()
+
+
+def assert_parity(
+    op: str,
+    backend: str,
+    tensor: str,
+    ours: Tensor | None,
+    reference: Tensor,
+    stock: Tensor,
+    *,
+    grad: bool = False,
+) -> None:
+    """Fail unless ``ours`` is as right as the parity rule asks; remember the ratio either way."""
+    assert ours is not None, f"{op} on {backend}: {tensor} is missing"
+    assert ours.dtype == stock.dtype, f"{op} on {backend}: {tensor} has {ours.dtype}, not {stock.dtype}"
+    verdict = compare(ours, reference, stock, gradient=grad)
+    dtype = str(ours.dtype).removeprefix("torch.")
+    RECORD.add(op, backend, dtype, "gradient" if grad else "forward", verdict.ratio)
+    if not verdict.passed:
+        pytest.fail(f"{op} on {backend}, {tensor} {tuple(ours.shape)} {dtype}: {verdict.problem}", pytrace=True)
+
+
+def poisoned_empty_memory(megabytes: int = 64) -> None:
+    """Fill torch's and malloc's free memory with NaN, so that an output nobody wrote shows up as NaN."""
+    blocks = [torch.full((1 << n,), float("nan")) for n in range(4, 18) for _ in range(4)]
+    if GPU:
+        torch.full((megabytes << 18,), float("nan"), device="cuda")
+    del blocks

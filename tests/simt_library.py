@@ -1,0 +1,92 @@
+"""Build the CUDA sources for the host against the emulator, and offer them as a backend.
+
+The same ``op.cpp`` and ``*.cu`` that nvcc compiles become ``build/simt/bigkern_simt.so``, whose ops
+``bigkern_simt::*`` take CPU tensors and run the kernels in ``csrc/simt``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.cpp_extension import include_paths
+
+from bigkern import registry
+from bigkern.ops import _library
+
+ROOT = Path(__file__).parent.parent
+BUILD = ROOT / "build" / "simt"
+LIBRARY = BUILD / "bigkern_simt.so"
+
+
+def _sources() -> list[Path]:
+    csrc = ROOT / "csrc"
+    return sorted([*csrc.glob("*/op.cpp"), *csrc.glob("*/*.cu"), *csrc.glob("simt/*.cpp")])
+
+
+def _ninja_file() -> str:
+    torch_lib = Path(torch.__file__).parent / "lib"
+    flags = (
+        "-O2 -g1 -fPIC -std=c++20 -Wall -Wextra -Werror -Wno-unknown-pragmas"
+        f" -DBIGKERN_SIMT -DBIGKERN_CUDA -DTORCH_TARGET_VERSION=0x020b000000000000 -I{ROOT / 'csrc'} "
+        + " ".join(f"-isystem{path}" for path in include_paths())
+    )
+    lines = [
+        "rule compile",
+        f"  command = {os.environ.get('CXX', 'g++')} -MMD -MF $out.d {flags} -x c++ -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {os.environ.get('CXX', 'g++')} -shared $in -o $out -L{torch_lib} -ltorch -ltorch_cpu -lc10",
+    ]
+    objects = []
+    for source in _sources():
+        target = f"{source.parent.name}_{source.stem}.o"
+        objects.append(target)
+        lines.append(f"build {target}: compile {source}")
+    lines.append(f"build {LIBRARY.name}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+def build() -> Path:
+    """Compile what is out of date; safe to call from several test processes at once."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        recipe = BUILD / "build.ninja"
+        if not recipe.exists() or recipe.read_text() != _ninja_file():
+            recipe.write_text(_ninja_file())
+        ninja = shutil.which("ninja") or str(Path(sys.executable).with_name("ninja"))
+        done = subprocess.run([ninja, "-C", str(BUILD)], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"the emulator build failed:\n{done.stdout[-8000:]}\n{done.stderr[-2000:]}")
+    return LIBRARY
+
+
+@cache
+def ops() -> Any:
+    """``torch.ops.bigkern_simt``, built, loaded, and with the native ops' own schemas."""
+    library = torch.library.Library("bigkern_simt", "FRAGMENT")
+    for schema in _library.SCHEMAS:
+        library.define(schema)
+    ops.library = library  # type: ignore[attr-defined]  # dropping it would drop the definitions
+    torch.ops.load_library(str(build()))
+    return torch.ops.bigkern_simt
+
+
+def backend(op: str) -> registry.Backend:
+    """The op's ``cuda`` backend with the emulator underneath: what it refuses is the same but for the device."""
+    import importlib
+
+    return importlib.import_module(f"bigkern.ops.{op}").cuda_backend(ops(), emulated=True)
+
+
+if __name__ == "__main__":
+    print(build())
