@@ -1,0 +1,72 @@
+# Two commands matter: `make demo` and `make test`. Both set up what they need, in .venv.
+#
+# A torch that $(PYTHON) already has is used as it is; otherwise $(TORCH) is installed.
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+OUT    ?= build/gpu-check
+
+BIN     := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -path 'csrc/simt/*')
+
+.PHONY: demo test setup build bench lint types gates check cuda-build-check gpu-check clean
+
+demo: build
+	$(BIN)/bigkern train gpt --compare --out runs/demo
+
+test: build
+	rm -rf build/parity
+	$(BIN)/python -m pytest tests
+	$(BIN)/python tests/parity_table.py
+
+setup: $(VENV)/.ready
+build: $(VENV)/.built
+
+$(VENV)/.ready:
+	if $(PYTHON) -c 'import torch' 2>/dev/null; \
+	then $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else $(PYTHON) -m venv $(VENV) && $(BIN)/pip install --quiet $(TORCH) numpy; fi
+	$(BIN)/pip install --quiet 'setuptools>=77' wheel ninja 'pybind11>=2.12' numpy
+	touch $@
+
+$(VENV)/.built: $(VENV)/.ready $(SOURCES)
+	$(BIN)/pip install --quiet --no-build-isolation --editable '.[test]'
+	$(BIN)/python -c 'from bigkern import info; print("bigkern:", info.summary())'
+	touch $@
+
+bench: build
+	$(BIN)/bigkern bench
+
+# ---- what continuous integration runs besides the tests ---------------------------------------------
+
+$(VENV)/.dev: $(VENV)/.built
+	$(BIN)/pip install --quiet ruff mypy clang-format==23.1.5
+	touch $@
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/python tests/test_layering.py
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+# Every CUDA and Triton kernel compiled for sm_80 and sm_90(a): no spills, no register or memory excess.
+gates: build
+	$(BIN)/python tests/gate_nvcc.py
+	$(BIN)/python tests/gate_triton.py
+
+check: lint types gates test
+
+# ---- machines of other kinds --------------------------------------------------------------------------
+
+cuda-build-check: build
+	bash tests/cuda_build_check.sh $(BIN)/python
+
+gpu-check:
+	bash tests/gpu_check.sh $(PYTHON) $(OUT)
+
+clean:
+	rm -rf build dist *.egg-info bigkern/_ops*.so bigkern/_info*.so $(VENV)/.built

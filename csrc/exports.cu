@@ -1,0 +1,13 @@
+// The table of all CUDA kernels, for bigkern._info and the compile-only gate.
+#include "adam/kernels.h"
+#include "attention/kernels.h"
+#include "common/exports.h"
+#include "layernorm_ffn/kernels.h"
+
+int bigkern_kernels(bigkern::KernelInfo* out, int capacity) {
+  int count = 0;
+  count += bigkern::attention::cuda::kernels(out + count, capacity - count);
+  count += bigkern::layernorm_ffn::cuda::kernels(out + count, capacity - count);
+  count += bigkern::adam::cuda::kernels(out + count, capacity - count);
+  return count;
+}
