@@ -151,7 +151,6 @@ class SharedMemory {
  public:
   void prepare(size_t bytes) {
     bytes_ = bytes;
-    memset(data(), 0xff, bytes);
 #if defined(BIGKERN_SIMT_ASAN)
     __asan_unpoison_memory_region(storage_, sizeof storage_);
     __asan_poison_memory_region(storage_, kFence);
@@ -160,6 +159,7 @@ class SharedMemory {
     memset(storage_, kPattern, kFence);
     memset(data() + bytes, kPattern, kFence);
 #endif
+    memset(data(), 0xff, bytes);
   }
 
   bool fences_hold() const {
@@ -396,6 +396,7 @@ class Machine {
     live_ = thread_count_;
     ready_warps_ = 0;
     for (int i = 0; i < warp_count_; ++i) {
+      warps_[i].ready = 0;
       warps_[i].exited = 0xffffffffu;
       warps_[i].at_block_barrier = 0;
       for (Rendezvous& meeting : warps_[i].pending) meeting.arrived = 0;
