@@ -1,0 +1,269 @@
+"""Attention and Transformer layers against torch's own, with the same weights."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from parity import assert_parity
+from torch import Tensor, nn
+
+import bigkern
+
+DTYPES = [torch.float32, torch.bfloat16]
+E, H = 64, 4
+
+
+def causal(S: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return nn.Transformer.generate_square_subsequent_mask(S, dtype=dtype)
+
+
+def padding(B: int, S: int, lengths: list[int]) -> Tensor:
+    return torch.arange(S).expand(B, S) >= torch.tensor(lengths)[:, None]
+
+
+def held_to_parity(stock: nn.Module, ours: nn.Module, inputs: tuple[Tensor, ...], **options: Any) -> None:
+    """Output, input gradients and parameter gradients by the parity rule, against float64 stock."""
+    reference = copy.deepcopy(stock).double()
+    wide = {key: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for key, x in options.items()}
+    results = []
+    for module, arguments, extra in (
+        (reference, [x.double() for x in inputs], wide),
+        (stock, inputs, options),
+        (ours, inputs, options),
+    ):
+        arguments = [x.detach().clone().requires_grad_() for x in arguments]
+        module.zero_grad()
+        out = module(*arguments, **extra)
+        out = out[0] if isinstance(out, tuple) else out
+        torch.manual_seed(1)
+        out.backward(torch.randn(out.shape, dtype=torch.float64).to(out.dtype))
+        gradients = [x.grad for x in arguments] + [p.grad for p in module.parameters()]
+        results.append((out, gradients))
+    (ref, ref_grads), (low, low_grads), (out, grads) = results
+    assert_parity("nn", "cpu", "output", out, ref, low)
+    names = [f"d input {i}" for i in range(len(inputs))] + [f"d {name}" for name, _ in ours.named_parameters()]
+    for name, g, r, s in zip(names, grads, ref_grads, low_grads, strict=True):
+        assert_parity("nn", "cpu", name, g, r, s, grad=True)
+
+
+def twins(kind: str, *args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
+    """A stock layer and ours with the same weights, the state dict loaded across and back."""
+    stock = getattr(nn, kind)(*args, dtype=dtype, **kwargs)
+    ours = getattr(bigkern.nn, kind)(*args, dtype=dtype, **kwargs)
+    for parameter in stock.parameters():
+        if parameter.dim() == 1:  # biases start at 0: give every path something to get wrong
+            nn.init.normal_(parameter, 0.5, 0.2)
+    ours.load_state_dict(stock.state_dict())
+    stock.load_state_dict(ours.state_dict())
+    assert list(ours.state_dict()) == list(stock.state_dict())
+    return stock, ours
+
+
+class TestMultiheadAttention:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("batch_first", [True, False])
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_self_attention(self, dtype: torch.dtype, batch_first: bool, bias: bool) -> None:
+        stock, ours = twins("MultiheadAttention", E, H, batch_first=batch_first, bias=bias, dtype=dtype)
+        x = torch.randn(3, 9, E, dtype=dtype)
+
+        class Self(nn.Module):
+            def __init__(self, attention: nn.Module) -> None:
+                super().__init__()
+                self.attention = attention
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.attention(x, x, x, need_weights=False)[0]
+
+        held_to_parity(Self(stock), Self(ours), (x,))
+
+    @pytest.mark.parametrize("widths", [{}, {"kdim": 48, "vdim": 32}])
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_cross_attention(self, widths: dict[str, int], shared: bool) -> None:
+        stock, ours = twins("MultiheadAttention", E, H, batch_first=True, **widths)
+        q = torch.randn(2, 5, E)
+        k = torch.randn(2, 11, widths.get("kdim", E))
+        v = k if shared and not widths else torch.randn(2, 11, widths.get("vdim", E))
+        held_to_parity(stock, ours, (q, k, v), need_weights=False)
+
+    @pytest.mark.parametrize("attn", ["none", "bool", "float", "bool3d", "float3d"])
+    @pytest.mark.parametrize("keys", ["none", "bool", "float"])
+    def test_masks(self, attn: str, keys: str) -> None:
+        B, S = 2, 7
+        stock, ours = twins("MultiheadAttention", E, H, batch_first=True)
+        allow_first = torch.rand(B * H, S, S) < 0.3
+        allow_first[..., 0] = False
+        attn_mask = {
+            "none": None,
+            "bool": allow_first[0],
+            "float": torch.randn(S, S),
+            "bool3d": allow_first,
+            "float3d": torch.randn(B * H, S, S),
+        }[attn]
+        padded = padding(B, S, [S, 4])
+        key_padding = {"none": None, "bool": padded, "float": padded.float() * -3.0}[keys]
+        x = torch.randn(B, S, E)
+        held_to_parity(
+            stock, ours, (x, x, x), need_weights=False, attn_mask=attn_mask, key_padding_mask=key_padding
+        )
+
+    def test_causal_hint(self) -> None:
+        stock, ours = twins("MultiheadAttention", E, H, batch_first=True)
+        x = torch.randn(2, 8, E)
+        held_to_parity(stock, ours, (x, x, x), need_weights=False, attn_mask=causal(8), is_causal=True)
+        lengths = padding(2, 8, [8, 5]).float().masked_fill(padding(2, 8, [8, 5]), float("-inf"))
+        held_to_parity(
+            stock, ours, (x, x, x), need_weights=False, attn_mask=causal(8), is_causal=True, key_padding_mask=lengths
+        )
+
+    @pytest.mark.parametrize("average", [True, False])
+    def test_weights_come_from_stock(self, average: bool) -> None:
+        stock, ours = twins("MultiheadAttention", E, H, batch_first=True)
+        x = torch.randn(2, 5, E)
+        for a, b in zip(
+            stock(x, x, x, average_attn_weights=average), ours(x, x, x, average_attn_weights=average), strict=True
+        ):
+            torch.testing.assert_close(a, b)
+
+    def test_row_without_keys_is_zero_not_nan(self) -> None:
+        ours = bigkern.nn.MultiheadAttention(E, H, batch_first=True, bias=False)
+        x = torch.randn(1, 4, E, requires_grad=True)
+        out, _ = ours(x, x, x, key_padding_mask=torch.ones(1, 4, dtype=torch.bool), need_weights=False)
+        out.sum().backward()
+        assert torch.count_nonzero(out) == 0
+        assert x.grad is not None
+        assert torch.count_nonzero(x.grad) == 0
+
+    @pytest.mark.parametrize(
+        "call",
+        [
+            lambda m, x: m(x[..., :-1], x, x, need_weights=False),
+            lambda m, x: m(x, x, x[:, :-1], need_weights=False),
+            lambda m, x: m(x, x, x, attn_mask=torch.zeros(3, 3), need_weights=False),
+            lambda m, x: m(x, x, x, key_padding_mask=torch.zeros(2, 3, dtype=torch.bool), need_weights=False),
+            lambda m, x: m(x, x, x, attn_mask=torch.zeros(6, 6, dtype=torch.int), need_weights=False),
+            lambda m, x: m(x, x, x, is_causal=True, need_weights=False),
+            lambda m, x: m(x[None], x, x, need_weights=False),
+        ],
+    )
+    def test_errors_are_torchs(self, call: Any) -> None:
+        stock, ours = twins("MultiheadAttention", E, H, batch_first=True)
+        x = torch.randn(2, 6, E)
+        with pytest.raises(Exception) as theirs:  # noqa: PT011
+            call(stock, x)
+        with pytest.raises(type(theirs.value)) as mine:
+            call(ours, x)
+        assert str(mine.value) == str(theirs.value)
+
+    def test_stock_reasons(self) -> None:
+        x = torch.randn(2, 6, E)
+        ours = bigkern.nn.MultiheadAttention(E, H, dropout=0.5, batch_first=True)
+        assert "need_weights" in str(ours.stock_reason(x, x, x))
+        assert "dropout" in str(ours.stock_reason(x, x, x, need_weights=False))
+        assert ours.eval().stock_reason(x, x, x, need_weights=False) is None
+        assert "batch" in str(ours.stock_reason(x[0], x[0], x[0], need_weights=False))
+        extra = bigkern.nn.MultiheadAttention(E, H, add_bias_kv=True)
+        assert "bias_k" in str(extra.stock_reason(x, x, x, need_weights=False))
+
+    def test_unbatched_and_dropout_match_stock(self) -> None:
+        stock, ours = twins("MultiheadAttention", E, H, dropout=0.3, batch_first=True)
+        x = torch.randn(6, E)
+        torch.manual_seed(3)
+        theirs = stock(x, x, x, need_weights=False)[0]
+        torch.manual_seed(3)
+        torch.testing.assert_close(ours(x, x, x, need_weights=False)[0], theirs)
+
+
+LAYERS = ["TransformerEncoderLayer", "TransformerDecoderLayer"]
+
+
+def layer_inputs(kind: str, batch_first: bool, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    def tokens(S: int) -> Tensor:
+        return torch.randn(*((3, S) if batch_first else (S, 3)), E, dtype=dtype)
+
+    return (tokens(9),) if "Encoder" in kind else (tokens(9), tokens(6))
+
+
+class TestTransformerLayers:
+    @pytest.mark.parametrize("kind", LAYERS)
+    @pytest.mark.parametrize("norm_first", [True, False])
+    @pytest.mark.parametrize("batch_first", [True, False])
+    @pytest.mark.parametrize("activation", ["relu", "gelu", nn.GELU("tanh"), torch.tanh])
+    def test_matches_stock(self, kind: str, norm_first: bool, batch_first: bool, activation: Any) -> None:
+        stock, ours = twins(
+            kind, E, H, 128, dropout=0.0, norm_first=norm_first, batch_first=batch_first, activation=activation
+        )
+        held_to_parity(stock, ours, layer_inputs(kind, batch_first))
+
+    @pytest.mark.parametrize("kind", LAYERS)
+    @pytest.mark.parametrize("norm_first", [True, False])
+    def test_bfloat16_and_no_bias(self, kind: str, norm_first: bool) -> None:
+        stock, ours = twins(
+            kind, E, H, 128, dropout=0.0, norm_first=norm_first, batch_first=True, bias=False, dtype=torch.bfloat16
+        )
+        held_to_parity(stock, ours, layer_inputs(kind, True, torch.bfloat16))
+
+    def test_encoder_masks(self) -> None:
+        stock, ours = twins("TransformerEncoderLayer", E, H, 128, dropout=0.0, batch_first=True)
+        x = torch.randn(2, 8, E)
+        held_to_parity(stock, ours, (x,), src_mask=causal(8), is_causal=True)
+        held_to_parity(stock, ours, (x,), src_key_padding_mask=padding(2, 8, [8, 3]))
+        held_to_parity(stock, ours, (x,), src_mask=causal(8), src_key_padding_mask=padding(2, 8, [8, 3]).float())
+
+    def test_decoder_masks(self) -> None:
+        stock, ours = twins("TransformerDecoderLayer", E, H, 128, dropout=0.0, batch_first=True)
+        x, memory = torch.randn(2, 8, E), torch.randn(2, 5, E)
+        held_to_parity(
+            stock, ours, (x, memory), tgt_mask=causal(8), tgt_is_causal=True,
+            memory_key_padding_mask=padding(2, 5, [5, 2]),
+        )  # fmt: skip
+
+    def test_inside_torchs_encoder(self) -> None:
+        """nn.TransformerEncoder looks into its layers: training, and inference with a padding mask."""
+        stock = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, 128, batch_first=True), 2)
+        ours = copy.deepcopy(stock)
+        bigkern.patch(ours)
+        x, pad = torch.randn(2, 8, E), padding(2, 8, [8, 3])
+        for model in (stock, ours):
+            model.eval()
+        with torch.no_grad():
+            a = stock(x, src_key_padding_mask=pad)
+            b = ours(x, src_key_padding_mask=pad)
+        torch.testing.assert_close(a[~pad], b[~pad])
+
+    @pytest.mark.parametrize("kind", LAYERS)
+    def test_dropout_in_training_draws_as_stock_does(self, kind: str) -> None:
+        stock, ours = twins(kind, E, H, 128, dropout=0.2, batch_first=True)
+        inputs = layer_inputs(kind, True)
+        torch.manual_seed(5)
+        theirs = stock(*inputs)
+        torch.manual_seed(5)
+        torch.testing.assert_close(ours(*inputs), theirs)
+
+    @pytest.mark.parametrize("kind", LAYERS)
+    def test_hooks_on_parts_fire(self, kind: str) -> None:
+        _, ours = twins(kind, E, H, 128, dropout=0.0, batch_first=True)
+        seen = []
+        for name in ("linear1", "norm1", "norm2", "self_attn"):
+            getattr(ours, name).register_forward_hook(lambda *_, name=name: seen.append(name))
+        ours(*layer_inputs(kind, True))
+        assert set(seen) == {"linear1", "norm1", "norm2", "self_attn"}
+
+    @pytest.mark.parametrize("kind", LAYERS)
+    def test_copies(self, kind: str) -> None:
+        _, ours = twins(kind, E, H, 128, dropout=0.0, batch_first=True)
+        inputs = layer_inputs(kind, True)
+        expected = ours(*inputs)
+        for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            assert type(copied) is type(ours)
+            torch.testing.assert_close(copied(*inputs), expected, rtol=0, atol=0)
+
+    def test_compiles_whole(self) -> None:
+        _, ours = twins("TransformerEncoderLayer", E, H, 128, dropout=0.0, batch_first=True)
+        (x,) = layer_inputs("TransformerEncoderLayer", True)
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), ours(x))
