@@ -29,7 +29,6 @@ class Entry:
     machine: str
     torch: str
     bigkern: str
-    source: str  # digest of the kernel sources that were proven
 
 
 def user_file() -> Path:
