@@ -55,7 +55,9 @@ def compare(ours: Tensor, reference: Tensor, stock: Tensor, *, gradient: bool = 
         return Verdict(float("inf"), factor, float("inf"), 0.0, "NaN where the reference has none")
     infinite = torch.isinf(reference)
     if not torch.equal(torch.where(infinite, reference, 0.0), torch.where(torch.isinf(ours), ours, 0.0)):
-        return Verdict(float("inf"), factor, float("inf"), 0.0, "infinities in other places than the reference")
+        return Verdict(
+            float("inf"), factor, float("inf"), 0.0, "infinities in other places than the reference"
+        )
     finite = torch.isfinite(reference)
     reference = reference[finite]
     if reference.numel() == 0:
@@ -69,7 +71,9 @@ def compare(ours: Tensor, reference: Tensor, stock: Tensor, *, gradient: bool = 
         e, allowed_error, floor = (float(reduce(x)) for x in (error, stock_error, scale))
         floor = floor * tiny + torch.finfo(torch.float32).tiny
         # The ratio reported is the smallest factor that would still pass.
-        ratio = max(0.0, e - floor) / max(allowed_error, torch.finfo(torch.float64).tiny) if e > floor else 0.0
+        ratio = (
+            max(0.0, e - floor) / max(allowed_error, torch.finfo(torch.float64).tiny) if e > floor else 0.0
+        )
         worst = max(worst, ratio)
         if ratio > factor:
             problem = f"{name} error {e:.3g} > {factor:g} x stock's {allowed_error:.3g} + {floor:.3g}"

@@ -56,7 +56,9 @@ class Report(tuple[Row, ...]):
         lines = [header, *((r.module, r.type, r.op, r.backend, r.reason) for r in self)]
         widths = [max(len(line[i]) for line in lines) for i in range(4)]
         table = [
-            "  ".join([*(cell.ljust(width) for cell, width in zip(line[:4], widths, strict=True)), line[4]]).rstrip()
+            "  ".join(
+                [*(cell.ljust(width) for cell, width in zip(line[:4], widths, strict=True)), line[4]]
+            ).rstrip()
             for line in lines
         ]
         left = len(self) - sum(row.op != "-" for row in self)
@@ -169,7 +171,10 @@ def _describe_norm(module: nn.Module) -> Description:
 def _describe_attention(module: nn.Module) -> Description:
     assert isinstance(module, ours.MultiheadAttention)
     x = _example(module, *((1, TOKENS) if module.batch_first else (TOKENS, 1)), module.embed_dim)
-    kv = [x if width == module.embed_dim else x.new_empty(*x.shape[:2], width) for width in (module.kdim, module.vdim)]
+    kv = [
+        x if width == module.embed_dim else x.new_empty(*x.shape[:2], width)
+        for width in (module.kdim, module.vdim)
+    ]
     reason = module.stock_reason(x, *kv, need_weights=False)
     if reason is not None:
         yield "attention", None, reason

@@ -116,7 +116,9 @@ class Op:
         found = False
         for backend in self.backends.values():
             if forced is not None:
-                reason = backend.refuses(*args) or (None if backend.name == forced else f"use({forced!r}) is in force")
+                reason = backend.refuses(*args) or (
+                    None if backend.name == forced else f"use({forced!r}) is in force"
+                )
             else:
                 reason = backend.objection(*args)
             chosen = not found and reason is None

@@ -1,6 +1,8 @@
-// The C functions that _info looks up in _ops: what these kernels run on, and what they are made of.
-#include "common/cpu/isa.h"
+// The C functions that _info looks up in _ops: what these kernels run on, and what they are made
+// of.
 #include "common/exports.h"
+
+#include "common/cpu/isa.h"
 
 int bigkern_isa() { return static_cast<int>(bigkern::isa()); }
 

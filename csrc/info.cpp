@@ -78,12 +78,15 @@ PYBIND11_MODULE(_info, m) {
   m.def("isa", &isa, py::arg("ops_library"), "The instruction set that the CPU kernels use.");
   m.def("set_isa", &set_isa, py::arg("ops_library"), py::arg("name"),
         "Use this instruction set; ValueError if the CPU lacks it.");
-  m.def("isas", [] {
-    std::vector<std::string> names;
-    for (int level = 0; level <= static_cast<int>(bigkern::detected_isa()); ++level)
-      names.push_back(bigkern::isa_name(static_cast<bigkern::Isa>(level)));
-    return names;
-  }, "The instruction sets that this CPU has, from the least to the best.");
+  m.def(
+      "isas",
+      [] {
+        std::vector<std::string> names;
+        for (int level = 0; level <= static_cast<int>(bigkern::detected_isa()); ++level)
+          names.push_back(bigkern::isa_name(static_cast<bigkern::Isa>(level)));
+        return names;
+      },
+      "The instruction sets that this CPU has, from the least to the best.");
   m.def("kernels", &kernels, py::arg("ops_library"),
         "Registers, spilled bytes, shared memory of every CUDA kernel.");
 }

@@ -21,7 +21,9 @@ ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a"}
 MAX_REGISTERS = 255
 
 ENTRY = re.compile(r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'")
-FRAME = re.compile(r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill")
+FRAME = re.compile(
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill"
+)
 USED = re.compile(r"Used (?P<registers>\d+) registers")
 SMEM = re.compile(r"(?P<smem>\d+) bytes smem")
 

@@ -98,7 +98,9 @@ def assert_parity(
     dtype = str(ours.dtype).removeprefix("torch.")
     RECORD.add(op, backend, dtype, "gradient" if grad else "forward", verdict.ratio)
     if not verdict.passed:
-        pytest.fail(f"{op} on {backend}, {tensor} {tuple(ours.shape)} {dtype}: {verdict.problem}", pytrace=True)
+        pytest.fail(
+            f"{op} on {backend}, {tensor} {tuple(ours.shape)} {dtype}: {verdict.problem}", pytrace=True
+        )
 
 
 def poisoned_empty_memory(megabytes: int = 64) -> None:

@@ -28,7 +28,8 @@ def main() -> None:
         out.writerows(rows)
     print("worst error over stock's own error (allowed: 2 forward, 3 gradient)")
     for row in rows:
-        print("  {op:<14} {backend:<7} {dtype:<9} {tier:<12} {kind:<9} {worst_ratio:>7} {cases:>6} cases".format(**row))
+        line = "  {op:<14} {backend:<7} {dtype:<9} {tier:<12} {kind:<9} {worst_ratio:>7} {cases:>6} cases"
+        print(line.format(**row))
 
 
 if __name__ == "__main__":

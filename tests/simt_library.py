@@ -28,10 +28,13 @@ LIBRARY = BUILD / "bigkern_simt.so"
 
 def _sources() -> list[Path]:
     csrc = ROOT / "csrc"
-    return sorted([*csrc.glob("*/op.cpp"), *csrc.glob("*/*.cu"), *csrc.glob("simt/*.cpp")])
+    return sorted(
+        [*csrc.glob("*/op.cpp"), *csrc.glob("*.cu"), *csrc.glob("*/*.cu"), *csrc.glob("simt/*.cpp")]
+    )
 
 
 def _ninja_file() -> str:
+    compiler = os.environ.get("CXX", "g++")
     torch_lib = Path(torch.__file__).parent / "lib"
     flags = (
         "-O2 -g1 -fPIC -std=c++20 -Wall -Wextra -Werror -Wno-unknown-pragmas"
@@ -40,11 +43,11 @@ def _ninja_file() -> str:
     )
     lines = [
         "rule compile",
-        f"  command = {os.environ.get('CXX', 'g++')} -MMD -MF $out.d {flags} -x c++ -c $in -o $out",
+        f"  command = {compiler} -MMD -MF $out.d {flags} -x c++ -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = {os.environ.get('CXX', 'g++')} -shared $in -o $out -L{torch_lib} -ltorch -ltorch_cpu -lc10",
+        f"  command = {compiler} -shared $in -o $out -L{torch_lib} -ltorch -ltorch_cpu -lc10",
     ]
     objects = []
     for source in _sources():
@@ -82,7 +85,7 @@ def ops() -> Any:
 
 
 def backend(op: str) -> registry.Backend:
-    """The op's ``cuda`` backend with the emulator underneath: what it refuses is the same but for the device."""
+    """The op's ``cuda`` backend with the emulator underneath; it refuses the same, but for the device."""
     import importlib
 
     return importlib.import_module(f"bigkern.ops.{op}").cuda_backend(ops(), emulated=True)

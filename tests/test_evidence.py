@@ -41,7 +41,9 @@ def test_later_evidence_replaces_earlier_of_the_same_kernel() -> None:
     assert list(file.parent.iterdir()) == [file]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"entries": [{"op": "attention"}]}', json.dumps({"entries": 3})])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"entries": [{"op": "attention"}]}', json.dumps({"entries": 3})]
+)
 def test_a_broken_file_is_named(text: str) -> None:
     file = evidence.user_file()
     file.parent.mkdir(parents=True)

@@ -48,7 +48,11 @@ def imported_rooms(tree: ast.Module) -> set[tuple[str, int]]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: relative import; write the whole name"
-            names = [f"bigkern.{alias.name}" for alias in node.names] if node.module == "bigkern" else [node.module]
+            names = (
+                [f"bigkern.{alias.name}" for alias in node.names]
+                if node.module == "bigkern"
+                else [node.module]
+            )
         else:
             continue
         found |= {(name.split(".")[1], node.lineno) for name in names if name and name.startswith("bigkern.")}
@@ -73,7 +77,7 @@ def test_imports_go_downward() -> None:
 
 
 def test_core_imports_torch_and_numpy_alone() -> None:
-    """Outside the top rooms, other packages may only be imported inside functions (triton, in its own room)."""
+    """Outside the top rooms, other packages are imported inside functions only (triton, in its own room)."""
     wrong = []
     for file in python_files():
         room = room_of(file)

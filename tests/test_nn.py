@@ -28,7 +28,10 @@ def padding(B: int, S: int, lengths: list[int]) -> Tensor:
 def held_to_parity(stock: nn.Module, ours: nn.Module, inputs: tuple[Tensor, ...], **options: Any) -> None:
     """Output, input gradients and parameter gradients by the parity rule, against float64 stock."""
     reference = copy.deepcopy(stock).double()
-    wide = {key: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for key, x in options.items()}
+    wide = {
+        key: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for key, x in options.items()
+    }
     results = []
     for module, arguments, extra in (
         (reference, [x.double() for x in inputs], wide),
@@ -45,12 +48,16 @@ def held_to_parity(stock: nn.Module, ours: nn.Module, inputs: tuple[Tensor, ...]
         results.append((out, gradients))
     (ref, ref_grads), (low, low_grads), (out, grads) = results
     assert_parity("nn", "cpu", "output", out, ref, low)
-    names = [f"d input {i}" for i in range(len(inputs))] + [f"d {name}" for name, _ in ours.named_parameters()]
+    names = [f"d input {i}" for i in range(len(inputs))] + [
+        f"d {name}" for name, _ in ours.named_parameters()
+    ]
     for name, g, r, s in zip(names, grads, ref_grads, low_grads, strict=True):
         assert_parity("nn", "cpu", name, g, r, s, grad=True)
 
 
-def twins(kind: str, *args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
+def twins(
+    kind: str, *args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any
+) -> tuple[nn.Module, nn.Module]:
     """A stock layer and ours with the same weights, the state dict loaded across and back."""
     stock = getattr(nn, kind)(*args, dtype=dtype, **kwargs)
     ours = getattr(bigkern.nn, kind)(*args, dtype=dtype, **kwargs)
@@ -117,7 +124,13 @@ class TestMultiheadAttention:
         held_to_parity(stock, ours, (x, x, x), need_weights=False, attn_mask=causal(8), is_causal=True)
         lengths = padding(2, 8, [8, 5]).float().masked_fill(padding(2, 8, [8, 5]), float("-inf"))
         held_to_parity(
-            stock, ours, (x, x, x), need_weights=False, attn_mask=causal(8), is_causal=True, key_padding_mask=lengths
+            stock,
+            ours,
+            (x, x, x),
+            need_weights=False,
+            attn_mask=causal(8),
+            is_causal=True,
+            key_padding_mask=lengths,
         )
 
     @pytest.mark.parametrize("average", [True, False])
@@ -125,7 +138,9 @@ class TestMultiheadAttention:
         stock, ours = twins("MultiheadAttention", E, H, batch_first=True)
         x = torch.randn(2, 5, E)
         for a, b in zip(
-            stock(x, x, x, average_attn_weights=average), ours(x, x, x, average_attn_weights=average), strict=True
+            stock(x, x, x, average_attn_weights=average),
+            ours(x, x, x, average_attn_weights=average),
+            strict=True,
         ):
             torch.testing.assert_close(a, b)
 
@@ -153,7 +168,7 @@ class TestMultiheadAttention:
     def test_errors_are_torchs(self, call: Any) -> None:
         stock, ours = twins("MultiheadAttention", E, H, batch_first=True)
         x = torch.randn(2, 6, E)
-        with pytest.raises(Exception) as theirs:  # noqa: PT011
+        with pytest.raises(Exception) as theirs:
             call(stock, x)
         with pytest.raises(type(theirs.value)) as mine:
             call(ours, x)
@@ -195,7 +210,14 @@ class TestTransformerLayers:
     @pytest.mark.parametrize("activation", ["relu", "gelu", nn.GELU("tanh"), torch.tanh])
     def test_matches_stock(self, kind: str, norm_first: bool, batch_first: bool, activation: Any) -> None:
         stock, ours = twins(
-            kind, E, H, 128, dropout=0.0, norm_first=norm_first, batch_first=batch_first, activation=activation
+            kind,
+            E,
+            H,
+            128,
+            dropout=0.0,
+            norm_first=norm_first,
+            batch_first=batch_first,
+            activation=activation,
         )
         held_to_parity(stock, ours, layer_inputs(kind, batch_first))
 
@@ -203,7 +225,15 @@ class TestTransformerLayers:
     @pytest.mark.parametrize("norm_first", [True, False])
     def test_bfloat16_and_no_bias(self, kind: str, norm_first: bool) -> None:
         stock, ours = twins(
-            kind, E, H, 128, dropout=0.0, norm_first=norm_first, batch_first=True, bias=False, dtype=torch.bfloat16
+            kind,
+            E,
+            H,
+            128,
+            dropout=0.0,
+            norm_first=norm_first,
+            batch_first=True,
+            bias=False,
+            dtype=torch.bfloat16,
         )
         held_to_parity(stock, ours, layer_inputs(kind, True, torch.bfloat16))
 
@@ -212,7 +242,9 @@ class TestTransformerLayers:
         x = torch.randn(2, 8, E)
         held_to_parity(stock, ours, (x,), src_mask=causal(8), is_causal=True)
         held_to_parity(stock, ours, (x,), src_key_padding_mask=padding(2, 8, [8, 3]))
-        held_to_parity(stock, ours, (x,), src_mask=causal(8), src_key_padding_mask=padding(2, 8, [8, 3]).float())
+        held_to_parity(
+            stock, ours, (x,), src_mask=causal(8), src_key_padding_mask=padding(2, 8, [8, 3]).float()
+        )
 
     def test_decoder_masks(self) -> None:
         stock, ours = twins("TransformerDecoderLayer", E, H, 128, dropout=0.0, batch_first=True)

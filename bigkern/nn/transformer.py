@@ -35,7 +35,8 @@ def activation_name(activation: Any) -> str | None:
 def hooked(*modules: nn.Module) -> bool:
     """Whether someone watches these modules' calls, so that they must really be called."""
     return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in modules
     )
 
 

@@ -7,8 +7,6 @@ its implementations there by dispatch key.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -59,5 +57,3 @@ def triton_interpreted() -> bool:
     import os
 
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-

@@ -70,11 +70,11 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v (and of bias, if asked) from the saved o and lse.
 
-        p  = exp(s - lse)           delta = rowsum(do * o)
-        dv = p^T do                 ds = p * (do v^T - delta)
-        dq = scale * ds k           dk = scale * ds^T q         dbias = ds, summed where it was broadcast
+    p  = exp(s - lse)           delta = rowsum(do * o)
+    dv = p^T do                 ds = p * (do v^T - delta)
+    dq = scale * ds k           dk = scale * ds^T q         dbias = ds, summed where it was broadcast
     """
-    B, Hq, Sq, _ = q.shape
+    B, Hq = q.shape[:2]
     Hkv, Sk = k.shape[1], k.shape[2]
     s = scores(q, k, mask, bias, scale, causal)
     p = torch.exp(s - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1))

@@ -1,6 +1,5 @@
-#include "common/launch_error.h"
-
 #include "common/cuda.cuh"
+#include "common/launch_error.h"
 
 namespace bigkern {
 

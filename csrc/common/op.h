@@ -1,4 +1,5 @@
-// What every op.cpp shares: the one place, with the op.cpp files themselves, where torch is included.
+// What every op.cpp shares: the one place, with the op.cpp files themselves, where torch is
+// included.
 //
 // The binding uses torch's stable ABI alone, so that one build serves several torch versions.
 #pragma once
@@ -64,16 +65,15 @@ inline Parallel torch_parallel() {
   Parallel parallel;
   parallel.threads = static_cast<int>(torch::stable::get_num_threads());
   parallel.run = [](int64_t begin, int64_t end, int64_t grain, Parallel::Body body, void* context) {
-    torch::stable::parallel_for(begin, end, grain, [body, context](int64_t b, int64_t e) {
-      body(b, e, context);
-    });
+    torch::stable::parallel_for(begin, end, grain,
+                                [body, context](int64_t b, int64_t e) { body(b, e, context); });
   };
   return parallel;
 }
 
 #ifdef BIGKERN_CUDA
-// Run a launcher on x's device and torch's current stream; a failed launch names the op. Under the host
-// emulator (BIGKERN_SIMT) there is neither device nor stream.
+// Run a launcher on x's device and torch's current stream; a failed launch names the op. Under the
+// host emulator (BIGKERN_SIMT) there is neither device nor stream.
 template <class Launch>
 void launch_on_device(const Tensor& x, const char* op, const Launch& launch) {
 #ifdef BIGKERN_SIMT
