@@ -46,7 +46,7 @@ step tests 200 "$python" -m pytest ../tests -x -q -p no:cacheprovider -k "not si
 "$python" ../tests/parity_table.py >"$out/parity.txt" 2>&1 && cp ../build/parity.csv "$out/"
 for tool in memcheck racecheck; do
   step "sanitizer-$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-    "$python" -m pytest ../tests/test_gpu_sanitized.py -q -p no:cacheprovider
+    "$python" ../tests/gpu_sanitized.py
 done
 step bench 150 "$python" -m bigkern bench --quick --out "$out/results"
 
