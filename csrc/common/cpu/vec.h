@@ -30,7 +30,7 @@ typedef uint16_t vh __attribute__((vector_size(W * 2)));  // W bf16 or fp16, as 
 
 // ---- moving -------------------------------------------------------------------------------------
 
-BIGKERN_VEC vf set1(float x) { return vf{} + x; }
+BIGKERN_VEC vf set1(float x) { return x - vf{}; }  // "0 + x" would cost an addition, and lose -0
 BIGKERN_VEC vi set1_int(int32_t x) { return vi{} + x; }
 BIGKERN_VEC vf zero() { return vf{}; }
 

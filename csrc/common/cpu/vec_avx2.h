@@ -45,3 +45,13 @@ BIGKERN_VEC void store_halves_n(void* p, vh x, int64_t n) {
   store_raw(lane, x);
   memcpy(p, lane, size_t(n) * 2);
 }
+
+// a0 b0 a1 b1 ... of the first, and of the second half of the lanes.
+BIGKERN_VEC vf interleave_low(vf a, vf b) {
+  const __m256 low = _mm256_unpacklo_ps(__m256(a), __m256(b));
+  return vf(_mm256_permute2f128_ps(low, _mm256_unpackhi_ps(__m256(a), __m256(b)), 0x20));
+}
+BIGKERN_VEC vf interleave_high(vf a, vf b) {
+  const __m256 low = _mm256_unpacklo_ps(__m256(a), __m256(b));
+  return vf(_mm256_permute2f128_ps(low, _mm256_unpackhi_ps(__m256(a), __m256(b)), 0x31));
+}

@@ -46,3 +46,14 @@ BIGKERN_VEC vh load_halves_n(const void* p, int64_t n) {
 BIGKERN_VEC void store_halves_n(void* p, vh x, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), __m256i(x));
 }
+
+// a0 b0 a1 b1 ... of the first, and of the second half of the lanes.
+BIGKERN_VEC vf interleave_low(vf a, vf b) {
+  const __m512i order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  return vf(_mm512_permutex2var_ps(__m512(a), order, __m512(b)));
+}
+BIGKERN_VEC vf interleave_high(vf a, vf b) {
+  const __m512i order =
+      _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return vf(_mm512_permutex2var_ps(__m512(a), order, __m512(b)));
+}
