@@ -175,9 +175,8 @@ T exchange(T* address, T desired) {
 
 template <class T>
 T atomicAdd(T* address, std::common_type_t<T> value) {
-  static_assert(
-      bigkern::simt::is_one_of<T, int, unsigned, unsigned long long, float, double>,
-      "CUDA has no such atomicAdd");
+  static_assert(bigkern::simt::is_one_of<T, int, unsigned, unsigned long long, float, double>,
+                "CUDA has no such atomicAdd");
   return bigkern::simt::exchange(address, T(*address + value));
 }
 template <class T>

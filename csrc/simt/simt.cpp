@@ -113,7 +113,7 @@ struct BlockBarrier {
 struct NamedBarrier {
   int expected = 0;
   int arrived = 0;
-  std::bitset<kMaxThreads> who;   // arrived in this phase
+  std::bitset<kMaxThreads> who;      // arrived in this phase
   uint32_t waiting[kMaxWarps] = {};  // the lanes among them that wait
 };
 
@@ -256,13 +256,11 @@ class Machine {
 
   // ---- what a running thread can ask for -------------------------------------------------------
 
-  [[noreturn]] void fault(const std::string& what) {
-    fault_ = "kernel " + describe_kernel() + ", block " + to_string(blockIdx);
-    if (current_ != nullptr) fault_ += ", thread " + to_string(current_->index);
-    fault_ += ": " + what;
-    if (current_ == nullptr) throw Fault(fault_);
-    current_->fiber.suspend();
-    abort();  // The scheduler never resumes a thread after a fault.
+  // Unwinds the thread, or the scheduler, that notices.
+  [[noreturn]] void fault(const std::string& what) const {
+    std::string message = "kernel " + describe_kernel() + ", block " + to_string(blockIdx);
+    if (current_ != nullptr) message += ", thread " + to_string(current_->index);
+    throw Fault(message + ": " + what);
   }
 
   void warp_op(const char* name, uint32_t mask, void* operands, ExecuteWarp execute, Site site) {
@@ -275,8 +273,8 @@ class Machine {
     }
     if ((mask & warp.exited) != 0) {
       fault("divergence: " + std::string(name) + " at " + to_string(site) + ": the mask " +
-            hex(mask) + " names lanes that have exited or do not exist: " +
-            hex(mask & warp.exited));
+            hex(mask) +
+            " names lanes that have exited or do not exist: " + hex(mask & warp.exited));
     }
 
     Rendezvous& meeting = find_rendezvous(warp, mask);
@@ -449,7 +447,7 @@ class Machine {
     if (!fault_.empty()) throw Fault(fault_);
   }
 
-  // The life of a fiber.
+  // The life of a fiber. A fault must not unwind beyond it: run_thread() carries it over.
   static void thread_main();
 
   void thread_exits() {
@@ -505,7 +503,7 @@ class Machine {
     return true;
   }
 
-  [[noreturn]] void report_stuck() {
+  [[noreturn]] void report_stuck() const {
     struct Group {
       int count = 0;
       uint3 first = {};
@@ -546,10 +544,10 @@ class Machine {
 
   int thread_count_ = 0;  // in the block
   int warp_count_ = 0;
-  int live_ = 0;              // threads that have not exited
-  uint32_t ready_warps_ = 0;  // warps with a lane that can run
-  Thread* current_ = nullptr;  // null while the scheduler itself runs
-  std::string fault_;
+  int live_ = 0;                                  // threads that have not exited
+  uint32_t ready_warps_ = 0;                      // warps with a lane that can run
+  Thread* current_ = nullptr;                     // null while the scheduler itself runs
+  std::string fault_;                             // of the thread that ran last, if it ended in one
   std::vector<std::unique_ptr<Thread>> threads_;  // kept from launch to launch, with their stacks
   Warp warps_[kMaxWarps];
   BlockBarrier block_barrier_;
@@ -573,10 +571,10 @@ void Machine::thread_main() {
   Machine& self = machine();
   try {
     self.body_(self.context_);
-  } catch (const std::exception& error) {
-    self.fault(std::string("the kernel threw an exception: ") + error.what());
+    self.thread_exits();
+  } catch (const Fault& fault) {
+    self.fault_ = fault.what();
   }
-  self.thread_exits();
   self.current_->fiber.suspend();
 }
 

@@ -182,8 +182,7 @@ inline int __syncthreads_count(int predicate,
   return bigkern::simt::block_barrier("__syncthreads_count", predicate != 0, site).predicates;
 }
 
-inline int __syncthreads_or(int predicate,
-                            bigkern::simt::Site site = bigkern::simt::Site::here()) {
+inline int __syncthreads_or(int predicate, bigkern::simt::Site site = bigkern::simt::Site::here()) {
   return bigkern::simt::block_barrier("__syncthreads_or", predicate != 0, site).predicates != 0;
 }
 

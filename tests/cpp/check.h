@@ -37,26 +37,26 @@ constexpr int kSkipped = 77;
 
 }  // namespace check
 
-#define TEST(name)                                   \
-  static void name();                                \
+#define TEST(name)                                           \
+  static void name();                                        \
   static const check::Register register_##name(#name, name); \
   static void name()
 
-#define CHECK(condition)                                 \
-  do {                                                   \
-    if (!(condition)) {                                  \
-      std::cerr << "not true: " << #condition << "\n";   \
-      check::fail(__FILE__, __LINE__);                   \
-    }                                                    \
+#define CHECK(condition)                               \
+  do {                                                 \
+    if (!(condition)) {                                \
+      std::cerr << "not true: " << #condition << "\n"; \
+      check::fail(__FILE__, __LINE__);                 \
+    }                                                  \
   } while (false)
 
-#define CHECK_EQ(left, right)                                                                 \
-  do {                                                                                        \
-    const auto left_value = (left);                                                           \
-    const auto right_value = (right);                                                         \
-    if (!(left_value == right_value)) {                                                       \
-      std::cerr << #left << " is " << left_value << ", " << #right << " is " << right_value   \
-                << "\n";                                                                      \
-      check::fail(__FILE__, __LINE__);                                                        \
-    }                                                                                         \
+#define CHECK_EQ(left, right)                                                               \
+  do {                                                                                      \
+    const auto left_value = (left);                                                         \
+    const auto right_value = (right);                                                       \
+    if (!(left_value == right_value)) {                                                     \
+      std::cerr << #left << " is " << left_value << ", " << #right << " is " << right_value \
+                << "\n";                                                                    \
+      check::fail(__FILE__, __LINE__);                                                      \
+    }                                                                                       \
   } while (false)

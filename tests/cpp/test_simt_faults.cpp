@@ -114,22 +114,6 @@ TEST(unwritten_dynamic_smem_is_nan) {
   for (int i = 0; i < 64; ++i) CHECK(std::isnan(out[i]));
 }
 
-#if !defined(BIGKERN_SIMT_ASAN)
-template <class T>
-__global__ void unwritten_static_kernel(T* out) {
-  __shared__ T values[32];
-  out[blockIdx.x * 32 + threadIdx.x] = values[threadIdx.x];
-  values[threadIdx.x] = 1;
-}
-
-TEST(unwritten_static_smem_is_nan) {
-  Buffer<float> out(64);
-  for (int i = 0; i < 64; ++i) out[i] = 0;
-  run(unwritten_static_kernel<float>, 2, 32, 0, out.data());
-  for (int i = 0; i < 64; ++i) CHECK(std::isnan(out[i]));
-}
-#endif
-
 // WAIT is how many groups may stay in flight: 0 is right, 1 is one too many.
 template <int WAIT>
 __global__ void copy_kernel(const float* in, float* out) {
@@ -267,16 +251,6 @@ TEST(misaligned_addresses) {
   expect_fault({"misaligned", "test_simt_faults"}, misaligned_copy_kernel, 1, 64, memory.data());
   expect_fault({"misaligned", "test_simt_faults"}, misaligned_row_kernel, 32, 512);
 }
-
-#if !defined(BIGKERN_SIMT_ASAN)  // which stops at the write itself: test_simt_asan.cpp
-__global__ void out_of_bounds_kernel(int index) { dynamic_smem<float>()[index] = 0; }
-
-TEST(write_outside_dynamic_smem) {
-  run(out_of_bounds_kernel, 1, 1, 64, 15);
-  expect_fault({"outside the dynamic shared memory of 64 bytes"}, out_of_bounds_kernel, 1, 64, 16);
-  expect_fault({"outside the dynamic shared memory of 64 bytes"}, out_of_bounds_kernel, 1, 64, -1);
-}
-#endif
 
 // ---- the rest ----------------------------------------------------------------------------------
 
