@@ -1,0 +1,102 @@
+// The one matrix product of the attention kernels, C[M, N] = A[M, K] B[K, N], for tiles that lie in
+// cache. Compiled once per instruction set (common/cpu/foreach_isa.h).
+//
+// A block of C, 6 rows by 4 vectors (6 by 2 with 16 registers), stays in registers while k runs; each step
+// broadcasts one element from each row of A and multiplies it by one row of B. A is read where it lies,
+// rows or columns: no packing.
+//
+//            B[k, :]  v v v v                     an element is a float, or with vdpbf16ps a pair of
+//   A[:, k]  a        c c c c                     bf16 that lie next to each other along k: then one
+//            a        c c c c   6 x 4 registers   step advances k by two
+//            ...      .......
+
+namespace bigkern::attention::BIGKERN_ISA {
+using namespace bigkern::BIGKERN_ISA;
+using namespace cpu;
+
+namespace {
+
+#define ATTENTION_INLINE inline __attribute__((always_inline))
+
+// Two bf16 with neighbouring k, the even one in the low half.
+struct Pair {
+  uint32_t bits;
+};
+
+ATTENTION_INLINE vf multiply_add(const float* a, const float* b, vf c) { return fma(set1(*a), load(b), c); }
+ATTENTION_INLINE vf multiply_add(const Pair* a, const Pair* b, vf c) {
+  return dot_bf16(c, set1_int(static_cast<int32_t>(a->bits)), load_raw<vi>(b));
+}
+
+enum class Start { zero, add, rescale };
+
+template <class E>
+struct Product {
+  int64_t M, K;
+  const E* a;
+  int64_t a_row, a_column;  // A[m, k] = a[m * a_row + k * a_column]
+  const E* b;
+  int64_t b_row;  // B[k, n] = b[k * b_row + n]
+  float* c;
+  int64_t c_row;
+  Start start;           // C = scale * A B, C += A B, or C = C * rescale[n] + A B
+  float scale;           // with zero
+  const float* rescale;  // with rescale
+};
+
+constexpr int kBlockRows = 6;
+constexpr int kBlockVectors = BIGKERN_LEVEL >= 2 ? 4 : 2;
+
+// C[m .. m + R, n .. n + V * W].
+template <int R, int V, class E>
+ATTENTION_INLINE void block(const Product<E>& p, int64_t m, int64_t n) {
+  vf acc[R][V];
+  float* c = p.c + m * p.c_row + n;
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      acc[r][v] = p.start == Start::zero ? zero() : load(c + r * p.c_row + v * W);
+      if (p.start == Start::rescale) acc[r][v] = acc[r][v] * load(p.rescale + n + v * W);
+    }
+  }
+  const E* a = p.a + m * p.a_row;
+  const E* b = p.b + n;
+  for (int64_t k = 0; k < p.K; ++k, a += p.a_column, b += p.b_row) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[r][v] = multiply_add(a + r * p.a_row, b + v * W, acc[r][v]);
+    }
+  }
+  const vf scale = set1(p.start == Start::zero ? p.scale : 1.0f);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(c + r * p.c_row + v * W, acc[r][v] * scale);
+  }
+}
+
+template <int V, class E>
+void panel(const Product<E>& p, int64_t n) {
+  int64_t m = 0;
+  for (; m + kBlockRows <= p.M; m += kBlockRows) block<kBlockRows, V>(p, m, n);
+  for (; m + 4 <= p.M; m += 4) block<4, V>(p, m, n);
+  for (; m + 2 <= p.M; m += 2) block<2, V>(p, m, n);
+  if (m < p.M) block<1, V>(p, m, n);
+}
+
+// Columns begin .. end of C, both multiples of W.
+template <class E>
+void multiply(const Product<E>& p, int64_t begin, int64_t end) {
+  int64_t n = begin;
+  for (; n + kBlockVectors * W <= end; n += kBlockVectors * W) panel<kBlockVectors>(p, n);
+  if (kBlockVectors > 2 && n + 2 * W <= end) {
+    panel<2>(p, n);
+    n += 2 * W;
+  }
+  if (n < end) panel<1>(p, n);
+}
+
+}  // namespace
+}  // namespace bigkern::attention::BIGKERN_ISA
