@@ -33,8 +33,12 @@ struct Parallel {
     });
   }
 
-  static Parallel serial() {
-    return {[](int64_t b, int64_t e, int64_t, Body body, void* ctx) { body(b, e, ctx); }, 1};
+  static Parallel serial() { return {&run_serially, 1}; }
+
+ private:
+  // A lambda would do, but nvcc 13.0 cannot compile it in a member function.
+  static void run_serially(int64_t begin, int64_t end, int64_t, Body body, void* ctx) {
+    body(begin, end, ctx);
   }
 };
 
