@@ -36,10 +36,13 @@ step build 200 "$python" -m pip install --no-build-isolation --no-deps --no-inde
 export PYTHONPATH=$site
 cd build  # what is imported must be what was built
 
-bigkern() { "$python" -m bigkern "$@"; }
-export -f bigkern
-export python
-
+# The emulator's own tests on the real thing: do the fragment layouts that it believes in hold?
+layouts() {
+  nvcc -std=c++17 -I../csrc -I../tests/cpp -gencode=arch=compute_90a,code=sm_90a -gencode=arch=compute_80,code=sm_80 \
+    -x cu ../tests/cpp/test_simt.cpp ../tests/cpp/main.cpp -o layouts && ./layouts
+}
+export -f layouts
+step layouts 60 bash -c layouts
 step doctor 60 "$python" -m bigkern doctor --verify
 cp "$out/cache/bigkern/evidence.json" "$out/" 2>/dev/null
 step tests 200 "$python" -m pytest ../tests -x -q -p no:cacheprovider -k "not simt and not train and not gate"
