@@ -69,15 +69,11 @@ inline vf pair_across(vf even, vf odd) {
 
 inline int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
 
-// Columns [r0, r0 + COUNT) of the next W words of a panel.
+// A block of W rows and W words, into COUNT columns of the next `words` words of a panel.
 template <int R, int COUNT>
-inline void store_block(const vf (&block)[W], int64_t words, float* out) {
-  if (words == W) {
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) store_first<COUNT>(out + i * R, block[i]);
-  } else {
-    for (int i = 0; i < words; ++i) store_first<COUNT>(out + i * R, block[i]);
-  }
+__attribute__((noinline)) void store_transposed(vf (&block)[W], int64_t words, float* out) {
+  transpose(block);
+  for (int64_t i = 0; i < words; ++i) store_first<COUNT>(out + i * R, block[i]);
 }
 
 // Steps [begin, end) of one panel, from rows along which k is contiguous: row(i, k, n) gives n <= W
@@ -90,7 +86,7 @@ void pack_rows(int64_t rows, int64_t begin, int64_t end, float* out, const Row& 
   for (int64_t k = begin; k < end; k += step) {
     const int64_t left = end - k;
     vf block[W];
-#pragma GCC unroll 16
+#pragma GCC unroll 1
     for (int i = 0; i < W; ++i) {
       if (i >= present) {
         block[i] = zero();
@@ -102,8 +98,8 @@ void pack_rows(int64_t rows, int64_t begin, int64_t end, float* out, const Row& 
         block[i] = row(FIRST + i, k, at_most(left, W));
       }
     }
-    transpose(block);
-    store_block<R, COUNT>(block, at_most(words_of<T>(left), W), out + words_of<T>(k) * R + FIRST);
+    float* to = out + words_of<T>(k) * R + FIRST;
+    store_transposed<R, COUNT>(block, at_most(words_of<T>(left), W), to);
   }
   if constexpr (FIRST + W < R) pack_rows<R, T, FIRST + W>(rows, begin, end, out, row);
 }
