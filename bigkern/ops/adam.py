@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim.adam import adam as torch_adam
 
 from bigkern import info, registry
-from bigkern.ops._library import KERNEL_DTYPES, LIBRARY, define, plain, wrong_device
+from bigkern.ops._library import KERNEL_DTYPES, LIBRARY, define, define_native, plain, wrong_device
 
 # Everything is updated in place, element i of each list belonging to parameter i:
 #   params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs  the update; the last is empty without amsgrad
@@ -22,6 +25,16 @@ from bigkern.ops._library import KERNEL_DTYPES, LIBRARY, define, plain, wrong_de
 define(
     "adam(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
     " Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] state_steps, float lr, float beta1, float beta2, float eps,"
+    " float weight_decay, bool decoupled, bool amsgrad, bool maximize, Tensor? grad_scale=None,"
+    " Tensor? found_inf=None, Tensor? lr_tensor=None) -> ()"
+)
+# The same from a table of addresses that a caller packs once and answers for: see Packed.
+define_native(
+    "adam_pack(Tensor[] params, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] max_exp_avg_sqs,"
+    " Tensor[] state_steps, bool amsgrad) -> Tensor table"
+)
+define_native(
+    "adam_packed(Tensor like, Tensor table, Tensor grads, float lr, float beta1, float beta2, float eps,"
     " float weight_decay, bool decoupled, bool amsgrad, bool maximize, Tensor? grad_scale=None,"
     " Tensor? found_inf=None, Tensor? lr_tensor=None) -> ()"
 )
@@ -207,7 +220,7 @@ def _check_like_params(name: str, tensors: Sequence[Tensor], params: Sequence[Te
 def _check_distinct(params: Sequence[Tensor]) -> None:
     seen: dict[int, int] = {}
     for i, param in enumerate(params):
-        if param.numel() == 0 or type(param) not in (Tensor, torch.nn.Parameter):
+        if param.numel() == 0 or type(param) not in (Tensor, Parameter):
             continue
         first = seen.setdefault(0 if param.is_meta else param.data_ptr(), i)
         if first != i and not param.is_meta:
@@ -326,6 +339,8 @@ def kernel_refuses(
         return f"dtype {first.dtype} is not float32, bfloat16 or float16"
     for group in (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs):
         for p, x in zip(params, group, strict=False):
+            if type(x) is not Tensor and type(x) is not Parameter:
+                return f"a tensor is a {type(x).__name__}"
             if x.device != first.device:
                 return f"tensors are on {first.device} and on {x.device}"
             if x.dtype != first.dtype:
@@ -346,12 +361,6 @@ def _cpu_refuses(*arguments: Any) -> registry.Reason:
     return kernel_refuses("cpu", *arguments)
 
 
-def _cuda_refuses(*arguments: Any) -> registry.Reason:
-    if not info.has_cuda_kernels():
-        return info.summary()
-    return kernel_refuses("cuda", *arguments)
-
-
 def _triton_refuses(*arguments: Any) -> registry.Reason:
     return kernel_refuses("triton", *arguments)
 
@@ -365,10 +374,6 @@ def _declines_unproven(backend: str) -> Any:
     return declines
 
 
-def _native(*arguments: Any) -> None:
-    torch.ops.bigkern_native.adam.default(*arguments)
-
-
 def _triton(*arguments: Any) -> None:
     from bigkern.triton_kernels import adam as kernels
 
@@ -376,7 +381,7 @@ def _triton(*arguments: Any) -> None:
 
 
 def _counted(update: Any) -> Any:
-    """``update``, after which autograd knows that the tensors changed, as after any in-place op."""
+    """``update``, after which autograd knows that the parameters changed, as after any in-place op."""
 
     def forward(*arguments: Any) -> None:
         update(*arguments)
@@ -385,10 +390,68 @@ def _counted(update: Any) -> Any:
     return forward
 
 
-for _backend in (
-    registry.Backend("cuda", _counted(_native), None, _cuda_refuses, _declines_unproven("cuda")),
-    registry.Backend("triton", _counted(_triton), None, _triton_refuses, _declines_unproven("triton")),
-    registry.Backend("cpu", _counted(_native), None, _cpu_refuses),
-    registry.Backend("torch", stock),
-):
-    ADAM.register(_backend)
+def cuda_backend(native: Any, *, emulated: bool = False) -> registry.Backend:
+    """The CUDA kernels in ``native``: the compiled ones, or, in the tests, those that the emulator runs."""
+
+    def refuses(*arguments: Any) -> registry.Reason:
+        if emulated:
+            return kernel_refuses("cpu", *arguments)
+        if not info.has_cuda_kernels():
+            return info.summary()
+        return kernel_refuses("cuda", *arguments)
+
+    forward = _counted(lambda *arguments: native.adam(*arguments))
+    return registry.Backend("cuda", forward, None, refuses, _declines_unproven("cuda"))
+
+
+_native = torch.ops.bigkern_native
+
+
+class Packed:
+    """Parameters and their states as the table of addresses that the compiled kernels read.
+
+    Unpacking lists of thousands of tensors costs more than updating small ones. A caller that updates
+    the same tensors again and again packs them once, and before each use asks whether the addresses
+    still hold: :meth:`matches` for the tensors that were packed, :meth:`fits` for new gradients.
+    """
+
+    def __init__(self, lists: Sequence[list[Tensor]], *, amsgrad: bool):
+        self._table = _native.adam_pack.default(*lists, amsgrad)
+        self._like = lists[0][0]
+        self._addresses = [_addresses(tensors) for tensors in lists]
+        self._sizes = list(map(Tensor.numel, lists[0]))
+        self._strides = list(map(Tensor.stride, lists[0]))
+
+    def matches(self, lists: Sequence[list[Tensor]]) -> bool:
+        """Whether these are the tensors that were packed, lying where they lay."""
+        return all(_addresses(now) == then for now, then in zip(lists, self._addresses, strict=True))
+
+    def fits(self, grads: list[Tensor]) -> bool:
+        """Whether every gradient is stored as its parameter is."""
+        return (
+            set(map(_dtype, grads)) == {self._like.dtype}
+            and list(map(Tensor.numel, grads)) == self._sizes
+            and list(map(Tensor.stride, grads)) == self._strides
+        )
+
+    def update(self, grads: list[Tensor], *hyper: Any) -> None:
+        """The op on what was packed; ``hyper`` are its arguments after the lists."""
+        addresses = torch.frombuffer(array("q", _addresses(grads)), dtype=torch.int64)
+        _native.adam_packed.default(self._like, self._table, addresses, *hyper)
+
+
+_dtype = attrgetter("dtype")
+
+
+def _addresses(tensors: list[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+ADAM.register(cuda_backend(_native))
+ADAM.register(
+    registry.Backend("triton", _counted(_triton), None, _triton_refuses, _declines_unproven("triton"))
+)
+ADAM.register(
+    registry.Backend("cpu", _counted(lambda *arguments: _native.adam(*arguments)), None, _cpu_refuses)
+)
+ADAM.register(registry.Backend("torch", stock))
