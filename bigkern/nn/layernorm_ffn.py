@@ -1,0 +1,116 @@
+"""``LayerNormFFN``: the second half of a Transformer block as one layer."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bigkern.nn.layer_norm import LayerNorm, RMSNorm
+from bigkern.ops.layernorm_ffn import Activation, Norm, Placement, layernorm_ffn, stock_activation
+from bigkern.reference.layernorm_ffn import GATED
+
+
+class LayerNormFFN(nn.Module):
+    r"""Norm, two linear layers, an activation and the residual around them, in one op.
+
+    ``pre``:  ``y = x + linear2(act(linear1(norm(x))))``
+    ``post``: ``y = norm(x + linear2(act(linear1(x))))``
+
+    Parameters are those of the torch layers that it stands for, with torch's initialisation:
+    ``norm.weight``, ``norm.bias`` (not for ``"rms"``), ``linear1.weight``, ``linear1.bias``,
+    ``linear2.weight``, ``linear2.bias``. The layers hold parameters only: hooks on them do not run.
+
+    Args:
+        d_model: D, the size of the last dimension of the input.
+        dim_feedforward: F, the width between the two linear layers; a gated activation makes
+            ``linear1`` ``[2F, D]``, the gate's rows first.
+        activation: ``"gelu"``, ``"gelu_tanh"``, ``"relu"``, ``"silu"``, ``"swiglu"`` or ``"geglu"``.
+        norm: ``"layer"`` or ``"rms"``.
+        placement: ``"pre"`` or ``"post"``.
+        bias: whether the linear layers and LayerNorm have biases.
+        dropout: on ``linear2``'s output while training; it is a pass of its own beside the op.
+        eps: added to the norm's variance or mean square.
+        device, dtype: of the parameters.
+
+    Shapes: ``x [..., D]`` to ``[..., D]``; float32, bfloat16, float16; float64 on stock.
+
+    Saved for backward: x, the preactivation and the fp32 statistics of each row; for post the norm's
+    input too.
+
+    Raises:
+        ValueError: activation, norm or placement is not one of the above; else as
+            :func:`bigkern.layernorm_ffn`.
+
+    Source: Vaswani et al., Attention Is All You Need (2017).
+
+    Example:
+        >>> import torch, bigkern
+        >>> ffn = bigkern.nn.LayerNormFFN(64, 256, activation="swiglu", norm="rms", bias=False)
+        >>> ffn(torch.randn(2, 16, 64)).shape
+        torch.Size([2, 16, 64])
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        dim_feedforward: int,
+        activation: Activation = "gelu",
+        norm: Norm = "layer",
+        placement: Placement = "pre",
+        bias: bool = True,
+        dropout: float = 0.0,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, allowed in (
+            ("activation", activation, Activation),
+            ("norm", norm, Norm),
+            ("placement", placement, Placement),
+        ):
+            choices = allowed.__args__  # type: ignore[attr-defined]
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"dropout must be between 0 and 1, not {dropout}")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        rows = 2 * dim_feedforward if activation in GATED else dim_feedforward
+        self.activation, self.placement, self.dropout = activation, placement, dropout
+        self.norm: LayerNorm | RMSNorm
+        if norm == "layer":
+            self.norm = LayerNorm(d_model, eps, bias=bias, **factory)
+        else:
+            self.norm = RMSNorm(d_model, eps, **factory)
+        self.linear1 = nn.Linear(d_model, rows, bias, **factory)
+        self.linear2 = nn.Linear(dim_feedforward, d_model, bias, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.dropout == 0.0:
+            return self._op(x, residual=True)
+        if self.placement == "pre":
+            return x + F.dropout(self._op(x, residual=False), self.dropout)
+        hidden = stock_activation(self.linear1(x), self.activation)
+        return cast(Tensor, self.norm(x + F.dropout(self.linear2(hidden), self.dropout)))
+
+    def _op(self, x: Tensor, residual: bool) -> Tensor:
+        return layernorm_ffn(
+            x,
+            self.linear1.weight,
+            self.linear1.bias,
+            self.linear2.weight,
+            self.linear2.bias,
+            self.norm.weight,
+            self.norm.bias if isinstance(self.norm, LayerNorm) else None,
+            norm="layer" if isinstance(self.norm, LayerNorm) else "rms",
+            activation=self.activation,
+            placement=self.placement,
+            residual=residual,
+            eps=self.norm.eps,
+        )
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}, placement={self.placement!r}, dropout={self.dropout}"

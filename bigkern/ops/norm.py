@@ -1,0 +1,388 @@
+"""LayerNorm and RMSNorm, with the residual addition before them: schema, fake, autograd, backends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bigkern import info, registry
+from bigkern.ops._library import KERNEL_DTYPES, LIBRARY, define, plain, wrong_device
+from bigkern.reference import norm as reference
+
+define(
+    "norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, str kind)"
+    " -> (Tensor y, Tensor? sum, Tensor? mean, Tensor rstd)"
+)
+define(
+    "norm_backward(Tensor dy, Tensor? dsum, Tensor s, Tensor? weight, Tensor? mean, Tensor rstd, str kind,"
+    " bool want_weight, bool want_bias) -> (Tensor dx, Tensor? dweight, Tensor? dbias)"
+)
+
+Result = tuple[Tensor, Tensor | None, Tensor | None, Tensor]
+Gradients = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+# ---- the public functions --------------------------------------------------------------------------
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""LayerNorm over the last dimensions, and the residual addition before it in the same pass.
+
+    ``y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias``, ``s = x + residual``
+
+    Args:
+        x: ``[*, *normalized_shape]``; float32, bfloat16 or float16 (float64 runs on stock PyTorch).
+        normalized_shape: the trailing dimensions that one mean and variance are taken over.
+        weight: of shape ``normalized_shape``, or None for 1.
+        bias: of shape ``normalized_shape``, or None for 0.
+        eps: added to the variance.
+        residual: x's shape and dtype, added to x first.
+
+    Returns:
+        ``y`` of x's shape and dtype; with a residual ``(y, x + residual)``, both differentiable.
+
+    Saved for backward: s, weight, and one fp32 mean and one fp32 1 / deviation a row.
+
+    Raises:
+        TypeError: an argument is not a tensor, or a dtype does not fit.
+        RuntimeError: shapes do not fit, as in :func:`torch.nn.functional.layer_norm`.
+        ValueError: devices or eps do not fit.
+
+    Source: Ba, Kiros and Hinton, Layer Normalization (2016).
+
+    Example:
+        >>> import torch, bigkern
+        >>> x, r = torch.randn(2, 16, 64), torch.randn(2, 16, 64)
+        >>> y, s = bigkern.layer_norm(x, (64,), torch.ones(64), torch.zeros(64), residual=r)
+        >>> y.shape
+        torch.Size([2, 16, 64])
+    """
+    return _norm(x, normalized_shape, bind(x, normalized_shape, weight, bias, eps, residual))
+
+
+def rms_norm(
+    x: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    residual: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""RMSNorm over the last dimensions, and the residual addition before it in the same pass.
+
+    ``y = s / sqrt(mean(s^2) + eps) * weight``, ``s = x + residual``
+
+    Args:
+        x: ``[*, *normalized_shape]``; float32, bfloat16 or float16 (float64 runs on stock PyTorch).
+        normalized_shape: the trailing dimensions that one mean square is taken over.
+        weight: of shape ``normalized_shape``, or None for 1.
+        eps: default as in torch: the machine epsilon of float32 (of float64 for float64).
+        residual: x's shape and dtype, added to x first.
+
+    Returns:
+        ``y`` of x's shape and dtype; with a residual ``(y, x + residual)``, both differentiable.
+
+    Saved for backward: s, weight, and one fp32 1 / root-mean-square a row.
+
+    Raises:
+        TypeError, RuntimeError, ValueError: as :func:`layer_norm`.
+
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019).
+
+    Example:
+        >>> import torch, bigkern
+        >>> bigkern.rms_norm(torch.randn(2, 16, 64), (64,), torch.ones(64)).shape
+        torch.Size([2, 16, 64])
+    """
+    return _norm(x, normalized_shape, bind(x, normalized_shape, weight, None, eps, residual, kind="rms"))
+
+
+def _norm(x: Tensor, normalized_shape: Any, arguments: tuple[Any, ...]) -> Tensor | tuple[Tensor, Tensor]:
+    backend = NORM.resolve(*arguments)
+    if backend.name == "torch":
+        y, total = stock(*arguments)
+    elif plain(*arguments[:4]):
+        y, total = _Norm.apply(backend, *arguments)
+    else:
+        y, total, _, _ = torch.ops.bigkern.norm(*arguments)
+    if y.dim() != x.dim():
+        y, total = y.view(x.shape), None if total is None else total.view(x.shape)
+    return y if total is None else (y, total)
+
+
+# ---- checks ----------------------------------------------------------------------------------------
+
+
+def bind(
+    x: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float | None = 1e-5,
+    residual: Tensor | None = None,
+    *,
+    kind: str = "layer",
+) -> tuple[Any, ...]:
+    """Check a public call and turn it into the op's arguments ``(x, residual, weight, bias, eps, kind)``.
+
+    Several normalized dimensions become one. ``kind="rms"`` is :func:`rms_norm`.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor, not {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, not {x.dtype}")
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if not shape:
+        raise RuntimeError("normalized_shape must have at least one dimension, not ()")
+    if x.shape[-len(shape) :] != shape:
+        raise RuntimeError(f"normalized_shape {shape} must be the last dimensions of x, whose shape is {tuple(x.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        _check_tensor(name, tensor, x)
+        if tensor.shape != shape:
+            raise RuntimeError(f"{name} must have the shape normalized_shape = {shape}, not {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, not {tensor.dtype}")
+    if residual is not None:
+        _check_tensor("residual", residual, x)
+        if residual.dtype != x.dtype:
+            raise TypeError(f"residual must have x's dtype {x.dtype}, not {residual.dtype}")
+        if residual.shape != x.shape:
+            raise RuntimeError(f"residual must have x's shape {tuple(x.shape)}, not {tuple(residual.shape)}")
+    if eps is None:
+        eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+    elif not math.isfinite(eps):
+        raise ValueError(f"eps must be finite, not {eps}")
+    if len(shape) > 1:
+        x, residual = (None if t is None else t.flatten(-len(shape)) for t in (x, residual))  # type: ignore[assignment]
+        weight, bias = (None if t is None else t.flatten() for t in (weight, bias))
+    return x, residual, weight, bias, eps, kind
+
+
+def _check_tensor(name: str, tensor: Any, x: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on x's device {x.device}, not {tensor.device}")
+
+
+# ---- the op: fake, kernel, autograd ----------------------------------------------------------------
+
+
+@torch.library.register_fake("bigkern::norm", lib=LIBRARY)
+def _fake(x: Tensor, residual: Tensor | None, _weight: Any, _bias: Any, _eps: float, kind: str) -> Result:
+    statistics = x.new_empty(math.prod(x.shape[:-1]), dtype=torch.promote_types(x.dtype, torch.float32))
+    total = None if residual is None else x.new_empty(x.shape)
+    return x.new_empty(x.shape), total, statistics if kind == "layer" else None, torch.empty_like(statistics)
+
+
+@torch.library.register_fake("bigkern::norm_backward", lib=LIBRARY)
+def _fake_backward(
+    dy: Tensor, dsum: Any, s: Tensor, weight: Tensor | None, mean: Any, rstd: Any, kind: str, *wanted: bool
+) -> Gradients:
+    like = s if weight is None else weight
+    dweight, dbias = (like.new_empty(s.shape[-1:]) if want else None for want in wanted)
+    return s.new_empty(s.shape), dweight, dbias
+
+
+def _forward(*arguments: Any) -> Result:
+    return NORM.resolve(*arguments).forward(*arguments)
+
+
+def _backward(dy: Tensor, dsum: Tensor | None, s: Tensor, weight: Tensor | None, *rest: Any) -> Gradients:
+    _mean, _rstd, kind, *_wanted = rest
+    backend = NORM.resolve(s, None, weight, None, 0.0, kind)
+    return cast(Any, backend.backward)(dy, dsum, s, weight, *rest)
+
+
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("norm", _forward, _key)
+    LIBRARY.impl("norm_backward", _backward, _key)
+
+
+class _Norm(torch.autograd.Function):
+    """Eager autograd straight onto the chosen backend: a fifth of the cost of a Python custom op."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: registry.Backend, *arguments: Any) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        x, _residual, weight, _bias, _eps, ctx.kind = arguments
+        y, total, mean, rstd = backend.forward(*arguments)
+        ctx.backend = backend
+        ctx.save_for_backward(x if total is None else total, weight, mean, rstd)
+        ctx.set_materialize_grads(False)
+        return y, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        return None, *_gradients(ctx.backend.backward, ctx, dy, dsum, ctx.needs_input_grad[1:5])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
+    x, _residual, weight, _bias, _eps, ctx.kind = inputs
+    _y, total, mean, rstd = output
+    ctx.save_for_backward(x if total is None else total, weight, mean, rstd)
+    ctx.mark_non_differentiable(*(t for t in (mean, rstd) if t is not None))
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: None) -> tuple[Any, ...]:
+    return _gradients(torch.ops.bigkern.norm_backward, ctx, dy, dsum, ctx.needs_input_grad[:4])
+
+
+def _gradients(
+    backward: Callable[..., Gradients], ctx: Any, dy: Tensor | None, dsum: Tensor | None, needed: Sequence[bool]
+) -> tuple[Any, ...]:
+    """Of x, residual, weight, bias, eps and kind."""
+    if dy is None:  # only x + residual was used
+        return dsum, dsum, None, None, None, None
+    s, weight, mean, rstd = ctx.saved_tensors
+    dx, dweight, dbias = backward(dy, dsum, s, weight, mean, rstd, ctx.kind, needed[2], needed[3])
+    return dx, dx if needed[1] else None, dweight, dbias, None, None
+
+
+torch.library.register_autograd("bigkern::norm", _autograd, setup_context=_setup_context, lib=LIBRARY)
+
+
+# ---- backends --------------------------------------------------------------------------------------
+
+NORM = registry.declare("norm", bind)
+
+MAX_COLUMNS = 65536  # of the GPU kernels: a row stays on one block
+
+
+def stock(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str
+) -> tuple[Tensor, Tensor | None]:
+    """``(y, sum)`` by torch's own functions, differentiable by torch's own autograd."""
+    total = None if residual is None else x + residual
+    s = x if total is None else total
+    if kind == "layer":
+        return F.layer_norm(s, s.shape[-1:], weight, bias, eps), total
+    return F.rms_norm(s, s.shape[-1:], weight, eps), total
+
+
+def on_rows(x: Tensor | None) -> Tensor | None:
+    """``[..., N]`` as ``[M, N]``."""
+    return x if x is None or x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def rows_backend(forward: Callable[..., Result], backward: Callable[..., Gradients]) -> tuple[Any, Any]:
+    """The op's two functions from kernels that know only ``[M, N]``."""
+
+    def norm(x: Tensor, residual: Tensor | None, *rest: Any) -> Result:
+        y, total, mean, rstd = forward(on_rows(x), on_rows(residual), *rest)
+        return y.view(x.shape), None if total is None else total.view(x.shape), mean, rstd
+
+    def norm_backward(dy: Tensor, dsum: Tensor | None, s: Tensor, *rest: Any) -> Gradients:
+        dx, dweight, dbias = backward(on_rows(dy), on_rows(dsum), on_rows(s), *rest)
+        return dx.view(s.shape), dweight, dbias
+
+    return norm, norm_backward
+
+
+def autocast(x: Tensor) -> registry.Reason:
+    """Why kernels stay out of autocast: torch's own functions choose their dtypes there."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        return "autocast is on, and decides the dtypes of torch's own functions"
+    return None
+
+
+def kernel_refuses(backend: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> registry.Reason:
+    """What no kernel of ours does, in whatever language."""
+    if (reason := wrong_device(backend, x)) is not None:
+        return reason
+    if x.dtype not in KERNEL_DTYPES:
+        return f"dtype {x.dtype} is not float32, bfloat16 or float16"
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            return f"{name} has dtype {tensor.dtype}, x has {x.dtype}"
+    if x.shape[-1] == 0:
+        return "rows are empty"
+    return autocast(x)
+
+
+def _gpu_refuses(backend: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> registry.Reason:
+    if x.shape[-1] > MAX_COLUMNS:
+        return f"rows of {x.shape[-1]} > {MAX_COLUMNS} elements"
+    return kernel_refuses(backend, x, weight, bias)
+
+
+def _cpu_refuses(x: Tensor, residual: Any, weight: Any, bias: Any, *_: Any) -> registry.Reason:
+    if info.import_error is not None:
+        return info.summary()
+    return kernel_refuses("cpu", x, weight, bias)
+
+
+def _triton_refuses(x: Tensor, residual: Any, weight: Any, bias: Any, *_: Any) -> registry.Reason:
+    return _gpu_refuses("triton", x, weight, bias)
+
+
+def _declines_unproven(backend: str) -> Any:
+    def declines(x: Tensor, *_: Any) -> registry.Reason:
+        if x.device.type != "cuda":
+            return "Triton's interpreter is for tests"
+        return registry.unproven("norm", backend, x.device.index)
+
+    return declines
+
+
+def _triton(name: str) -> Any:
+    """A function of the Triton room, imported when it is first called."""
+
+    def call(*arguments: Any) -> Any:
+        from bigkern.triton_kernels import layernorm_ffn as kernels
+
+        return getattr(kernels, name)(*arguments)
+
+    return call
+
+
+def cuda_backend(native: Any, *, emulated: bool = False) -> registry.Backend:
+    """The CUDA kernels in ``native``: the compiled ones, or, in the tests, those that the emulator runs."""
+
+    def refuses(x: Tensor, residual: Any, weight: Any, bias: Any, *_: Any) -> registry.Reason:
+        if not emulated and not info.has_cuda_kernels():
+            return info.summary()
+        return _gpu_refuses("cpu" if emulated else "cuda", x, weight, bias)
+
+    return registry.Backend(
+        "cuda",
+        lambda *arguments: native.norm(*arguments),
+        lambda *arguments: native.norm_backward(*arguments),
+        refuses,
+        _declines_unproven("cuda"),
+    )
+
+
+_native = torch.ops.bigkern_native
+
+NORM.register(cuda_backend(_native))
+NORM.register(
+    registry.Backend(
+        "triton", *rows_backend(_triton("norm"), _triton("norm_backward")), _triton_refuses, _declines_unproven("triton")
+    )
+)
+NORM.register(
+    registry.Backend(
+        "cpu",
+        lambda *arguments: _native.norm(*arguments),
+        lambda *arguments: _native.norm_backward(*arguments),
+        _cpu_refuses,
+    )
+)
+NORM.register(registry.Backend("torch", *rows_backend(reference.norm, reference.norm_backward)))
