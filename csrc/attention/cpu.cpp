@@ -17,6 +17,7 @@ constexpr ForwardKernel* forwards[] = BIGKERN_PER_ISA(forward);
 constexpr BackwardKernel* backwards[] = BIGKERN_PER_ISA(backward);
 
 size_t forward_workspace(const Shape& s, int threads) {
+  if (decodes(s)) return decode_workspace(s, threads);
   return scratch_bytes<ForwardScratch>(s) * static_cast<size_t>(threads);
 }
 

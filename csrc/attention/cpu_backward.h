@@ -1,13 +1,14 @@
-// Flash attention's backward pass on one thread's tile of queries: the scores again, then the four products
-// that lead to dq, dk and dv. Compiled once per instruction set.
+// Flash attention's backward pass on one thread's tile of queries: the scores again, then the four
+// products that lead to dq, dk and dv. Compiled once per instruction set.
 //
 //   for each block of keys (a key is a row, a query a lane):
-//     p  [keys, 64] = 2^(k q^T - lse)                  dv [keys, Dv] += p  dout      sums in the workspace
-//     ds [keys, 64] = p (v dout^T - delta)             dk [keys, D]  += ds q         sums in the workspace
+//     p  [keys, 64] = 2^(k q^T - lse)                  dv [keys, Dv] += p  dout      sums in the
+//     workspace ds [keys, 64] = p (v dout^T - delta)             dk [keys, D]  += ds q         sums
+//     in the workspace
 //                                                      dq^T [D, 64]  += k^T ds       stays in L1
 //
-// delta = rowsum(dout o). A task goes through all tiles of a key head, or through every parts-th of them:
-// then the parts' sums are added in a second pass, always in the same order, without atomics.
+// delta = rowsum(dout o). A task goes through all tiles of a key head, or through every parts-th of
+// them: then the parts' sums are added in a second pass, always in the same order, without atomics.
 
 namespace bigkern::attention::BIGKERN_ISA {
 namespace {
@@ -37,14 +38,15 @@ void load_lanes(const Backward& call, const QueryTile& tile, const BackwardScrat
     f.lse[lane] = lse == -__builtin_inff() ? 0.0f : lse * kLog2e;  // and where nothing was seen
     vf delta = zero();
     for (int64_t d = 0; d < s.Dv; d += W) {
-      delta = fma(load_some(dout.row[lane] + d, s.Dv - d), load_some(o.row[lane] + d, s.Dv - d), delta);
+      delta =
+          fma(load_some(dout.row[lane] + d, s.Dv - d), load_some(o.row[lane] + d, s.Dv - d), delta);
     }
     f.delta[lane] = reduce_add(delta);
   }
 }
 
-// p = 2^(x - lse) and ds = p (dp - delta), in place of x and dp. With pairs both become rows of bf16, and ds
-// is also kept as pairs of neighbouring keys.
+// p = 2^(x - lse) and ds = p (dp - delta), in place of x and dp. With pairs both become rows of
+// bf16, and ds is also kept as pairs of neighbouring keys.
 template <class T>
 void weigh(const KeyBlock& block, int64_t lanes, const BackwardScratch& f) {
   for (int64_t lane = block.lane; lane < lanes; lane += W) {
@@ -77,10 +79,11 @@ void add_over_lanes(const KeyBlock& block, int64_t lanes, const float* p, const 
                     float* sums) {
   using E = Element<T>;
   const int64_t row = padded(D), first = words_of<T>(block.lane);
-  multiply(Product<E>{block.keys, words_of<T>(lanes - block.lane), reinterpret_cast<const E*>(p) + first,
-                      kLanes, 1, reinterpret_cast<const E*>(x) + first * row, row, sums, row, Start::add, 1.0f,
-                      nullptr},
-           0, row);
+  multiply(
+      Product<E>{block.keys, words_of<T>(lanes - block.lane), reinterpret_cast<const E*>(p) + first,
+                 kLanes, 1, reinterpret_cast<const E*>(x) + first * row, row, sums, row, Start::add,
+                 1.0f, nullptr},
+      0, row);
 }
 
 template <class T>
@@ -100,7 +103,8 @@ void backpropagate(const Backward& call, const QueryTile& tile, const BackwardSc
     scores<T>(s, tile, horizon, block, lanes, k, f.q, f.p);
     const Left<E> v = key_rows(values, call.v.row, block.keys, s.Dv, f.v);
     multiply(Product<E>{block.keys, words_of<T>(s.Dv), v.data, v.row, v.column,
-                        reinterpret_cast<const E*>(f.dout), kLanes, f.ds, kLanes, Start::zero, 1.0f, nullptr},
+                        reinterpret_cast<const E*>(f.dout), kLanes, f.ds, kLanes, Start::zero, 1.0f,
+                        nullptr},
              block.lane, lanes);
     weigh<T>(block, lanes, f);
     add_over_lanes<T>(block, lanes, f.p, f.dout_rows, s.Dv, sums.dv + key * padded(s.Dv));
@@ -108,8 +112,8 @@ void backpropagate(const Backward& call, const QueryTile& tile, const BackwardSc
     const Left<E> kt = paired<T> ? key_columns(keys, call.k.row, block.keys, s.D, f.k_columns)
                                  : Left<E>{k.data, k.column, k.row};
     multiply(Product<E>{s.D, words_of<T>(block.keys), kt.data, kt.row, kt.column,
-                        reinterpret_cast<const E*>(paired<T> ? f.ds_pairs : f.ds), kLanes, f.dq, kLanes,
-                        Start::add, 1.0f, nullptr},
+                        reinterpret_cast<const E*>(paired<T> ? f.ds_pairs : f.ds), kLanes, f.dq,
+                        kLanes, Start::add, 1.0f, nullptr},
              block.lane, lanes);
     key += block.keys;
   }
@@ -128,13 +132,16 @@ void store_sums(const float* sums, int64_t parts, int64_t stride, int64_t D, flo
 }
 
 template <class T>
-void store_keys(const Backward& call, int64_t head, int64_t begin, int64_t end, float* sums, int64_t parts) {
+void store_keys(const Backward& call, int64_t head, int64_t begin, int64_t end, float* sums,
+                int64_t parts) {
   const Shape& s = call.shape;
   const KeySums first(s, sums);
   const int64_t stride = sums_floats(s), b = head / s.Hkv, h = head % s.Hkv;
   for (int64_t key = begin; key < end; ++key) {
-    store_sums(first.dk + key * padded(s.D), parts, stride, s.D, s.scale, row_at<T>(call.dk, b, {h, key}));
-    store_sums(first.dv + key * padded(s.Dv), parts, stride, s.Dv, 1.0f, row_at<T>(call.dv, b, {h, key}));
+    store_sums(first.dk + key * padded(s.D), parts, stride, s.D, s.scale,
+               row_at<T>(call.dk, b, {h, key}));
+    store_sums(first.dv + key * padded(s.Dv), parts, stride, s.Dv, 1.0f,
+               row_at<T>(call.dv, b, {h, key}));
   }
 }
 
@@ -145,7 +152,8 @@ void backward_all(const Backward& call, const Parallel& parallel) {
   const int64_t parts = backward_parts(s, parallel.threads), sums_size = sums_floats(s);
   const size_t bytes = scratch_bytes<BackwardScratch>(s);
   char* workspace = static_cast<char*>(call.workspace);
-  float* all_sums = reinterpret_cast<float*>(workspace + bytes * static_cast<size_t>(parallel.threads));
+  float* all_sums =
+      reinterpret_cast<float*>(workspace + bytes * static_cast<size_t>(parallel.threads));
 
   run_tasks(heads * parts, parallel, [&](int64_t task, int worker) BIGKERN_FN {
     Arena arena(workspace + bytes * static_cast<size_t>(worker));
@@ -155,8 +163,8 @@ void backward_all(const Backward& call, const Parallel& parallel) {
     std::fill_n(sums, sums_size, 0.0f);
     for (int64_t tile = task % parts; tile < tiles; tile += parts) {
       const int64_t first = tile * kLanes;
-      backpropagate<T>(call, {head / s.Hkv, head % s.Hkv, first, at_most(rows - first, kLanes)}, scratch,
-                       KeySums(s, sums));
+      backpropagate<T>(call, {head / s.Hkv, head % s.Hkv, first, at_most(rows - first, kLanes)},
+                       scratch, KeySums(s, sums));
     }
     if (parts == 1) store_keys<T>(call, head, 0, s.Sk, sums, 1);
   });

@@ -1,5 +1,5 @@
-// Flash attention's forward pass on one thread's tile of queries: online softmax over blocks of keys
-// (Dao et al., 2022; Milakov and Gimelshein, 2018). Compiled once per instruction set.
+// Flash attention's forward pass on one thread's tile of queries: online softmax over blocks of
+// keys (Dao et al., 2022; Milakov and Gimelshein, 2018). Compiled once per instruction set.
 //
 //   q^T [D, 64] stays in L1      for each block of keys (a key is a row, a query a lane):
 //                                  x   [keys, 64] = k q^T                     k from where it lies
@@ -76,8 +76,8 @@ void attend(const Forward& call, const QueryTile& tile, const ForwardScratch& f)
     online_softmax<T>(block, lanes, f);
     const Left<Element<T>> v = key_columns(values, call.v.row, block.keys, s.Dv, f.v);
     multiply(Product<Element<T>>{s.Dv, words_of<T>(block.keys), v.data, v.row, v.column,
-                                 reinterpret_cast<const Element<T>*>(f.x), kLanes, f.o, kLanes, Start::rescale,
-                                 1.0f, f.rescale},
+                                 reinterpret_cast<const Element<T>*>(f.x), kLanes, f.o, kLanes,
+                                 Start::rescale, 1.0f, f.rescale},
              block.lane, lanes);
     key += block.keys;
   }
@@ -85,7 +85,7 @@ void attend(const Forward& call, const QueryTile& tile, const ForwardScratch& f)
 }
 
 template <class T>
-void forward_all(const Forward& call, const Parallel& parallel) {
+void forward_tiles(const Forward& call, const Parallel& parallel) {
   const Shape& s = call.shape;
   const int64_t rows = rows_of_group(s);
   const int64_t step = rows_per_tile(s, parallel.threads);
@@ -99,6 +99,11 @@ void forward_all(const Forward& call, const Parallel& parallel) {
     const int64_t first = (tiles - 1 - task % tiles) * step;  // causal: the longest first
     attend<T>(call, {head / s.Hkv, head % s.Hkv, first, at_most(rows - first, step)}, scratch);
   });
+}
+
+template <class T>
+void forward_all(const Forward& call, const Parallel& parallel) {
+  decodes(call.shape) ? decode_all<T>(call, parallel) : forward_tiles<T>(call, parallel);
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
-// How the CPU kernels cut attention into tiles and blocks, and where a worker's scratch lies: the part of
-// them that no instruction set changes. README.md has the picture.
+// How the CPU kernels cut attention into tiles and blocks, and where a worker's scratch lies: the
+// part of them that no instruction set changes. README.md has the picture.
 //
-// The query heads that share a key head are stacked into rows: row r is query r % Sq of the group's head
-// r / Sq. A tile is up to 64 rows, and in a tile a row is a *lane*: every matrix is stored transposed,
+// The query heads that share a key head are stacked into rows: row r is query r % Sq of the group's
+// head r / Sq. A tile is up to 64 rows, and in a tile a row is a *lane*: every matrix is stored
+// transposed,
 // [.., 64], so that the softmax never crosses lanes and keys and values are read where they lie.
 #pragma once
 
@@ -24,7 +25,8 @@ constexpr float kLn2 = 0.6931471805599453f;
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t padded(int64_t n) { return ceil_div(n, 16) * 16; }  // whole vectors on every level
 
-// ---- tiles of queries ------------------------------------------------------------------------------
+// ---- tiles of queries
+// ------------------------------------------------------------------------------
 
 inline int64_t rows_of_group(const Shape& s) { return s.Hq / s.Hkv * s.Sq; }
 
@@ -63,7 +65,8 @@ inline int64_t rows_per_tile(const Shape& s, int threads) {
   return rows;
 }
 
-// ---- blocks of keys --------------------------------------------------------------------------------
+// ---- blocks of keys
+// --------------------------------------------------------------------------------
 
 // Keys first .. first + keys, for the lanes from `lane` on; the lanes before it see none of them.
 struct KeyBlock {
@@ -100,12 +103,14 @@ struct Horizon {
   }
 };
 
-// ---- work and workspace ----------------------------------------------------------------------------
+// ---- work and workspace
+// ----------------------------------------------------------------------------
 
 // Threads that are worth waking: each should have a few microseconds of arithmetic.
 inline Parallel worthwhile(const Shape& s, const Parallel& parallel) {
   const double products = static_cast<double>(s.B) * s.Hq * s.Sq * s.Sk * (s.D + s.Dv);
-  const int threads = static_cast<int>(std::min<double>(parallel.threads, 1 + products / (1 << 18)));
+  const int threads =
+      static_cast<int>(std::min<double>(parallel.threads, 1 + products / (1 << 18)));
   return threads == 1 ? Parallel::serial() : Parallel{parallel.run, threads};
 }
 
@@ -126,7 +131,16 @@ class Arena {
   size_t used_ = 0;
 };
 
-// A worker's scratch in the forward pass, and in the backward pass; [rows, columns] in 32-bit words.
+template <class Scratch>
+size_t scratch_bytes(const Shape& s) {
+  Arena measure(nullptr);
+  Scratch scratch(measure, s);
+  static_cast<void>(scratch);
+  return measure.used();
+}
+
+// A worker's scratch in the forward pass, and in the backward pass; [rows, columns] in 32-bit
+// words.
 struct ForwardScratch {
   float *q, *x, *k, *v, *o, *max, *sum, *rescale;
 
@@ -140,6 +154,39 @@ struct ForwardScratch {
         sum(arena.take(kLanes)),
         rescale(arena.take(kLanes)) {}
 };
+
+// Few enough rows for cpu_decode.h: a tile would leave most of its lanes empty.
+constexpr int64_t kDecodeRows = 5;
+inline bool decodes(const Shape& s) { return rows_of_group(s) <= kDecodeRows; }
+
+struct DecodeScratch {
+  float *q, *x;
+
+  DecodeScratch(Arena& arena, const Shape& s)
+      : q(arena.take(kDecodeRows * padded(s.D))), x(arena.take(kKeys)) {}
+};
+
+// A row's results over a span of keys, within the results [rows, floats] of a task.
+struct DecodeRow {
+  float *max, *sum, *o;
+
+  DecodeRow(const Shape& s, float* results, int64_t row)
+      : max(results + row * floats(s)), sum(max + 1), o(max + 16) {}
+  static int64_t floats(const Shape& s) { return 16 + padded(s.Dv); }
+};
+
+// Spans of keys a head is cut into: one where there are heads enough for the threads.
+inline int64_t decode_spans(const Shape& s, int threads) {
+  constexpr int64_t kLeastKeys = 256;  // in a span
+  const int64_t heads = std::max<int64_t>(s.B * s.Hkv, 1);
+  return std::clamp<int64_t>(ceil_div(threads, heads), 1, std::max<int64_t>(1, s.Sk / kLeastKeys));
+}
+
+inline size_t decode_workspace(const Shape& s, int threads) {
+  const int64_t results = std::max<int64_t>(threads, s.B * s.Hkv * decode_spans(s, threads));
+  return scratch_bytes<DecodeScratch>(s) * static_cast<size_t>(threads) +
+         static_cast<size_t>(results * rows_of_group(s) * DecodeRow::floats(s)) * sizeof(float);
+}
 
 struct BackwardScratch {
   float *q, *dout, *q_rows, *dout_rows, *p, *ds, *ds_pairs, *k, *k_columns, *v, *dq, *lse, *delta;
@@ -160,16 +207,8 @@ struct BackwardScratch {
         delta(arena.take(kLanes)) {}
 };
 
-template <class Scratch>
-size_t scratch_bytes(const Shape& s) {
-  Arena measure(nullptr);
-  Scratch scratch(measure, s);
-  static_cast<void>(scratch);
-  return measure.used();
-}
-
-// The backward pass goes through a key head's query tiles in `parts` tasks, each with its own sums of dk and
-// dv. One task a head is best, unless threads would idle.
+// The backward pass goes through a key head's query tiles in `parts` tasks, each with its own sums
+// of dk and dv. One task a head is best, unless threads would idle.
 inline int64_t backward_parts(const Shape& s, int threads) {
   const int64_t heads = std::max<int64_t>(s.B * s.Hkv, 1);
   const int64_t tiles = ceil_div(rows_of_group(s), kLanes);

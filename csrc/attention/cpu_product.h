@@ -1,12 +1,14 @@
 // The one matrix product of the attention kernels, C[M, N] = A[M, K] B[K, N], for tiles that lie in
 // cache. Compiled once per instruction set (common/cpu/foreach_isa.h).
 //
-// A block of C, 6 rows by 4 vectors (6 by 2 with 16 registers), stays in registers while k runs; each step
-// broadcasts one element from each row of A and multiplies it by one row of B. A is read where it lies,
-// rows or columns: no packing.
+// A block of C, 6 rows by 4 vectors (6 by 2 with 16 registers), stays in registers while k runs;
+// each step broadcasts one element from each row of A and multiplies it by one row of B. A is read
+// where it lies, rows or columns: no packing.
 //
-//            B[k, :]  v v v v                     an element is a float, or with vdpbf16ps a pair of
-//   A[:, k]  a        c c c c                     bf16 that lie next to each other along k: then one
+//            B[k, :]  v v v v                     an element is a float, or with vdpbf16ps a pair
+//            of
+//   A[:, k]  a        c c c c                     bf16 that lie next to each other along k: then
+//   one
 //            a        c c c c   6 x 4 registers   step advances k by two
 //            ...      .......
 
@@ -23,7 +25,9 @@ struct Pair {
   uint32_t bits;
 };
 
-ATTENTION_INLINE vf multiply_add(const float* a, const float* b, vf c) { return fma(set1(*a), load(b), c); }
+ATTENTION_INLINE vf multiply_add(const float* a, const float* b, vf c) {
+  return fma(set1(*a), load(b), c);
+}
 ATTENTION_INLINE vf multiply_add(const Pair* a, const Pair* b, vf c) {
   return dot_bf16(c, set1_int(static_cast<int32_t>(a->bits)), load_raw<vi>(b));
 }

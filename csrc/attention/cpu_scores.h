@@ -1,5 +1,5 @@
-// The scores of one block of keys for the lanes of a tile, shared by forward and backward. Compiled once
-// per instruction set.
+// The scores of one block of keys for the lanes of a tile, shared by forward and backward. Compiled
+// once per instruction set.
 
 namespace bigkern::attention::BIGKERN_ISA {
 namespace {
@@ -22,7 +22,8 @@ inline bool one_row(const Shape& s, const QueryTile& tile, const Broadcast& b) {
   return b.row == 0 && (b.head == 0 || one_head);
 }
 
-// Calls f(value, scores, count) for each entry of a broadcast tensor and the scores [count] it applies to.
+// Calls f(value, scores, count) for each entry of a broadcast tensor and the scores [count] it
+// applies to.
 template <class T, class F>
 ATTENTION_INLINE void for_each_entry(const Shape& s, const QueryTile& tile, const Broadcast& b,
                                      const KeyBlock& block, float* x, const F& f) {
@@ -35,13 +36,14 @@ ATTENTION_INLINE void for_each_entry(const Shape& s, const QueryTile& tile, cons
   }
 }
 
-// x [keys, 64] = log2(e) (scale q k^T + bias), -inf where causal or mask forbid; lanes block.lane .. lanes.
+// x [keys, 64] = log2(e) (scale q k^T + bias), -inf where causal or mask forbid; lanes block.lane
+// .. lanes.
 template <class T>
-void scores(const Shape& s, const QueryTile& tile, const Horizon& horizon,
-            const KeyBlock& block, int64_t lanes, const Left<Element<T>>& k, const float* q, float* x) {
+void scores(const Shape& s, const QueryTile& tile, const Horizon& horizon, const KeyBlock& block,
+            int64_t lanes, const Left<Element<T>>& k, const float* q, float* x) {
   multiply(Product<Element<T>>{block.keys, words_of<T>(s.D), k.data, k.row, k.column,
-                               reinterpret_cast<const Element<T>*>(q), kLanes, x, kLanes, Start::zero,
-                               s.scale * kLog2e, nullptr},
+                               reinterpret_cast<const Element<T>*>(q), kLanes, x, kLanes,
+                               Start::zero, s.scale * kLog2e, nullptr},
            block.lane, lanes);
   if (s.bias.data != nullptr) {
     for_each_entry<T>(s, tile, s.bias, block, x, [&](T entry, float* at, int64_t count) BIGKERN_FN {
@@ -49,9 +51,11 @@ void scores(const Shape& s, const QueryTile& tile, const Horizon& horizon,
     });
   }
   if (s.mask.data != nullptr) {
-    for_each_entry<bool>(s, tile, s.mask, block, x, [&](bool allowed, float* at, int64_t count) BIGKERN_FN {
-      for (int64_t i = 0; i < count; ++i) at[i] = allowed ? at[i] : -__builtin_inff();
-    });
+    for_each_entry<bool>(s, tile, s.mask, block, x,
+                         [&](bool allowed, float* at, int64_t count) BIGKERN_FN {
+                           for (int64_t i = 0; i < count; ++i)
+                             at[i] = allowed ? at[i] : -__builtin_inff();
+                         });
   }
   if (block.diagonal) forbid_future(horizon, block, lanes, x);
 }

@@ -59,7 +59,8 @@ Left<Element<T>> key_rows(const T* keys, int64_t stride, int64_t n, int64_t D, f
   }
 }
 
-// Rows 2r and 2r + 1 of a bf16 matrix side by side: [ceil(n / 2), row] words, zeros up to `row` columns.
+// Rows 2r and 2r + 1 of a bf16 matrix side by side: [ceil(n / 2), row] words, zeros up to `row`
+// columns.
 template <class RowAt>
 void pair_rows(int64_t n, int64_t D, int64_t row, float* out, const RowAt& row_at) {
   for (int64_t r = 0; r < n; r += 2, out += row) {
@@ -126,7 +127,8 @@ void pack_lane_rows(const TileRows<const T>& tile, int64_t D, float* out) {
   }
 }
 
-// The transposed tile x [D, 64], each lane times its factor, into the rows of a tensor. x has padded(D) rows.
+// The transposed tile x [D, 64], each lane times its factor, into the rows of a tensor. x has
+// padded(D) rows.
 template <class T>
 void unpack_lanes(const float* x, const float* factor, int64_t D, const TileRows<T>& tile) {
   for (int64_t lane = 0; lane < tile.rows; lane += W) {
