@@ -106,7 +106,7 @@ inline size_t round_up(size_t x, size_t step) { return (x + step - 1) / step * s
 // packing its rows.
 inline Plan make_plan(int64_t M, int64_t N, int64_t K, int64_t words, int threads) {
   Plan best{M, N, K, words, 1, 1, 1};
-  const int64_t P = best.row_panels(), Q = best.column_panels();
+  const int64_t P = M > 0 ? best.row_panels() : 1, Q = N > 0 ? best.column_panels() : 1;
   const int64_t panel_bytes = MR * int64_t(sizeof(float)) * (words < 1 ? 1 : words);
   int64_t limit = at_most(kBlockBytes / panel_bytes, kMaxBlockPanels);
   if (limit < kLeastBlockPanels) limit = kLeastBlockPanels;

@@ -1,0 +1,268 @@
+// The FFN block's backward on the CPU: four products around the saved pre-activation h.
+//
+//   dz = dy, or the norm's backward of dy (post-norm)                                    [M, D]
+//   da = dz W2          epilogue: a = act(h) rebuilt, dh = da act'(h), db1 += dh         [M, F]
+//   dW2 = dz^T a        db2 = sum of dz's rows
+//   dW1 = dh^T n        n = norm(x), rebuilt while it is packed (pre-norm), or x
+//   dn = dh W1          pre-norm: then the norm's backward, + dy;  post-norm: + dz       [M, D]
+//
+// da, and n, are never stored. Weight gradients sum over the tokens kTokens at a time, in fp32, so
+// that packed panels stay in the cache however many tokens there are.
+//
+// Included once per instruction set by cpu_kernels.h; no include guard.
+
+namespace bigkern::layernorm_ffn::BIGKERN_ISA {
+namespace {
+
+constexpr int64_t kTokens = 2048;
+
+// Epilogue of da = dz W2.
+template <class T>
+struct ActivationBackwardTile {
+  int64_t F;
+  Activation activation;
+  const T* h;  // [M, F] or [M, 2F]
+  T *dh, *a;   // like h, and [M, F]; a null: not wanted
+  float* db1;  // [row blocks, F or 2F] partial sums, null: not wanted
+
+  template <Activation A>
+  void column(const Tile& tile, int64_t j, int64_t n) const {
+    constexpr bool gated = is_gated(A);
+    const int64_t width = gated ? 2 * F : F, f = tile.j + j;
+    vf sum = zero(), sum_up = zero();
+    for (int r = 0; r < tile.rows; ++r) {
+      const int64_t i = tile.i + r, at = i * width + f;
+      const vf da = load(tile.c + r * NR + j);
+      Curve curve = curve_of<A>(load_upto(h + at, n));
+      vf d = da * curve.slope;
+      if constexpr (gated) {
+        const vf up = load_upto(h + at + F, n), d_up = da * curve.value;
+        store_upto(dh + at + F, d_up, n);
+        sum_up += d_up;
+        curve.value *= up;
+        d *= up;
+      }
+      store_upto(dh + at, d, n);
+      sum += d;
+      if (a) store_upto(a + i * F + f, curve.value, n);
+    }
+    if (!db1) return;
+    accumulate(db1 + tile.row_block * width, f, sum, n, tile.first);
+    if constexpr (gated) accumulate(db1 + tile.row_block * width, F + f, sum_up, n, tile.first);
+  }
+
+  void operator()(const Tile& tile) const {
+    with_activation(activation, [&](auto constant) BIGKERN_FN {
+      for (int64_t j = 0; j < tile.columns; j += W) {
+        column<decltype(constant)::value>(tile, j, tile.columns - j);
+      }
+    });
+  }
+};
+
+// a = act(h), where nothing but dW2 is wanted.
+template <class T>
+void rebuild_activation(const T* h, int64_t M, int64_t F, Activation activation, T* a,
+                        const Parallel& parallel) {
+  with_activation(activation, [&](auto constant) BIGKERN_FN {
+    constexpr Activation A = decltype(constant)::value;
+    const int64_t width = is_gated(A) ? 2 * F : F;
+    parallel.for_range(0, M, 1, [&](int64_t begin, int64_t end) BIGKERN_FN {
+      for (int64_t i = begin; i < end; ++i) {
+        for (int64_t f = 0; f < F; f += W) {
+          vf value = value_of<A>(load_upto(h + i * width + f, F - f));
+          if constexpr (is_gated(A)) value *= load_upto(h + i * width + F + f, F - f);
+          store_upto(a + i * F + f, value, F - f);
+        }
+      }
+    });
+  });
+}
+
+// n = norm(x), or x, as B of the product dh^T n, from token k0 on.
+template <class T>
+struct PackNormalisedColumns {
+  PackX<T> x;
+  int64_t k0;
+
+  void operator()(int64_t j, int64_t columns, int64_t begin, int64_t end, float* out) const {
+    const auto column = [&](int64_t k, int64_t i, int64_t n)
+                            BIGKERN_FN { return x(k0 + k, j + i, n); };
+    pack_columns<NR, T>(columns, begin, end, out, column);
+  }
+};
+
+template <class T>
+struct FfnBackward {
+  const FfnBackwardParams& p;
+  int threads;
+  bool pre, want_dh, want_dn, want_dnorm;
+  int64_t width;   // of h: F or 2F
+  int64_t tokens;  // of one part of a weight gradient
+  bool widen;      // parts are added up in fp32 first: T itself is too coarse
+  Plan da, dw2, dw1, dn;
+
+  // Where things lie in the workspace, in floats.
+  size_t dz_at, dn_at, a_at, dh_at, db1_at, sums_at, stats_at, weight_at, gemm_at, total;
+
+  FfnBackward(const FfnBackwardParams& params, int thread_count)
+      : p(params), threads(thread_count) {
+    pre = p.placement == Placement::pre;
+    want_dnorm = p.dnorm_weight || p.dnorm_bias;
+    want_dn = p.dx || (pre && want_dnorm);
+    want_dh = want_dn || p.dw1 || p.db1;
+    width = is_gated(p.activation) ? 2 * p.F : p.F;
+    const int64_t parts = (p.M + kTokens - 1) / kTokens;
+    tokens = parts > 1 ? ((p.M + parts - 1) / parts + 1) / 2 * 2 : p.M;  // even: bf16 pairs
+    da = make_plan(p.M, p.F, p.D, words_of<T>(p.D), threads);
+    dw2 = make_plan(p.D, p.F, tokens, words_of<T>(tokens), threads);
+    dw1 = make_plan(width, p.D, tokens, words_of<T>(tokens), threads);
+    dn = make_plan(p.M, p.D, width, words_of<T>(width), threads);
+    lay_out();
+  }
+
+  void lay_out() {
+    size_t at = 0;
+    const auto take = [&](bool wanted, int64_t count, size_t size) {
+      const size_t here = at;
+      if (wanted) at += round_up((size_t(count) * size + 3) / 4, kAlign);
+      return here;
+    };
+    dz_at = take(!pre, p.M * p.D, sizeof(T));
+    dn_at = take(pre && want_dn, p.M * p.D, sizeof(float));
+    a_at = take(p.dw2, p.M * p.F, sizeof(T));
+    dh_at = take(want_dh, p.M * width, sizeof(T));
+    db1_at = take(p.db1, da.row_blocks * width, sizeof(float));
+    sums_at = take(true, row_sum_blocks(p.M) * 2 * p.D, sizeof(float));
+    stats_at = take(true, p.M * 3, sizeof(float));
+    widen = sizeof(T) < sizeof(float) && tokens < p.M && (p.dw1 || p.dw2);
+    weight_at = take(widen, width * p.D, sizeof(float));
+    gemm_at = at;
+    size_t most = 0;
+    for (const Plan* plan : {&da, &dw2, &dw1, &dn}) {
+      const size_t floats = gemm_workspace(*plan, threads);
+      if (floats > most) most = floats;
+    }
+    total = gemm_at + most;
+  }
+
+  float* floats(size_t at) const { return static_cast<float*>(p.workspace) + at; }
+  T* stored(size_t at) const { return reinterpret_cast<T*>(floats(at)); }
+  RowStats* stats() const { return reinterpret_cast<RowStats*>(floats(stats_at)); }
+  static const T* in(const void* q) { return static_cast<const T*>(q); }
+  static T* out(void* q) { return static_cast<T*>(q); }
+  const T* dz() const { return pre ? in(p.dy) : stored(dz_at); }
+
+  // The norm's backward: post-norm from dy to dz, pre-norm from dn to dx.
+  template <class G>
+  void norm_backward(const G* gradient, const T* added, const T* v, T* dv,
+                     const Parallel& parallel) const {
+    const auto make_row = [&](int64_t i) BIGKERN_FN {
+      const int64_t at = i * p.D;
+      return NormBackwardRow<T, G>{gradient + at,
+                                   added ? added + at : nullptr,
+                                   v + at,
+                                   in(p.norm_weight),
+                                   p.mean ? p.mean[i] : 0.0f,
+                                   p.rstd[i],
+                                   dv ? dv + at : nullptr,
+                                   nullptr,
+                                   nullptr,
+                                   false};
+    };
+    norm_backward_rows(p.M, p.D, p.norm, out(p.dnorm_weight), out(p.dnorm_bias), floats(sums_at),
+                       make_row, parallel);
+  }
+
+  void through_activation(const Parallel& parallel) const {
+    T* a = p.dw2 ? stored(a_at) : nullptr;
+    if (!want_dh) {
+      if (a) rebuild_activation(in(p.preactivation), p.M, p.F, p.activation, a, parallel);
+      return;
+    }
+    float* db1 = p.db1 ? floats(db1_at) : nullptr;
+    const ActivationBackwardTile<T> tile = {p.F, p.activation, in(p.preactivation), stored(dh_at),
+                                            a,   db1};
+    const Matrix<T> A = {dz(), p.D, 1}, B = {in(p.w2), p.F, 1};
+    gemm<T>(da, A, B, tile, floats(gemm_at), parallel);
+    add_partial_sums(db1, p.M > 0 ? da.row_blocks : 0, width, width, out(p.db1), parallel);
+  }
+
+  // dw = sum over tokens of A^T B, in parts: make_a(k0), make_b(k0) pack from token k0 on.
+  template <class MakeA, class MakeB>
+  void weight_gradient(Plan plan, T* dw, const MakeA& make_a, const MakeB& make_b,
+                       const Parallel& parallel) const {
+    if (!dw) return;
+    int64_t k0 = 0;
+    do {  // once even for no tokens: the gradient is then 0
+      plan.K = at_most(tokens, p.M - k0);
+      plan.words = words_of<T>(plan.K);
+      if (widen) {
+        const StoreTile<float> tile = {floats(weight_at), plan.N, k0 > 0};
+        gemm<T>(plan, make_a(k0), make_b(k0), tile, floats(gemm_at), parallel);
+      } else {
+        const StoreTile<T> tile = {dw, plan.N, k0 > 0};
+        gemm<T>(plan, make_a(k0), make_b(k0), tile, floats(gemm_at), parallel);
+      }
+      k0 += tokens;
+    } while (k0 < p.M);
+    if (widen) add_partial_sums(floats(weight_at), 1, 0, plan.M * plan.N, dw, parallel);
+  }
+
+  void run(const Parallel& parallel) const {
+    const bool want_dz = want_dh || p.dw2 || p.db2 || want_dnorm;
+    if (!pre && want_dz) {
+      norm_backward(in(p.dy), static_cast<const T*>(nullptr), in(p.s), stored(dz_at), parallel);
+    }
+    sum_rows(dz(), p.M, p.D, out(p.db2), floats(sums_at), parallel);
+    through_activation(parallel);
+    weight_gradient(
+        dw2, out(p.dw2),
+        [&](int64_t k0) BIGKERN_FN { return PackMatrix<MR, T>{{dz() + k0 * p.D, 1, p.D}}; },
+        [&](int64_t k0) BIGKERN_FN { return PackMatrix<NR, T>{{stored(a_at) + k0 * p.F, 1, p.F}}; },
+        parallel);
+    if (pre && p.dw1) find_stats(parallel);
+    const PackX<T> x = {in(p.x), p.D, pre ? stats() : nullptr, in(p.norm_weight), in(p.norm_bias)};
+    weight_gradient(
+        dw1, out(p.dw1),
+        [&](int64_t k0)
+            BIGKERN_FN { return PackMatrix<MR, T>{{stored(dh_at) + k0 * width, 1, width}}; },
+        [&](int64_t k0) BIGKERN_FN { return PackNormalisedColumns<T>{x, k0}; }, parallel);
+    if (want_dn) through_w1(parallel);
+  }
+
+  void through_w1(const Parallel& parallel) const {
+    const Matrix<T> A = {stored(dh_at), width, 1}, B = {in(p.w1), p.D, 1};
+    if (!pre) {
+      const OutputTile<T> tile = {p.D, nullptr, p.residual ? dz() : nullptr, out(p.dx)};
+      gemm<T>(dn, A, B, tile, floats(gemm_at), parallel);
+      return;
+    }
+    gemm<T>(dn, A, B, StoreTile<float>{floats(dn_at), p.D, false}, floats(gemm_at), parallel);
+    norm_backward(floats(dn_at), p.residual ? in(p.dy) : nullptr, in(p.x), out(p.dx), parallel);
+  }
+
+  // mean and rstd were saved; shift is found again (cpu_norm.h).
+  void find_stats(const Parallel& parallel) const {
+    parallel.for_range(0, p.M, 1, [&](int64_t begin, int64_t end) BIGKERN_FN {
+      for (int64_t i = begin; i < end; ++i) {
+        RowStats& row = stats()[i];
+        row = {p.mean ? p.mean[i] : 0.0f, 0.0f, p.rstd[i]};
+        if (p.norm == Norm::rms) continue;
+        vf sum = zero();
+        for (int64_t j = 0; j < p.D; j += W) {
+          sum += first_n(load_upto(in(p.x) + i * p.D + j, p.D - j) - row.mean, p.D - j);
+        }
+        row.shift = reduce_add(sum) / float(p.D);
+      }
+    });
+  }
+};
+
+template <class T>
+void ffn_backward(const FfnBackwardParams& p, const Parallel& parallel) {
+  FfnBackward<T>(p, parallel.threads).run(parallel);
+}
+
+}  // namespace
+}  // namespace bigkern::layernorm_ffn::BIGKERN_ISA

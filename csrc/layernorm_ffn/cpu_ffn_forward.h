@@ -1,0 +1,268 @@
+// The FFN block's forward on the CPU: norm, two products, activation and residual in one pass over
+// a block of rows.
+//
+//   x rows ----> packed as A, normalised on the way (pre-norm)
+//                  | x packed W1: tiles of the pre-activation in L1
+//                  v
+//                epilogue: + b1, activation, packed again as the next A ----> preactivation, if
+//                wanted
+//                  | x packed W2: tiles of the output in L1
+//                  v
+//                epilogue: + b2 + x ----> y, or s and then its norm (post-norm), the rows still hot
+//
+// The F-wide activation of a block of rows never leaves the cache, and is never packed in a second
+// pass: its tile is transposed while it lies in L1. When there are too few rows to give each thread
+// a block, the two products run one after the other instead, each cut over its columns too.
+//
+// Gated: panels of packed W1 hold W gate rows and the W up rows that belong to them, so that one
+// tile has both halves of W outputs.
+//
+// Included once per instruction set by cpu_kernels.h; no include guard.
+
+namespace bigkern::layernorm_ffn::BIGKERN_ISA {
+namespace {
+
+// Panels of W1's rows, [F, D] or [2F, D]: columns of the first product.
+template <class T>
+struct PackW1 {
+  const T* w1;
+  int64_t D, F;
+  bool gated;
+
+  void operator()(int64_t j, int64_t columns, int64_t begin, int64_t end, float* out) const {
+    const int64_t f = gated ? j / 2 : j;
+    const auto row = [&](int64_t i, int64_t k, int64_t n) BIGKERN_FN {
+      const bool up = gated && i >= W;
+      const int64_t at = f + (up ? i - W : i);
+      if (at >= F) return zero();
+      return load_upto(w1 + (up ? F + at : at) * D + k, n);
+    };
+    pack_rows<NR, T>(columns, begin, end, out, row);
+  }
+};
+
+// Columns of the first product's C: F, or gate and up interleaved in whole vectors.
+inline int64_t product_columns(int64_t F, Activation activation) {
+  return is_gated(activation) ? (F + W - 1) / W * NR : F;
+}
+
+// x as A, normalised if stats are given.
+template <class T>
+struct PackX {
+  const T* x;
+  int64_t D;
+  const RowStats* stats;  // [M], null: as it is
+  const T *weight, *bias;
+
+  vf operator()(int64_t i, int64_t k, int64_t n) const {
+    const T* p = x + i * D + k;
+    if (!stats) return load_upto(p, n);
+    const vf w = load_or(weight, k, n, 1.0f), b = load_or(bias, k, n, 0.0f);
+    return first_n(fma(normalised(p, n, stats[i]), w, b), n);
+  }
+  void operator()(int64_t i, int64_t rows, int64_t begin, int64_t end, float* out) const {
+    const PackX& self = *this;
+    const auto row = [&](int64_t r, int64_t k, int64_t n) BIGKERN_FN { return self(i + r, k, n); };
+    pack_rows<MR, T>(rows, begin, end, out, row);
+  }
+};
+
+// First epilogue: the tile plus b1, rounded to T, is the pre-activation; its activation goes to
+// `packed`, the A panels of the second product, or to `activation` in memory.
+template <class T>
+struct ActivationTile {
+  int64_t F;
+  Activation activation;
+  const T* b1;
+  T* preactivation;  // [M, F] or [M, 2F], null: not wanted
+  T* out;            // [M, F], null: pack
+  float* packed;     // panels of the block of rows that begins at `row0`
+  int64_t row0;
+
+  // One row of the tile: c points at its NR sums, a takes its activations.
+  template <Activation A>
+  void row(const float* c, int64_t i, int64_t f, int64_t n, float* a) const {
+    constexpr bool gated = is_gated(A);
+    const int64_t width = gated ? 2 * F : F;
+    T* pre = preactivation ? preactivation + i * width : nullptr;
+    for (int64_t j = 0; j < n; j += W) {
+      const vf p = biased(c + j, b1, pre, f + j, n - j);
+      vf value = value_of<A>(p);
+      if constexpr (gated) value *= biased(c + W, b1, pre, F + f, n);
+      store(a + j, value);
+    }
+  }
+  vf biased(const float* c, const T* bias, T* pre, int64_t at, int64_t n) const {
+    const vf p = load(c) + load_or(bias, at, n, 0.0f);
+    if (pre) store_upto(pre + at, p, n);
+    return round_to<T>(p);
+  }
+
+  void operator()(const Tile& tile) const {
+    const bool gated = is_gated(activation);
+    const int64_t f = gated ? tile.j / 2 : tile.j;
+    const int64_t n = at_most(F - f, gated ? W : NR);
+    alignas(64) float a[MR * NR];
+    with_activation(activation, [&](auto constant) BIGKERN_FN {
+      for (int r = 0; r < tile.rows; ++r) {
+        row<decltype(constant)::value>(tile.c + r * NR, tile.i + r, f, n, a + r * NR);
+      }
+    });
+    if (out) {
+      for (int r = 0; r < tile.rows; ++r) {
+        for (int64_t j = 0; j < n; j += W) {
+          store_upto(out + (tile.i + r) * F + f + j, load(a + r * NR + j), n - j);
+        }
+      }
+      return;
+    }
+    const auto lane = [&](int64_t r, int64_t k, int64_t count)
+                          BIGKERN_FN { return first_n(load(a + r * NR + k), count); };
+    float* panel = packed + (tile.i - row0) * words_of<T>(F) + words_of<T>(f) * MR;
+    pack_rows<MR, T>(tile.rows, 0, n, panel, lane);
+  }
+};
+
+// Second epilogue: out = tile + b2 + residual.
+template <class T>
+struct OutputTile {
+  int64_t D;
+  const T *b2, *residual;  // null ok
+  T* out;
+
+  void operator()(const Tile& tile) const {
+    for (int r = 0; r < tile.rows; ++r) {
+      const int64_t at = (tile.i + r) * D + tile.j;
+      for (int64_t j = 0; j < tile.columns; j += W) {
+        const int64_t n = tile.columns - j;
+        const vf c = load(tile.c + r * NR + j) + load_or(b2, tile.j + j, n, 0.0f);
+        store_upto(out + at + j, c + load_or(residual, at + j, n, 0.0f), n);
+      }
+    }
+  }
+};
+
+// ---- layout and launch --------------------------------------------------------------------------
+
+// Both packed operands of a block of rows: more than L2 holds, for it costs less to stream A from
+// L3 than to stream the weights past smaller blocks more often.
+constexpr int64_t kFusedBlockBytes = 1 << 20;
+
+template <class T>
+struct FfnForward {
+  const FfnParams& p;
+  int threads;
+  Plan up, down;  // the two products; in the fused form both have the blocks of rows of `up`
+  bool fused;
+
+  // Where things lie in the workspace, in floats.
+  size_t stats_at, w1_at, w2_at, scratch_at, scratch_each, total;
+
+  FfnForward(const FfnParams& params, int thread_count) : p(params), threads(thread_count) {
+    const int64_t N1 = product_columns(p.F, p.activation);
+    up = make_plan(p.M, N1, p.D, words_of<T>(p.D), threads);
+    down = make_plan(p.M, p.D, p.F, words_of<T>(p.F), threads);
+    fused = up.row_panels() >= 2 * threads;
+    if (fused) {
+      // Blocks small enough for both packed operands, and an even number for each thread.
+      const int64_t panel_bytes = MR * int64_t(sizeof(float)) * (up.words + down.words);
+      int64_t panels = at_most(kFusedBlockBytes / panel_bytes, kMaxBlockPanels);
+      if (panels < kLeastBlockPanels) panels = kLeastBlockPanels;
+      const int64_t P = up.row_panels();
+      const int64_t blocks = (P + panels * threads - 1) / (panels * threads) * threads;
+      up.row_blocks = down.row_blocks = at_most(blocks, P);
+      up.block_panels = down.block_panels = (P + up.row_blocks - 1) / up.row_blocks;
+      up.column_blocks = down.column_blocks = 1;
+    }
+    stats_at = 0;
+    w1_at = round_up(size_t(p.M) * 3, kAlign);
+    w2_at = w1_at + round_up(up.b_floats(), kAlign);
+    scratch_at = w2_at + round_up(down.b_floats(), kAlign);
+    scratch_each = round_up(up.a_floats(), kAlign) + round_up(down.a_floats(), kAlign);
+    if (fused) {
+      total = scratch_at + size_t(threads) * scratch_each;
+    } else {
+      // W1 and W2 are packed in turn, and the activation lies in memory.
+      scratch_at = w1_at + round_up(size_t(p.M) * size_t(p.F) * sizeof(T) / 4 + 1, kAlign);
+      const size_t first = gemm_workspace(up, threads), second = gemm_workspace(down, threads);
+      total = scratch_at + (first > second ? first : second);
+    }
+  }
+
+  RowStats* stats() const { return reinterpret_cast<RowStats*>(floats()); }
+  float* floats() const { return static_cast<float*>(p.workspace); }
+  static const T* in(const void* q) { return static_cast<const T*>(q); }
+  static T* out(void* q) { return static_cast<T*>(q); }
+
+  // Post-norm normalises what the second product left here, in place if nobody wants it.
+  T* sum() const { return out(p.placement == Placement::post && p.s ? p.s : p.y); }
+
+  void measure(const T* v, int64_t i) const {
+    const RowStats row = row_stats(v + i * p.D, p.D, p.norm, p.eps);
+    stats()[i] = row;
+    if (p.mean) p.mean[i] = row.mean + row.shift;
+    if (p.rstd) p.rstd[i] = row.rstd;
+  }
+  void before(Slice rows) const {
+    if (p.placement != Placement::pre) return;
+    for (int64_t i = rows.begin; i < rows.end; ++i) measure(in(p.x), i);
+  }
+  void after(Slice rows) const {
+    if (p.placement != Placement::post) return;
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      measure(sum(), i);
+      normalise_row<T>(sum() + i * p.D, p.D, stats()[i], in(p.norm_weight), in(p.norm_bias),
+                       out(p.y) + i * p.D);
+    }
+  }
+
+  PackX<T> pack_x() const {
+    const bool pre = p.placement == Placement::pre;
+    return {in(p.x), p.D, pre ? stats() : nullptr, in(p.norm_weight), in(p.norm_bias)};
+  }
+  PackW1<T> pack_w1() const { return {in(p.w1), p.D, p.F, is_gated(p.activation)}; }
+  PackMatrix<NR, T> pack_w2() const { return {{in(p.w2), p.F, 1}}; }
+  OutputTile<T> output_tile() const {
+    return {p.D, in(p.b2), p.residual ? in(p.x) : nullptr, sum()};
+  }
+
+  void run_fused(const Parallel& parallel) const {
+    float *w1 = floats() + w1_at, *w2 = floats() + w2_at, *scratch = floats() + scratch_at;
+    pack_b_panels(up, pack_w1(), w1, parallel);
+    pack_b_panels(down, pack_w2(), w2, parallel);
+    run_tasks(up.row_blocks, parallel, [&](int64_t block, int worker) BIGKERN_FN {
+      const Slice rows = up.rows(block);
+      float* a1 = scratch + size_t(worker) * scratch_each;
+      float* a2 = a1 + round_up(up.a_floats(), kAlign);
+      before(rows);
+      pack_panels<MR>(rows, p.D, up.words, a1, pack_x());
+      const ActivationTile<T> activate = {p.F,     p.activation, in(p.b1),  out(p.preactivation),
+                                          nullptr, a2,           rows.begin};
+      multiply_block<paired<T>>(a1, rows, w1, up.columns(0), up.words, block, activate);
+      multiply_block<paired<T>>(a2, rows, w2, down.columns(0), down.words, block, output_tile());
+      after(rows);
+    });
+  }
+
+  void run_in_turn(const Parallel& parallel) const {
+    T* activation = reinterpret_cast<T*>(floats() + w1_at);
+    float* scratch = floats() + scratch_at;
+    const auto over_rows = [&](auto f) BIGKERN_FN { parallel.for_range(0, p.M, 1, f); };
+    over_rows([&](int64_t begin, int64_t end) BIGKERN_FN { before({begin, end}); });
+    const ActivationTile<T> activate = {p.F,        p.activation, in(p.b1), out(p.preactivation),
+                                        activation, nullptr,      0};
+    gemm<T>(up, pack_x(), pack_w1(), activate, scratch, parallel);
+    gemm<T>(down, PackMatrix<MR, T>{{activation, p.F, 1}}, pack_w2(), output_tile(), scratch,
+            parallel);
+    over_rows([&](int64_t begin, int64_t end) BIGKERN_FN { after({begin, end}); });
+  }
+};
+
+template <class T>
+void ffn_forward(const FfnParams& p, const Parallel& parallel) {
+  const FfnForward<T> call(p, parallel.threads);
+  call.fused ? call.run_fused(parallel) : call.run_in_turn(parallel);
+}
+
+}  // namespace
+}  // namespace bigkern::layernorm_ffn::BIGKERN_ISA

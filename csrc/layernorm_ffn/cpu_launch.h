@@ -1,0 +1,56 @@
+// What one instruction set offers to cpu.cpp: each launcher on the call's dtype.
+//
+// Included once per instruction set by cpu_kernels.h; no include guard.
+
+namespace bigkern::layernorm_ffn::BIGKERN_ISA {
+
+namespace {
+
+// Calls f with a value of the storage type, which only names it.
+template <class F>
+inline auto with_dtype(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::bf16:
+      return f(bf16{});
+    case Dtype::f16:
+      return f(fp16{});
+    default:
+      return f(float{});
+  }
+}
+
+}  // namespace
+
+void norm_forward(const NormParams& p, const Parallel& parallel) {
+  with_dtype(p.dtype, [&](auto t) BIGKERN_FN { norm_forward<decltype(t)>(p, parallel); });
+}
+
+void norm_backward(const NormBackwardParams& p, const Parallel& parallel) {
+  with_dtype(p.dtype, [&](auto t) BIGKERN_FN { norm_backward<decltype(t)>(p, parallel); });
+}
+
+void ffn_forward(const FfnParams& p, const Parallel& parallel) {
+  with_dtype(p.dtype, [&](auto t) BIGKERN_FN { ffn_forward<decltype(t)>(p, parallel); });
+}
+
+void ffn_backward(const FfnBackwardParams& p, const Parallel& parallel) {
+  with_dtype(p.dtype, [&](auto t) BIGKERN_FN { ffn_backward<decltype(t)>(p, parallel); });
+}
+
+size_t norm_backward_workspace(const NormBackwardParams& p, int) {
+  return size_t(row_sum_blocks(p.M) * 2 * p.N) * sizeof(float);
+}
+
+size_t ffn_forward_workspace(const FfnParams& p, int threads) {
+  return with_dtype(p.dtype, [&](auto t) BIGKERN_FN {
+    return FfnForward<decltype(t)>(p, threads).total * sizeof(float);
+  });
+}
+
+size_t ffn_backward_workspace(const FfnBackwardParams& p, int threads) {
+  return with_dtype(p.dtype, [&](auto t) BIGKERN_FN {
+    return FfnBackward<decltype(t)>(p, threads).total * sizeof(float);
+  });
+}
+
+}  // namespace bigkern::layernorm_ffn::BIGKERN_ISA

@@ -1,0 +1,229 @@
+// LayerNorm and RMSNorm over rows, forward and backward, on the CPU.
+//
+//   x^ = (v - mean) rstd        y = x^ w + b
+//   g = dy w                    dv = rstd (g - avg(g) - x^ avg(g x^))      avg over the row of N
+//                               rms: mean = 0 and avg(g) drops out
+//
+// A row stays in L1 or L2 while it is passed over, so memory is read once and written once. The
+// fp32 mean of a row near 1e4 is off by up to 5e-4, which a row with a tiny variance would feel:
+// every pass therefore corrects it by `shift`, the average of v - mean, which is exact.
+//
+// Included once per instruction set by cpu_kernels.h; no include guard.
+
+namespace bigkern::layernorm_ffn::BIGKERN_ISA {
+namespace {
+
+template <class T>
+inline vf load_upto(const T* p, int64_t n) {
+  return n >= W ? load(p) : load_n(p, n);
+}
+template <class T>
+inline void store_upto(T* p, vf x, int64_t n) {
+  n >= W ? store(p, x) : store_n(p, x, n);
+}
+template <class T>
+inline vf load_or(const T* p, int64_t offset, int64_t n, float otherwise) {
+  return p ? load_upto(p + offset, n) : set1(otherwise);
+}
+
+// Lanes from n on become 0: sums must not see them.
+inline vf first_n(vf x, int64_t n) {
+  return n >= W ? x : select(lanes() < set1_int(int32_t(n)), x, zero());
+}
+
+struct RowStats {
+  float mean, shift, rstd;
+};
+
+template <class T>
+RowStats row_stats(const T* v, int64_t N, Norm norm, float eps) {
+  float mean = 0.0f;
+  if (norm == Norm::layer) {
+    vf sum = zero();
+    for (int64_t j = 0; j < N; j += W) sum += load_upto(v + j, N - j);
+    mean = reduce_add(sum) / float(N);
+  }
+  vf sum = zero(), squares = zero();
+  for (int64_t j = 0; j < N; j += W) {
+    const vf d = first_n(load_upto(v + j, N - j) - mean, N - j);
+    sum += d;
+    squares = fma(d, d, squares);
+  }
+  const float shift = norm == Norm::layer ? reduce_add(sum) / float(N) : 0.0f;
+  const float variance = reduce_add(squares) / float(N) - shift * shift;
+  // A NaN must stay one.
+  return {mean, shift, 1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + eps)};
+}
+
+// x^ of n <= W elements.
+template <class T>
+inline vf normalised(const T* v, int64_t n, const RowStats& stats) {
+  return (load_upto(v, n) - stats.mean - stats.shift) * stats.rstd;
+}
+
+template <class T>
+void normalise_row(const T* v, int64_t N, const RowStats& stats, const T* weight, const T* bias,
+                   T* y) {
+  for (int64_t j = 0; j < N; j += W) {
+    const int64_t n = N - j;
+    const vf w = load_or(weight, j, n, 1.0f), b = load_or(bias, j, n, 0.0f);
+    store_upto(y + j, fma(normalised(v + j, n, stats), w, b), n);
+  }
+}
+
+template <class T>
+void norm_forward(const NormParams& p, const Parallel& parallel) {
+  const int64_t N = p.N, grain = 1 + 16384 / (N + 1);
+  parallel.for_range(0, p.M, grain, [&](int64_t begin, int64_t end) BIGKERN_FN {
+    for (int64_t i = begin; i < end; ++i) {
+      const T* v = static_cast<const T*>(p.x) + i * N;
+      if (p.residual) {
+        const T* residual = static_cast<const T*>(p.residual) + i * N;
+        T* sum = static_cast<T*>(p.sum) + i * N;
+        for (int64_t j = 0; j < N; j += W) {
+          store_upto(sum + j, load_upto(v + j, N - j) + load_upto(residual + j, N - j), N - j);
+        }
+        v = sum;
+      }
+      const RowStats stats = row_stats(v, N, p.norm, p.eps);
+      normalise_row(v, N, stats, static_cast<const T*>(p.weight), static_cast<const T*>(p.bias),
+                    static_cast<T*>(p.y) + i * N);
+      if (p.mean) p.mean[i] = stats.mean + stats.shift;
+      if (p.rstd) p.rstd[i] = stats.rstd;
+    }
+  });
+}
+
+// ---- backward -----------------------------------------------------------------------------------
+
+// Sums over rows are cut in this many blocks whatever the threads, so that results do not depend
+// on them; a partial sum is no longer than 64 rows until M passes 16384.
+inline int64_t row_sum_blocks(int64_t M) { return at_most((M + 63) / 64, 256); }
+
+// out[j] = the sum of `blocks` partial sums; out may be null.
+template <class T>
+void add_partial_sums(const float* partial, int64_t blocks, int64_t stride, int64_t N, T* out,
+                      const Parallel& parallel) {
+  if (!out) return;
+  parallel.for_range(0, (N + W - 1) / W, 1 + 4096 / (blocks + 1),
+                     [&](int64_t begin, int64_t end) BIGKERN_FN {
+                       for (int64_t j = begin * W; j < at_most(end * W, N); j += W) {
+                         vf sum = zero();
+                         for (int64_t b = 0; b < blocks; ++b) {
+                           sum += load_upto(partial + b * stride + j, N - j);
+                         }
+                         store_upto(out + j, sum, N - j);
+                       }
+                     });
+}
+
+// out[j] += x, or = x where nothing is there yet; null out: not wanted.
+inline void accumulate(float* out, int64_t j, vf x, int64_t n, bool first) {
+  if (!out) return;
+  store_upto(out + j, first ? x : x + load_upto(out + j, n), n);
+}
+
+// What the backward of one row reads and writes; G is the type of the arriving gradient.
+template <class T, class G>
+struct NormBackwardRow {
+  const G* dy;
+  const T* dsum;  // null ok
+  const T* v;
+  const T* weight;  // null ok
+  float mean, rstd;
+  T* dx;                   // null ok
+  float *dweight, *dbias;  // partial sums, null ok
+  bool first;              // nothing is in them yet
+
+  void run(int64_t N, Norm norm) const {
+    vf sum_d = zero(), sum_g = zero(), sum_gd = zero();
+    for (int64_t j = 0; j < N; j += W) {
+      const int64_t n = N - j;
+      const vf d = first_n(load_upto(v + j, n) - mean, n);
+      const vf g = load_upto(dy + j, n) * load_or(weight, j, n, 1.0f);
+      sum_d += d;
+      sum_g += g;
+      sum_gd = fma(g, d, sum_gd);
+    }
+    const bool layer = norm == Norm::layer;
+    const float g_total = reduce_add(sum_g);
+    const RowStats stats = {mean, layer ? reduce_add(sum_d) / float(N) : 0.0f, rstd};
+    const float average_g = layer ? g_total / float(N) : 0.0f;
+    const float average_gx = (reduce_add(sum_gd) - stats.shift * g_total) * rstd / float(N);
+    for (int64_t j = 0; j < N; j += W) {
+      const int64_t n = N - j;
+      const vf x_hat = normalised(v + j, n, stats);
+      const vf gradient = load_upto(dy + j, n);
+      const vf g = gradient * load_or(weight, j, n, 1.0f);
+      if (dx) {
+        const vf dv = (g - average_g - x_hat * average_gx) * rstd;
+        store_upto(dx + j, dv + load_or(dsum, j, n, 0.0f), n);
+      }
+      accumulate(dweight, j, gradient * x_hat, n, first);
+      accumulate(dbias, j, gradient, n, first);
+    }
+  }
+};
+
+// The backward of rows of any kind: row(i) names what belongs to row i, and the launcher adds where
+// its partial sums go. `partial` has room for row_sum_blocks(M) * 2 * N floats.
+template <class T, class MakeRow>
+void norm_backward_rows(int64_t M, int64_t N, Norm norm, T* dweight, T* dbias, float* partial,
+                        const MakeRow& make_row, const Parallel& parallel) {
+  const int64_t blocks = row_sum_blocks(M);
+  parallel.for_range(0, blocks, 1, [&](int64_t begin, int64_t end) BIGKERN_FN {
+    for (int64_t b = begin; b < end; ++b) {
+      const Slice rows = slice_of(M, 1, b, blocks);
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        auto row = make_row(i);
+        row.dweight = dweight ? partial + b * 2 * N : nullptr;
+        row.dbias = dbias ? partial + b * 2 * N + N : nullptr;
+        row.first = i == rows.begin;
+        row.run(N, norm);
+      }
+    }
+  });
+  add_partial_sums(partial, blocks, 2 * N, N, dweight, parallel);
+  add_partial_sums(partial + N, blocks, 2 * N, N, dbias, parallel);
+}
+
+// dbias = the sum of the rows of x [M, N]. `partial` as above.
+template <class T>
+void sum_rows(const T* x, int64_t M, int64_t N, T* out, float* partial, const Parallel& parallel) {
+  if (!out) return;
+  const int64_t blocks = row_sum_blocks(M);
+  parallel.for_range(0, blocks, 1, [&](int64_t begin, int64_t end) BIGKERN_FN {
+    for (int64_t b = begin; b < end; ++b) {
+      const Slice rows = slice_of(M, 1, b, blocks);
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        for (int64_t j = 0; j < N; j += W) {
+          accumulate(partial + b * N, j, load_upto(x + i * N + j, N - j), N - j, i == rows.begin);
+        }
+      }
+    }
+  });
+  add_partial_sums(partial, blocks, N, N, out, parallel);
+}
+
+template <class T>
+void norm_backward(const NormBackwardParams& p, const Parallel& parallel) {
+  const T* dsum = static_cast<const T*>(p.dsum);
+  const auto make_row = [&](int64_t i) BIGKERN_FN {
+    const int64_t at = i * p.N;
+    return NormBackwardRow<T, T>{static_cast<const T*>(p.dy) + at,
+                                 dsum ? dsum + at : nullptr,
+                                 static_cast<const T*>(p.s) + at,
+                                 static_cast<const T*>(p.weight),
+                                 p.mean ? p.mean[i] : 0.0f,
+                                 p.rstd[i],
+                                 p.dx ? static_cast<T*>(p.dx) + at : nullptr,
+                                 nullptr,
+                                 nullptr,
+                                 false};
+  };
+  norm_backward_rows(p.M, p.N, p.norm, static_cast<T*>(p.dweight), static_cast<T*>(p.dbias),
+                     static_cast<float*>(p.workspace), make_row, parallel);
+}
+
+}  // namespace
+}  // namespace bigkern::layernorm_ffn::BIGKERN_ISA
