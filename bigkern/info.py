@@ -15,6 +15,10 @@ import torch
 _info: ModuleType | None = None
 import_error: str | None = None
 
+# Read once: the questions that backends answer are asked while torch.compile traces, which sees Python only.
+_build: dict[str, Any] = {}
+_isa = "none"
+
 OPS_LIBRARY = next(iter(sorted(Path(__file__).parent.glob("_ops*.so"))), None)
 
 try:
@@ -27,22 +31,29 @@ try:
     from bigkern import _info as _compiled  # type: ignore[attr-defined]
 
     _info = _compiled
+    _build = dict(_info.build())
+    _isa = str(_info.isa(str(OPS_LIBRARY)))
 except (ImportError, OSError) as error:
     import_error = f"{type(error).__name__}: {error}"
 
 
 def build() -> dict[str, Any]:
     """How the extension was built: torch, compiler, CUDA version and architectures, or why not."""
-    return dict(_info.build()) if _info is not None else {"import_error": import_error}
+    return dict(_build) if import_error is None else {"import_error": import_error}
 
 
 def has_cuda_kernels() -> bool:
-    return _info is not None and bool(_info.build()["cuda"])
+    return bool(_build.get("cuda"))
 
 
 def isa() -> str:
     """The instruction set that the CPU kernels run with: avx512bf16, avx512, avx2 or portable."""
-    return str(_info.isa(str(OPS_LIBRARY))) if _info is not None else "none"
+    return _isa
+
+
+def isas() -> list[str]:
+    """The instruction sets that this CPU has, from the least to the best."""
+    return list(_info.isas()) if _info is not None else []
 
 
 def set_isa(name: str) -> None:
@@ -50,19 +61,23 @@ def set_isa(name: str) -> None:
 
     Raises:
         ValueError: this CPU lacks it, or it does not exist.
+        RuntimeError: the extension is not loaded.
     """
+    global _isa
     if _info is None:
         raise RuntimeError(f"the extension is not loaded: {import_error}")
     _info.set_isa(str(OPS_LIBRARY), name)
+    _isa = name
 
 
 def kernels() -> list[dict[str, Any]]:
-    """Registers, spilled bytes and shared memory of every CUDA kernel; empty without a GPU build."""
-    return list(_info.kernels(str(OPS_LIBRARY))) if has_cuda_kernels() and _info is not None else []
+    """Registers, spilled bytes and shared memory of every CUDA kernel; empty without a CUDA build."""
+    return list(_info.kernels(str(OPS_LIBRARY))) if _info is not None and has_cuda_kernels() else []
 
 
 def summary() -> str:
-    if _info is None:
+    """What this installation holds, in one line."""
+    if import_error is not None:
         return f"the compiled extension did not load ({import_error})"
-    cuda = build()["cuda"]
-    return f"built with CPU kernels ({isa()}) and {'CUDA ' + cuda if cuda else 'no CUDA kernels'}"
+    cuda = _build["cuda"]
+    return f"built with CPU kernels ({_isa}) and {'CUDA ' + cuda + ' kernels' if cuda else 'no CUDA kernels'}"
