@@ -1,0 +1,1 @@
+"""The command ``bigkern``: ``env``, ``doctor``, ``bench`` and ``train``."""

@@ -1,0 +1,140 @@
+"""``bigkern bench``: the kernels against stock PyTorch and others, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bigkern.cli.console import Console, Failure, machine
+
+if TYPE_CHECKING:
+    from bigkern.benchmarks.harness import Bench, Row
+
+OPS = ("attention", "norm", "layernorm_ffn", "adam", "overhead")
+CHECKOUT = Path("benchmarks/results")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("op", nargs="*", help=f"which: {', '.join(OPS)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, shorter runs")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="only this one")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    parser.add_argument("--out", type=Path, help="folder for <machine>/<op>.csv and figures")
+    parser.add_argument(
+        "--compare", type=Path, metavar="OLD", help="an older CSV or folder; exit 1 if slower now"
+    )
+
+
+def run(arguments: argparse.Namespace, console: Console) -> int:
+    from bigkern.benchmarks import harness
+
+    for name in arguments.op:
+        if name not in OPS:
+            raise Failure(f"there is no benchmark {name!r}; there are {', '.join(OPS)}")
+    device = torch.device(arguments.device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", 0)
+    old = _old_rows(arguments.compare) if arguments.compare else None
+    bench = harness.Bench(device, arguments.quick, console)
+    out = (arguments.out or (CHECKOUT if CHECKOUT.is_dir() else Path("bigkern-results"))) / bench.name()
+    rows: list[Row] = []
+    for name in arguments.op or OPS:
+        found = _measure(name, bench, arguments.dtype)
+        rows += found
+        if found:
+            harness.write(out / f"{name}.csv", found)
+            _draw(out / f"{name}.csv", console)
+    console.say(f"\n{_peaks(bench)}written to {out}")
+    wrong = [f"{row.op} {row.case} {row.dtype}: {row.wrong}" for row in rows if row.wrong]
+    slower = [] if old is None else harness.regressions(old, rows)
+    for line in wrong:
+        console.say(f"wrong result, not timed: {line}")
+    for line in slower:
+        console.say(f"slower than before: {line}")
+    if old is not None and not slower:
+        console.say("no regression beyond noise")
+    document = {"machine": machine(), "peaks": bench.peaks, "rows": [asdict(row) for row in rows]}
+    console.emit({**document, "wrong": wrong, "regressions": slower})
+    return 1 if wrong or slower else 0
+
+
+def _old_rows(path: Path) -> list[Row]:
+    from bigkern.benchmarks import harness
+
+    files = sorted(path.rglob("*.csv")) if path.is_dir() else [path]
+    try:
+        rows = [row for file in files for row in harness.read(file)]
+    except (OSError, ValueError) as error:
+        raise Failure(f"--compare: {error}") from error
+    if not rows:
+        raise Failure(f"--compare: no results in {path}")
+    return rows
+
+
+def _measure(name: str, bench: Bench, dtype: str | None) -> list[Row]:
+    from bigkern.benchmarks import harness
+
+    room = import_module(f"bigkern.benchmarks.bench_{name}")
+    bench.console.say(f"\n{name}")
+    rows: list[Row] = []
+    for case in room.cases(bench):
+        dtypes = [getattr(torch, dtype)] if dtype else case.dtypes
+        for kind in dtypes:
+            found = harness.measure(case, kind, bench)
+            rows += found
+            _show(found, bench.console)
+    return rows
+
+
+def _show(rows: list[Row], console: Console) -> None:
+    first = rows[0]
+    console.say(f"\n{first.case}, {first.dtype}")
+    if first.wrong:
+        console.say(f"  wrong result, not timed: {first.wrong}")
+        return
+    scale, unit = (1e3, "us") if max(row.ms for row in rows) < 1 else (1.0, "ms")
+    lines = [
+        (
+            row.mode,
+            row.contestant,
+            row.backend,
+            f"{scale * row.ms:.3g}",
+            f"{scale * row.p20_ms:.3g} to {scale * row.p80_ms:.3g}",
+            _optional(row.rate, f"{row.rate:.3g} {row.unit}"),
+            _optional(row.share, f"{100 * row.share:.0f} %"),
+            _optional(row.peak_mb, f"{row.peak_mb:.0f}"),
+            "" if row.contestant == "bigkern" else f"{row.speedup:.2f}x",
+        )
+        for row in rows
+    ]
+    columns = ("mode", "", "backend", unit, "p20 to p80", "rate", "of peak", "MB", "bigkern's speed-up")
+    console.table(columns, lines)
+
+
+def _optional(value: float, words: str) -> str:
+    return "-" if math.isnan(value) else words
+
+
+def _peaks(bench: Bench) -> str:
+    words = [
+        f"copy {rate:.0f} GB/s" if n == "copy" else f"{n} products {rate:.2f} TFLOP/s"
+        for n, rate in bench.peaks.items()
+    ]
+    cached = "a share above 100 % means that the data fitted into a cache"
+    return f"peaks measured here: {', '.join(words)}; {cached}\n" if words else ""
+
+
+def _draw(path: Path, console: Console) -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        console.say("no figure: matplotlib is not installed (pip install 'bigkern[cli]')")
+        return
+    room: Any = import_module("bigkern.benchmarks.plot")
+    room.plot(path)

@@ -1,0 +1,212 @@
+"""Text for ``bigkern train``: any file or folder as tokens, and batches that depend only on seed and step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bigkern.cli.console import Failure
+
+VALIDATION_SHARE = 0.1
+
+
+def standard_library() -> list[Path]:
+    """The source of Python's own standard library, the text that every machine has, without its tests."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__"}
+    return [p for p in sorted(root.rglob("*.py")) if not skipped & set(p.relative_to(root).parts)]
+
+
+def read(paths: list[Path]) -> bytes:
+    """The bytes of all files, in an order shuffled once and for all so that the split cuts across them.
+
+    A file named outright is read whatever it holds; in a folder, files with a zero byte are passed over.
+
+    Raises:
+        Failure: a path does not exist or cannot be read, or there is no text.
+    """
+    files = _files(paths) if paths else standard_library()
+    random.Random(0).shuffle(files)
+    parts: list[bytes] = []
+    for file in files:
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise Failure(f"cannot read {file}: {error.strerror or error}") from error
+        if file in paths or b"\0" not in content:
+            parts.append(content)
+    text = b"\n".join(part for part in parts if part)
+    if not text:
+        where = ", ".join(map(str, paths)) or "Python's standard library"
+        raise Failure(f"no text in {where}")
+    return text
+
+
+def _files(paths: list[Path]) -> list[Path]:
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            files.extend(p for p in sorted(path.rglob("*")) if p.is_file())
+        elif path.exists():
+            files.append(path)
+        else:
+            raise Failure(f"cannot read {path}: no such file or folder")
+    return files
+
+
+class Tokenizer(Protocol):
+    vocab_size: int
+
+    def encode(self, text: bytes) -> np.ndarray: ...
+    def decode(self, tokens: list[int]) -> str: ...
+
+
+class Bytes:
+    """Every byte is a token: no training, no unknown token, 256 of them."""
+
+    vocab_size = 256
+
+    def encode(self, text: bytes) -> np.ndarray:
+        return np.frombuffer(text, dtype=np.uint8)
+
+    def decode(self, tokens: list[int]) -> str:
+        return bytes(tokens).decode("utf-8", errors="replace")
+
+
+class Bpe:
+    """Byte-level byte-pair encoding by Hugging Face's ``tokenizers``."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self.vocab_size: int = self._tokenizer.get_vocab_size()
+
+    @classmethod
+    def train(cls, text: bytes, vocab_size: int) -> Bpe:
+        tokenizers = _tokenizers()
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False
+        )
+        tokenizer.train_from_iterator(_pieces(text), trainer)
+        return cls(tokenizer)
+
+    @classmethod
+    def load(cls, path: Path) -> Bpe:
+        try:
+            return cls(_tokenizers().Tokenizer.from_file(str(path)))
+        except Exception as error:  # the library raises a bare Exception
+            raise Failure(f"{path} is not a tokenizer ({error}); delete it to train it anew") from error
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, lambda scratch: self._tokenizer.save(str(scratch)))
+
+    def encode(self, text: bytes) -> np.ndarray:
+        encoded = self._tokenizer.encode_batch(_pieces(text))
+        kind = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        return np.concatenate([np.asarray(piece.ids, dtype=kind) for piece in encoded])
+
+    def decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens))
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+        import tokenizers.decoders
+        import tokenizers.models
+        import tokenizers.pre_tokenizers
+        import tokenizers.trainers
+    except ImportError as error:
+        raise Failure("--tokenizer bpe needs the package tokenizers: pip install 'bigkern[cli]'") from error
+    return tokenizers
+
+
+def _pieces(text: bytes, size: int = 1 << 16) -> list[str]:
+    decoded = text.decode("utf-8", errors="replace")
+    return [decoded[i : i + size] for i in range(0, len(decoded), size)]
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Tokenised text in two parts, and what it was made from."""
+
+    tokenizer: Tokenizer
+    train: Tensor  # [N] uint8, uint16 or int32
+    validation: Tensor
+    digest: str  # of the text and the tokenizer
+
+    def batch(self, part: str, seed: int, step: int, batch: int, context: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets ``[batch, context]`` int64; the same for the same seed and step, always."""
+        tokens = self.train if part == "train" else self.validation
+        draw = np.random.Generator(np.random.Philox(key=[seed, part == "train"], counter=[0, 0, 0, step]))
+        starts = draw.integers(0, len(tokens) - context, size=batch)
+        rows = torch.stack([tokens[s : s + context + 1] for s in starts.tolist()]).long()
+        return rows[:, :-1], rows[:, 1:].contiguous()
+
+
+def load(paths: list[Path], tokenizer: str, vocab_size: int, context: int, cache: Path) -> Corpus:
+    """Read, tokenise and split; a BPE tokenizer and its tokens are kept in ``cache`` and found again there.
+
+    Raises:
+        Failure: the data cannot be read, or is too short for one sequence of ``context`` tokens.
+    """
+    text = read(paths)
+    digest = hashlib.sha256(text).hexdigest()[:16]
+    if tokenizer == "bytes":
+        chosen: Tokenizer = Bytes()
+        tokens = chosen.encode(text)
+    else:
+        chosen, tokens = _bpe(text, vocab_size, digest, cache)
+    split = int(len(tokens) * (1 - VALIDATION_SHARE))
+    shortest = min(split, len(tokens) - split)
+    if shortest < context + 1:
+        raise Failure(
+            f"the data is too short: its smaller part has {shortest} tokens, and a context of {context} "
+            f"needs {context + 1}; give more text or a smaller --context"
+        )
+    whole = torch.from_numpy(tokens.astype(np.uint8 if chosen.vocab_size <= 256 else np.int32))
+    return Corpus(chosen, whole[:split], whole[split:], f"{tokenizer}-{chosen.vocab_size}-{digest}")
+
+
+def _bpe(text: bytes, vocab_size: int, digest: str, cache: Path) -> tuple[Bpe, np.ndarray]:
+    label, words, numbers = cache / "tokens.json", cache / "tokenizer.json", cache / "tokens.npy"
+    key = {"text": digest, "vocab_size": vocab_size}
+    if words.exists() and numbers.exists() and label.exists() and json.loads(label.read_text()) == key:
+        return Bpe.load(words), np.load(numbers)
+    bpe = Bpe.train(text, vocab_size)
+    tokens = bpe.encode(text)
+    cache.mkdir(parents=True, exist_ok=True)
+    label.unlink(missing_ok=True)
+    bpe.save(words)
+    write_atomically(numbers, lambda scratch: _save_array(scratch, tokens))
+    write_atomically(label, lambda scratch: scratch.write_text(json.dumps(key)))  # last: it vouches for both
+    return bpe, tokens
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    with open(path, "wb") as file:
+        np.save(file, array)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a file beside ``path``, then put it in place: never half a file."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(scratch)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)

@@ -1,0 +1,280 @@
+"""``bigkern train gpt``: train a small language model on any text, from data to checkpoint to sample."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bigkern.cli import checkpoint, corpus, figures
+from bigkern.cli.console import Console, Failure, machine
+from bigkern.cli.trainer import Interruptible, Recipe, Trainer, parameter_groups
+
+INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# What makes a run what it is. A checkpoint remembers these; --resume takes them from it.
+SETTINGS: dict[str, tuple[Any, str]] = {
+    "data": ([], "files or folders of text (default: the source of Python's standard library)"),
+    "tokenizer": ("bytes", "bytes, or bpe: byte-pair encoding trained on the data"),
+    "vocab_size": (4096, "size of the bpe vocabulary"),
+    "steps": (240, "optimizer steps"),
+    "batch": (8, "sequences a step"),
+    "context": (256, "tokens a sequence"),
+    "layers": (4, "blocks"),
+    "heads": (4, "attention heads"),
+    "width": (256, "width of the residual stream"),
+    "positions": ("learned", "learned or sinusoidal"),
+    "activation": ("gelu", "relu, gelu, gelu_tanh, silu, swiglu or geglu"),
+    "dropout": (0.0, "dropout of the embedding and of both branches"),
+    "lr": (1e-3, "highest learning rate; a cosine takes it down to a tenth"),
+    "warmup": (20, "steps of linear warm-up"),
+    "weight_decay": (0.1, "of matrices and embeddings"),
+    "clip": (1.0, "largest gradient norm; 0: no clipping"),
+    "seed": (0, "of weights, batches and sample"),
+    "dtype": ("float32", "of parameters, activations and optimizer state: float32 or bfloat16"),
+    "compile": (False, "run the model through torch.compile"),
+}
+CHOICES = {
+    "tokenizer": ("bytes", "bpe"),
+    "positions": ("learned", "sinusoidal"),
+    "activation": ("relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu"),
+    "dtype": tuple(DTYPES),
+}
+MAY_CHANGE = ("steps", "compile")  # when resuming
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", choices=["gpt"], help="gpt: a decoder-only Transformer")
+    for name, (default, text) in SETTINGS.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name == "data":
+            parser.add_argument(flag, nargs="+", metavar="PATH", help=text)
+        elif isinstance(default, bool):
+            parser.add_argument(flag, action="store_true", default=None, help=text)
+        else:
+            shown = f"{text} (default: {default})"
+            parser.add_argument(flag, type=type(default), choices=CHOICES.get(name), help=shown)
+    parser.add_argument(
+        "--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/gpt"), help="folder of the run (default: runs/gpt)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    parser.add_argument("--compare", action="store_true", help="train stock PyTorch beside it, and time both")
+    parser.add_argument("--eval-every", type=int, default=40, help="steps between validations (default: 40)")
+    parser.add_argument(
+        "--save-every", type=int, default=0, help="steps between checkpoints (default: the end)"
+    )
+    parser.add_argument("--sample", type=int, default=200, help="tokens to sample at the end (default: 200)")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: its settings, its folder, its data."""
+
+    settings: dict[str, Any]
+    out: Path
+    device: torch.device
+    corpus: corpus.Corpus
+    recipe: Recipe
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.settings["dtype"]]
+
+
+def run(arguments: argparse.Namespace, console: Console) -> int:
+    folder = _newest(arguments) if arguments.resume else None
+    restored = checkpoint.load(folder) if folder is not None else None
+    settings = merge_settings(arguments, restored[2]["settings"] if restored else {})
+    this = prepare(settings, arguments)
+    if arguments.compare:
+        from bigkern.cli import compare
+
+        return compare.run(this, console)
+    if restored is None and checkpoint.folders(this.out):
+        raise Failure(f"{this.out} holds a checkpoint; pass --resume to go on from it, or another --out")
+    checkpoint.require_safetensors()
+    trainer = build(this)
+    if restored is not None and folder is not None:
+        _restore(trainer, this, restored, folder)
+        console.say(f"resuming from {folder}")
+    describe(this, trainer.model, console)
+    return _train(this, trainer, arguments, console)
+
+
+def _newest(arguments: argparse.Namespace) -> Path:
+    if arguments.compare:
+        raise Failure("--resume and --compare do not go together")
+    found = checkpoint.folders(arguments.out)
+    if not found:
+        raise Failure(f"cannot resume: there is no checkpoint in {arguments.out}")
+    return found[-1]
+
+
+def merge_settings(arguments: argparse.Namespace, saved: dict[str, Any]) -> dict[str, Any]:
+    """Defaults, under the checkpoint's settings, under what was asked for; the last two must not clash."""
+    given = {name: getattr(arguments, name) for name in SETTINGS if getattr(arguments, name) is not None}
+    for name, value in given.items():
+        if name in saved and saved[name] != value and name not in MAY_CHANGE:
+            flag = f"--{name.replace('_', '-')}"
+            raise Failure(f"cannot resume with {flag} {value}: the checkpoint was made with {saved[name]}")
+    settings = {**{name: default for name, (default, _) in SETTINGS.items()}, **saved, **given}
+    for name in ("steps", "batch", "context", "layers", "heads", "width", "vocab_size"):
+        if settings[name] < 1:
+            raise Failure(f"--{name.replace('_', '-')} must be at least 1, not {settings[name]}")
+    for name in ("lr", "weight_decay", "clip", "warmup", "seed"):
+        if not 0 <= settings[name] < float("inf"):
+            raise Failure(f"--{name.replace('_', '-')} must be finite and not negative, not {settings[name]}")
+    return settings
+
+
+def prepare(settings: dict[str, Any], arguments: argparse.Namespace) -> Run:
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise Failure("--device cuda: torch sees no GPU here")
+    if arguments.eval_every < 1:
+        raise Failure(f"--eval-every must be at least 1, not {arguments.eval_every}")
+    paths = [Path(path) for path in settings["data"]]
+    data = corpus.load(
+        paths, settings["tokenizer"], settings["vocab_size"], settings["context"], arguments.out
+    )
+    names = ("steps", "batch", "context", "lr", "warmup", "weight_decay", "clip", "seed")
+    recipe = Recipe(**{name: settings[name] for name in names}, eval_every=arguments.eval_every)
+    return Run(settings, arguments.out, device, data, recipe)
+
+
+def model_config(settings: dict[str, Any], vocab_size: int) -> Any:
+    from bigkern.models import GPTConfig
+
+    names = ("context", "layers", "heads", "width", "positions", "activation", "dropout", "seed")
+    try:
+        return GPTConfig(vocab_size=vocab_size, **{name: settings[name] for name in names})
+    except ValueError as error:
+        raise Failure(str(error)) from error
+
+
+def build(this: Run) -> Trainer:
+    """bigkern's GPT with bigkern's AdamW."""
+    from bigkern.models import GPT
+    from bigkern.optim import AdamW
+
+    torch.manual_seed(this.recipe.seed)  # of dropout
+    model = GPT(model_config(this.settings, this.corpus.tokenizer.vocab_size)).to(this.device, this.dtype)
+    optimizer = AdamW(parameter_groups(model, this.recipe.weight_decay), lr=this.recipe.lr)
+    return Trainer(model, optimizer, this.corpus, this.recipe, this.device, this.settings["compile"])
+
+
+def _restore(trainer: Trainer, this: Run, restored: tuple[dict[str, Any], ...], folder: Path) -> None:
+    weights, optimizer, state = restored
+    if state["corpus"] != this.corpus.digest:
+        raise Failure(
+            f"cannot resume from {folder}: the data or its tokenizer has changed since it was written"
+        )
+    try:
+        trainer.model.load_state_dict(weights)
+        trainer.optimizer.load_state_dict(optimizer)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise Failure(f"cannot resume: {folder} does not fit this model ({error})") from error
+    checkpoint.restore_rng(state["rng"])  # last: building the model drew random numbers
+    trainer.step = state["step"]
+    trainer.history.train = state["history"]["train"]
+    trainer.history.validation = [(step, loss) for step, loss in state["history"]["validation"]]
+
+
+def describe(this: Run, model: nn.Module, console: Console) -> None:
+    count = sum(p.numel() for p in model.parameters())
+    tokens = len(this.corpus.train) + len(this.corpus.validation)
+    console.say(
+        f"{count / 1e6:.2f} M parameters in {this.settings['dtype']} on {this.device}, "
+        f"{tokens / 1e6:.2f} M {this.settings['tokenizer']} tokens, {torch.get_num_threads()} threads"
+    )
+
+
+def _train(this: Run, trainer: Trainer, arguments: argparse.Namespace, console: Console) -> int:
+    saved_at = trainer.step
+    with Interruptible() as interrupt, console.progress(this.recipe.steps, trainer.step) as progress:
+        while trainer.step < this.recipe.steps and not interrupt.asked:
+            loss = trainer.train_step()
+            if trainer.due_evaluation():
+                trainer.evaluate()
+            progress.update(trainer.step, caption(trainer, loss))
+            if arguments.save_every and trainer.step % arguments.save_every == 0:
+                saved_at = save(this, trainer)
+    if trainer.step != saved_at:
+        save(this, trainer)
+    if interrupt.asked:
+        console.say(f"interrupted after step {trainer.step}; go on with --resume --out {this.out}")
+        return INTERRUPTED
+    return _finish(this, trainer, arguments, console)
+
+
+def caption(trainer: Trainer, loss: float) -> str:
+    text = f"loss {loss:.3f}  {trainer.tokens_per_second():,.0f} tokens/s"
+    if trainer.history.validation:
+        text += f"  validation {trainer.history.validation[-1][1]:.3f}"
+    return text
+
+
+def save(this: Run, trainer: Trainer) -> int:
+    history = {"train": trainer.history.train, "validation": trainer.history.validation}
+    extra = {"settings": this.settings, "corpus": this.corpus.digest, "history": history}
+    optimizer = trainer.optimizer.state_dict()
+    try:
+        checkpoint.save(this.out, trainer.step, trainer.model.state_dict(), optimizer, extra)
+    except OSError as error:
+        raise Failure(f"cannot write a checkpoint into {this.out}: {error}") from error
+    return trainer.step
+
+
+def sample(this: Run, model: nn.Module, count: int) -> tuple[str, str]:
+    """The first tokens of the validation text, and how the model goes on."""
+    prompt = this.corpus.validation[: min(64, this.recipe.context)].long().to(this.device)
+    tokens: Any = model.generate(prompt[None], count, temperature=0.7, top_k=40, seed=this.recipe.seed)  # type: ignore[operator]
+    decode = this.corpus.tokenizer.decode
+    return decode(prompt.tolist()), decode(tokens[0, len(prompt) :].tolist())
+
+
+def _finish(this: Run, trainer: Trainer, arguments: argparse.Namespace, console: Console) -> int:
+    history = trainer.history
+    losses = {"train": history.train[-1], "validation": history.validation[-1][1]}
+    perplexity = float(torch.tensor(losses["validation"]).exp())
+    console.say(f"validation loss {losses['validation']:.3f}, perplexity {perplexity:.2f}")
+    summary: dict[str, Any] = {
+        "machine": machine(),
+        "settings": this.settings,
+        "device": str(this.device),
+        "step": trainer.step,
+        "loss": losses,
+        "perplexity": perplexity,
+        "tokens_per_second": trainer.tokens_per_second(sys.maxsize),
+        "validation": history.validation,
+        "out": str(this.out),
+    }
+    if arguments.sample > 0:
+        prompt, continuation = sample(this, trainer.model, arguments.sample)
+        console.say(f"\n--- prompt\n{prompt}\n--- continuation\n{continuation}\n---")
+        summary["sample"] = {"prompt": prompt, "continuation": continuation}
+    figure = this.out / "loss.png"
+    curves: dict[str, figures.Curve] = {
+        "train": list(enumerate(history.train, 1)),
+        "validation": history.validation,
+    }
+    summary["figure"] = figures.losses(figure, {"bigkern": curves}, console)
+    write_json(this.out / "summary.json", summary)
+    console.emit(summary)
+    return 0
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(document, indent=2) + "\n"
+    corpus.write_atomically(path, lambda scratch: scratch.write_text(text))

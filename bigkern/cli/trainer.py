@@ -1,0 +1,152 @@
+"""The training loop of ``bigkern train``: a model, an optimizer, batches by step; nothing of its own."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bigkern.cli.corpus import Corpus
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How to train, whatever the model."""
+
+    steps: int
+    batch: int
+    context: int
+    lr: float
+    warmup: int
+    weight_decay: float
+    clip: float
+    seed: int
+    eval_every: int
+    eval_batches: int = 8
+
+    def lr_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to a tenth."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * (0.55 + 0.45 * math.cos(math.pi * done))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices and embeddings decay; biases and norm weights do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+@dataclass
+class History:
+    """Losses by step, and the seconds of every step."""
+
+    train: list[float] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+class Trainer:
+    """Takes one optimizer step after another; ``step`` counts them, and names the batch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        corpus: Corpus,
+        recipe: Recipe,
+        device: torch.device,
+        compiled: bool = False,
+    ):
+        self.model = model
+        self.optimizer = optimizer
+        self.corpus = corpus
+        self.recipe = recipe
+        self.device = device
+        self.step = 0
+        self.history = History()
+        self._call: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
+
+    def batch(self, part: str, step: int) -> tuple[Tensor, Tensor]:
+        r = self.recipe
+        inputs, targets = self.corpus.batch(part, r.seed, step, r.batch, r.context)
+        return inputs.to(self.device), targets.to(self.device)
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        logits = self._call(inputs)  # [B, S, vocabulary]
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def train_step(self) -> float:
+        """One step: forward, backward, clip, update. Returns the loss; its seconds go to the history."""
+        inputs, targets = self.batch("train", self.step)
+        lr = self.recipe.lr_at(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.train()
+        began = time.perf_counter()
+        loss = self.loss(inputs, targets)
+        loss.backward()
+        if self.recipe.clip > 0:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        value = loss.item()  # waits for the device
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.history.seconds.append(time.perf_counter() - began)
+        self.history.train.append(value)
+        self.step += 1
+        return value
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean validation loss over the same batches every time."""
+        self.model.eval()
+        losses = [self.loss(*self.batch("validation", i)).item() for i in range(self.recipe.eval_batches)]
+        value = sum(losses) / len(losses)
+        self.history.validation.append((self.step, value))
+        return value
+
+    def due_evaluation(self) -> bool:
+        return self.step == self.recipe.steps or self.step % self.recipe.eval_every == 0
+
+    def tokens_per_second(self, last: int = 50) -> float:
+        """By the median of the last steps: a pause does not count."""
+        recent = sorted(self.history.seconds[-last:])
+        return self.recipe.batch * self.recipe.context / recent[len(recent) // 2] if recent else 0.0
+
+
+class Interruptible:
+    """While it lasts, Ctrl-C (or SIGTERM) only sets ``asked``; a second one interrupts as usual."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruptible:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
