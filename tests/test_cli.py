@@ -1,0 +1,184 @@
+"""The command line: what it prints, as text and JSON, its exit codes, and the core without extras."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bigkern import evidence, registry
+from bigkern.cli import doctor, problems
+from bigkern.cli.console import Console
+from bigkern.cli.main import COMMANDS, main
+
+
+def document(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any]:
+    code = main([*arguments, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in COMMANDS)
+
+
+def test_env_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    said = capsys.readouterr().out
+    assert torch.__version__ in said
+    for op in problems.OPS:
+        assert op in said
+    assert "->" in said
+
+
+def test_env_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    code, report = document(capsys, "env")
+    assert code == 0
+    assert report["machine"]["torch"] == torch.__version__
+    assert {row["op"] for row in report["ops"]} == set(problems.OPS)
+    for row in report["ops"]:
+        assert set(row["backends"]) == set(registry.get(row["op"]).backends)
+        assert row["chosen"] in row["backends"]
+
+
+UNLOADABLE = """
+import sys, torch
+def refuse(path):
+    raise OSError("undefined symbol: xyz")
+torch.ops.load_library = refuse
+from bigkern.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_an_extension_that_does_not_load_is_explained() -> None:
+    """Neither command fails to start; both show the exact error, and doctor a fix."""
+
+    def say(*arguments: str) -> tuple[int, str]:
+        done = subprocess.run([sys.executable, "-c", UNLOADABLE, *arguments], capture_output=True, text=True)
+        return done.returncode, done.stdout
+
+    code, said = say("env", "--json")
+    assert code == 0, said
+    report = json.loads(said)
+    assert report["extension"]["import_error"] == "OSError: undefined symbol: xyz"
+    assert {row["chosen"] for row in report["ops"] if row["device"] == "cpu"} == {"torch"}
+    code, said = say("doctor")
+    assert code == 1
+    assert "OSError: undefined symbol: xyz\n  fix: " in said
+
+
+@pytest.fixture
+def only_one_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    for op in problems.OPS:  # Triton's interpreter is slow, and tested elsewhere
+        monkeypatch.delitem(registry.get(op).backends, "triton", raising=False)
+    monkeypatch.setattr(doctor, "DTYPES", (torch.float32,))
+    every = problems.small
+    monkeypatch.setattr(problems, "small", lambda op: every(op)[:1])
+
+
+@pytest.mark.usefixtures("only_one_problem")
+def test_doctor_finds_this_machine_well(capsys: pytest.CaptureFixture[str]) -> None:
+    code, report = document(capsys, "doctor")
+    assert code == 0, [f for f in report["findings"] if f["problem"]]
+    assert report["passed"]
+    ran = {(f["op"], f["backend"]) for f in report["findings"] if f["cases"]}
+    assert {(op, "torch") for op in problems.OPS} <= ran
+    assert {(op, "cpu") for op in problems.OPS} <= ran
+    for finding in report["findings"]:
+        assert finding["refused"] or finding["cases"]
+
+
+@pytest.mark.usefixtures("only_one_problem")
+def test_doctor_catches_a_wrong_kernel(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = registry.get("attention")
+    right = op.backends["torch"]
+
+    def wrong(*arguments: Any) -> Any:
+        o, lse = right.forward(*arguments)
+        return o * 1.001, lse
+
+    broken = registry.Backend("cpu", wrong, right.backward)
+    monkeypatch.setitem(op.backends, "cpu", broken)
+    assert main(["doctor"]) == 1
+    said = capsys.readouterr().out
+    assert "attention on cpu" in said
+    assert "error" in said
+    assert 'fix: use stock PyTorch here, `with bigkern.use(attention="torch"):`' in said
+
+
+@pytest.mark.usefixtures("only_one_problem")
+def test_doctor_survives_a_crashing_kernel(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*_: Any) -> Any:
+        raise RuntimeError("illegal instruction, almost")
+
+    monkeypatch.setitem(registry.get("norm").backends, "cpu", registry.Backend("cpu", crash, crash))
+    code, report = document(capsys, "doctor")
+    assert code == 1
+    (bad,) = [f for f in report["findings"] if f["problem"]]
+    assert (bad["op"], bad["backend"]) == ("norm", "cpu")
+    assert "illegal instruction, almost" in bad["problem"]
+    assert "rebuild for torch" in bad["fix"]
+
+
+def test_verify_records_gpu_kernels_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("bigkern.evidence.device_arch", lambda index: "sm_90")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    passed = doctor.Finding("attention", "cuda", "cuda:0", cases=5)
+    failed = doctor.Finding("adam", "cuda", "cuda:0", cases=5, problem="wrong")
+    on_cpu = doctor.Finding("attention", "cpu", "cpu", cases=5)
+    untested = doctor.Finding("norm", "triton", "cuda:0", refused="no triton")
+    recorded = doctor.verify([passed, failed, on_cpu, untested])
+    assert [(e.op, e.backend, e.arch, e.cases) for e in recorded] == [("attention", "cuda", "sm_90", 5)]
+    assert evidence.read(evidence.user_file()) == recorded
+    evidence._entries.cache_clear()
+
+
+def test_wrong_calls_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "no_such_op"]) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        "bigkern bench: there is no benchmark 'no_such_op'; "
+        "there are attention, norm, layernorm_ffn, adam, overhead\n"
+    )
+
+
+def test_commands_work_without_the_extras(tmp_path: Path) -> None:
+    """With torch and numpy alone: env runs, and train says what to install before it trains."""
+    hide = (
+        "import sys\n"
+        "for extra in ('rich', 'safetensors', 'tokenizers', 'matplotlib', 'triton'):\n"
+        "    sys.modules[extra] = None\n"
+        "from bigkern.cli.main import main\n"
+        "codes = [main(['env']), main(['train', 'gpt', '--out', sys.argv[1]])]\n"
+        "assert codes == [0, 2], codes\n"
+    )
+    run = subprocess.run([sys.executable, "-c", hide, str(tmp_path)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "pip install 'bigkern[cli]'" in run.stderr
+
+
+def test_tables_align(capsys: pytest.CaptureFixture[str]) -> None:
+    Console().table(("name", "ms", "note"), [("a", "1.5", "x"), ("bcd", "10", "")])
+    assert capsys.readouterr().out.splitlines() == ["name   ms  note", "a     1.5  x", "bcd    10"]
+
+
+def test_problems_pass_on_stock_itself() -> None:
+    """The problems' own stock call and bigkern on the backend torch must agree: the oracle is consistent."""
+    for op in problems.OPS:
+        for problem in problems.small(op):
+            verdicts = problems.judge(problem, torch.float32, torch.device("cpu"), "torch")
+            assert all(verdict.passed for verdict in verdicts.values()), (problem.label, verdicts)
