@@ -178,8 +178,8 @@ def bind(
             _check_scalar_tensor(name, scalar)
     rate, lr_tensor = split_lr(lr, params[0].device if params else torch.device("cpu"))
     hyper = (rate, float(beta1), float(beta2), float(eps), float(weight_decay))
-    tensors = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
-    return (*map(list, tensors), *hyper, decoupled, amsgrad, maximize, grad_scale, found_inf, lr_tensor)
+    all_lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
+    return (*map(list, all_lists), *hyper, decoupled, amsgrad, maximize, grad_scale, found_inf, lr_tensor)
 
 
 def split_lr(lr: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
@@ -292,6 +292,8 @@ def stock(
         if grad_scale is not None:
             torch._foreach_div_(grads, grad_scale.to(grads[0].device))
         grad_scale = found_inf = None
+    if found_inf is not None:
+        found_inf = found_inf.reshape(())  # torch subtracts it from the 0-dim steps
     torch_adam(
         params,
         grads,
@@ -322,7 +324,15 @@ def _same_layout(p: Tensor, other: Tensor) -> bool:
 
 def dense(p: Tensor) -> bool:
     """Whether p's elements fill one block of memory, each once, in any order of dimensions."""
-    return p.is_contiguous() or torch._prims_common.is_non_overlapping_and_dense(p)
+    if p.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
 
 
 def kernel_refuses(
@@ -454,4 +464,4 @@ ADAM.register(
 ADAM.register(
     registry.Backend("cpu", _counted(lambda *arguments: _native.adam(*arguments)), None, _cpu_refuses)
 )
-ADAM.register(registry.Backend("torch", stock))
+ADAM.register(registry.Backend("torch", _counted(stock)))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import starmap
 from operator import attrgetter, is_, itemgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from bigkern import registry
 from bigkern.ops.adam import ADAM, Packed, split_lr
 
 Group = dict[str, Any]
-Lists = tuple[list[Tensor], ...]  # params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps
+Tensors = list[Tensor]
 
 
 @dataclass
@@ -40,52 +40,62 @@ class _Bucket:
     amsgrad: bool
     packed: Packed | None = None
 
-    def lists(self) -> Lists:
-        """The op's lists but for the gradients, as they are now."""
+    def lists(self) -> tuple[Tensors, ...] | None:
+        """The op's lists as they are now, or None where they are not what this bucket was made for."""
+        grads: Any = [p.grad for p in self.params]
+        if any(g is None for g in grads) or any(map(attrgetter("is_sparse"), grads)):
+            return None
         maxima = self._of("max_exp_avg_sq") if self.amsgrad else []
-        return self.params, self._of("exp_avg"), self._of("exp_avg_sq"), maxima, self._of("step")
+        states = (self._of("exp_avg"), self._of("exp_avg_sq"), maxima, self._of("step"))
+        if self.packed is not None and not self.packed.matches((self.params, *states)):
+            return None
+        if self.packed is None and len(set(map(attrgetter("device", "dtype"), self.params))) != 1:
+            return None
+        return self.params, grads, *states
 
-    def _of(self, key: str) -> list[Tensor]:
+    def _of(self, key: str) -> Tensors:
         return list(map(itemgetter(key), self.states))
 
-    def update(self, grads: list[Tensor], hyper: tuple[Any, ...]) -> None:
-        params, *states = lists = self.lists()
+    def update(self, lists: tuple[Tensors, ...], hyper: tuple[Any, ...]) -> None:
         if self.backend.name not in ("cuda", "cpu"):
-            self.backend.forward(params, grads, *states, *hyper)
+            self.backend.forward(*lists, *hyper)
             return
-        if self.packed is None or not self.packed.matches(lists):
-            self.packed = Packed(lists, amsgrad=self.amsgrad)
+        params, grads, *states = lists
+        if self.packed is None:
+            self.packed = Packed((params, *states), amsgrad=self.amsgrad)
         if self.packed.fits(grads):
             self.packed.update(grads, *hyper)
             torch.autograd.graph.increment_version(params)
         else:
-            ADAM.resolve(params, grads, *states, *hyper).forward(params, grads, *states, *hyper)
+            ADAM.resolve(*lists, *hyper).forward(*lists, *hyper)
 
 
 @dataclass
 class _Plan:
     """What the steps of one group have in common, until something about the group changes."""
 
-    params: list[Tensor]
+    params: Tensors
     amsgrad: bool
     buckets: list[_Bucket]
-    idle: list[Tensor]  # the group's parameters that have no gradient
+    idle: Tensors  # the group's parameters that have no gradient
 
-    def grads(self, group: Group) -> list[list[Tensor]] | None:
-        """The buckets' gradients, or None where the plan no longer holds."""
+    def lists(self, group: Group) -> list[tuple[Tensors, ...]] | None:
+        """The buckets' lists, or None where the plan no longer holds."""
         if self.amsgrad != group["amsgrad"] or not _same(self.params, group["params"]):
             return None
         if any(p.grad is not None for p in self.idle):
             return None
-        grads = [[p.grad for p in bucket.params] for bucket in self.buckets]
-        for bucket in grads:
-            if any(g is None for g in bucket) or any(map(attrgetter("is_sparse"), bucket)):
-                return None
-        return grads  # type: ignore[return-value]
+        lists = [bucket.lists() for bucket in self.buckets]
+        return None if any(bucket is None for bucket in lists) else cast(Any, lists)
 
 
 def _same(these: list[Any], those: list[Any]) -> bool:
     return len(these) == len(those) and all(map(is_, these, those))
+
+
+def _empty_lists() -> tuple[Tensors, Tensors, Tensors, Tensors, Tensors, Tensors]:
+    """params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps: torch's order, and the op's."""
+    return [], [], [], [], [], []
 
 
 def _plain(tensors: Iterable[Tensor]) -> bool:
@@ -158,10 +168,10 @@ class _Step(torch.optim.Adam):
 
     def _step_group(self, plans: dict[int, _Plan], index: int, group: Group) -> None:
         plan = plans.get(index)
-        grads = None if plan is None or registry.forced() else plan.grads(group)
-        if plan is not None and grads is not None:
-            for bucket, bucket_grads in zip(plan.buckets, grads, strict=True):
-                bucket.update(bucket_grads, self._hyper(group, bucket.params[0].device))
+        lists = None if plan is None or registry.forced() else plan.lists(group)
+        if plan is not None and lists is not None:
+            for bucket, bucket_lists in zip(plan.buckets, lists, strict=True):
+                bucket.update(bucket_lists, self._hyper(group, bucket.params[0].device))
             return
         plans.pop(index, None)
         calls = self._calls(group)
@@ -181,7 +191,7 @@ class _Step(torch.optim.Adam):
 
     def _calls(self, group: Group) -> list[tuple[Any, ...]]:
         """The op's arguments, one call for each device and dtype; creates missing state as torch does."""
-        lists: Lists = ([], [], [], [], [], [])
+        lists = _empty_lists()
         self._init_group(group, *lists)
         params, *_, steps = lists
         for i, (p, step) in enumerate(zip(params, steps, strict=True)):
@@ -212,7 +222,7 @@ class _Step(torch.optim.Adam):
 
     def _torch_step(self, group: Group) -> None:
         """One group's step as torch.optim takes it, with the group's own foreach and fused."""
-        lists: Lists = ([], [], [], [], [], [])
+        lists = _empty_lists()
         has_complex = self._init_group(group, *lists)
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if not group["fused"]:
