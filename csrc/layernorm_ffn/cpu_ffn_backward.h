@@ -86,8 +86,14 @@ struct PackNormalisedColumns {
   int64_t k0;
 
   void operator()(int64_t j, int64_t columns, int64_t begin, int64_t end, float* out) const {
-    const auto column = [&](int64_t k, int64_t i, int64_t n)
-                            BIGKERN_FN { return x(k0 + k, j + i, n); };
+    const auto column = [&](int64_t k, bool has_next, int64_t i, int64_t n) BIGKERN_FN {
+      if (!x.stats) {
+        const T* p = x.x + (k0 + k) * x.D + j + i;
+        return words_across(p, has_next ? p + x.D : nullptr, n);
+      }
+      const auto values = [&](int64_t at, int64_t m) BIGKERN_FN { return x(k0 + at, j + i, m); };
+      return words_across<T>(k, has_next, n, values);
+    };
     pack_columns<NR, T>(columns, begin, end, out, column);
   }
 };

@@ -35,7 +35,7 @@ struct PackW1 {
       const bool up = gated && i >= W;
       const int64_t at = f + (up ? i - W : i);
       if (at >= F) return zero();
-      return load_upto(w1 + (up ? F + at : at) * D + k, n);
+      return words_along(w1 + (up ? F + at : at) * D + k, n);
     };
     pack_rows<NR, T>(columns, begin, end, out, row);
   }
@@ -62,7 +62,12 @@ struct PackX {
   }
   void operator()(int64_t i, int64_t rows, int64_t begin, int64_t end, float* out) const {
     const PackX& self = *this;
-    const auto row = [&](int64_t r, int64_t k, int64_t n) BIGKERN_FN { return self(i + r, k, n); };
+    const auto row = [&](int64_t r, int64_t k, int64_t n) BIGKERN_FN {
+      if (!self.stats) return words_along(self.x + (i + r) * self.D + k, n);
+      const auto values = [&](int64_t at, int64_t count)
+                              BIGKERN_FN { return self(i + r, at, count); };
+      return words_along<T>(k, n, values);
+    };
     pack_rows<MR, T>(rows, begin, end, out, row);
   }
 };
@@ -116,10 +121,14 @@ struct ActivationTile {
       }
       return;
     }
-    const auto lane = [&](int64_t r, int64_t k, int64_t count)
-                          BIGKERN_FN { return first_n(load(a + r * NR + k), count); };
+    const auto words = [&](int64_t r, int64_t k, int64_t count) BIGKERN_FN {
+      const float* row = a + r * NR;
+      const auto values = [&](int64_t at, int64_t m)
+                              BIGKERN_FN { return first_n(load(row + at), m); };
+      return words_along<T>(k, count, values);
+    };
     float* panel = packed + (tile.i - row0) * words_of<T>(F) + words_of<T>(f) * MR;
-    pack_rows<MR, T>(tile.rows, 0, n, panel, lane);
+    pack_rows<MR, T>(tile.rows, 0, n, panel, words);
   }
 };
 

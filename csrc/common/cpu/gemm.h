@@ -35,6 +35,7 @@ constexpr int NV = 2;
 constexpr int NR = NV * W;
 
 constexpr int64_t kChunk = 256;             // words of K summed in one accumulator
+constexpr int kAhead = 12;  // steps of K between a prefetch and its use
 constexpr int64_t kBlockBytes = 512 << 10;  // of packed A: half of the L2 cache
 constexpr int64_t kMaxBlockPanels = 12;
 constexpr int64_t kLeastBlockPanels = 4;  // though they overflow it: B must be reused
@@ -60,6 +61,9 @@ __attribute__((noinline)) void microkernel(int64_t words, const float* a, const 
     const int64_t end = at_most(begin + kChunk, words);
     vf c[MR][NV] = {};
     for (int64_t k = begin; k < end; ++k, a += MR, b += NR) {
+      __builtin_prefetch(a + kAhead * MR);
+      __builtin_prefetch(b + kAhead * NR);
+      if constexpr (NR * sizeof(float) > 64) __builtin_prefetch(b + kAhead * NR + NR / 2);
       vf row[NV];
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v) row[v] = load(b + v * W);

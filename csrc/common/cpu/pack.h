@@ -76,51 +76,90 @@ __attribute__((noinline)) void store_transposed(vf (&block)[W], int64_t words, f
   for (int64_t i = 0; i < words; ++i) store_first<COUNT>(out + i * R, block[i]);
 }
 
-// Steps [begin, end) of one panel, from rows along which k is contiguous: row(i, k, n) gives n <= W
-// values from k on of row i, 0 <= i < rows <= R, with zeros beyond n. Missing rows become zeros.
+// ---- words: what the functors below give
+// ---------------------------------------------------------
+
+// Along K: up to W words of n elements from p on, as they are stored.
+template <class T>
+inline vf words_along(const T* p, int64_t n) {
+  if constexpr (!paired<T>) {
+    return n >= W ? load(p) : load_n(p, n);
+  } else {
+    if (n >= 2 * W) return load_raw<vf>(p);
+    const vh halves[2] = {load_halves_n(p, at_most(n, W)),
+                          n > W ? load_halves_n(p + W, n - W) : vh{}};
+    return load_raw<vf>(halves);
+  }
+}
+
+// The same of computed values: f(k, n) gives n <= W floats from k on, zeros beyond n.
+template <class T, class F>
+inline vf words_along(int64_t k, int64_t n, const F& f) {
+  if constexpr (!paired<T>) {
+    return f(k, at_most(n, W));
+  } else {
+    return pair_along(f(k, at_most(n, W)), n > W ? f(k + W, n - W) : zero());
+  }
+}
+
+// Across K: one word of each of n <= W rows, at p and, where it belongs to the same word and
+// exists, at `next`; null where it does not exist.
+template <class T>
+inline vf words_across(const T* p, const T* next, int64_t n) {
+  if constexpr (!paired<T>) {
+    return n >= W ? load(p) : load_n(p, n);
+  } else {
+    const auto half = [&](const T* q) BIGKERN_FN {
+      return __builtin_convertvector(n >= W ? load_raw<vh>(q) : load_halves_n(q, n), vu);
+    };
+    return vf(next ? half(p) | (half(next) << 16) : half(p));
+  }
+}
+
+// The same of computed values: f(k, n) gives those of column k.
+template <class T, class F>
+inline vf words_across(int64_t k, bool has_next, int64_t n, const F& f) {
+  if constexpr (!paired<T>) {
+    return f(k, n);
+  } else {
+    return pair_across(f(k, n), has_next ? f(k + 1, n) : zero());
+  }
+}
+
+// ---- panels -------------------------------------------------------------------------------------
+
+// Steps [begin, end) of one panel, from rows along which k is contiguous: row(i, k, n) gives the
+// words of elements k .. k + n of row i, 0 <= i < rows <= R. Missing rows become zeros.
 template <int R, class T, int FIRST = 0, class Row>
 void pack_rows(int64_t rows, int64_t begin, int64_t end, float* out, const Row& row) {
   constexpr int COUNT = R - FIRST < W ? R - FIRST : W;  // this pass packs rows FIRST .. FIRST+COUNT
   const int64_t present = at_most(rows - FIRST, COUNT);
   constexpr int64_t step = paired<T> ? 2 * W : W;
   for (int64_t k = begin; k < end; k += step) {
-    const int64_t left = end - k;
+    const int64_t n = at_most(end - k, step);
     vf block[W];
 #pragma GCC unroll 1
-    for (int i = 0; i < W; ++i) {
-      if (i >= present) {
-        block[i] = zero();
-      } else if constexpr (paired<T>) {
-        const vf head = row(FIRST + i, k, at_most(left, W));
-        const vf tail = left > W ? row(FIRST + i, k + W, at_most(left - W, W)) : zero();
-        block[i] = pair_along(head, tail);
-      } else {
-        block[i] = row(FIRST + i, k, at_most(left, W));
-      }
-    }
-    float* to = out + words_of<T>(k) * R + FIRST;
-    store_transposed<R, COUNT>(block, at_most(words_of<T>(left), W), to);
+    for (int i = 0; i < W; ++i) block[i] = i < present ? row(FIRST + i, k, n) : zero();
+    store_transposed<R, COUNT>(block, words_of<T>(n), out + words_of<T>(k) * R + FIRST);
   }
   if constexpr (FIRST + W < R) pack_rows<R, T, FIRST + W>(rows, begin, end, out, row);
 }
 
-// The same from columns along which the panel's rows are contiguous: column(k, i, n) gives n <= W
-// values of column k, rows i .. i + n, with zeros beyond n.
+// The same from columns along which the panel's rows are contiguous: column(k, has_next, i, n)
+// gives the words of rows i .. i + n, n <= W, that begin at column k; has_next says that column
+// k + 1 exists.
 template <int R, class T, class Column>
 void pack_columns(int64_t rows, int64_t begin, int64_t end, float* out, const Column& column) {
   constexpr int64_t step = paired<T> ? 2 : 1;
   out += words_of<T>(begin) * R;
   for (int64_t k = begin; k < end; k += step, out += R) {
-    const auto pack = [&](int64_t first, int64_t count) BIGKERN_FN {
-      const int64_t n = at_most(rows - first, count);
-      if (n <= 0) return zero();
-      const vf word = column(k, first, n);
-      if constexpr (!paired<T>) return word;
-      return pair_across(word, k + 1 < end ? column(k + 1, first, n) : zero());
+    const auto words = [&](int64_t i, int64_t count) BIGKERN_FN {
+      const int64_t n = at_most(rows - i, count);
+      return n > 0 ? column(k, k + 1 < end, i, n) : zero();
     };
-    int64_t first = 0;
-    for (; first + W <= R; first += W) store(out + first, pack(first, W));
-    if constexpr (R % W != 0) store_first<R % W>(out + first, pack(first, R % W));
+    int64_t i = 0;
+    for (; i + W <= R; i += W) store(out + i, words(i, W));
+    if constexpr (R % W != 0) store_first<R % W>(out + i, words(i, R % W));
   }
 }
 
@@ -139,20 +178,25 @@ void pack_panel(const Matrix<T>& m, int64_t i0, int64_t rows, int64_t begin, int
   const T* base = m.data + i0 * m.row;
   if (m.column == 1) {
     pack_rows<R, T>(rows, begin, end, out, [&](int64_t i, int64_t k, int64_t n) BIGKERN_FN {
-      const T* p = base + i * m.row + k;
-      return n == W ? load(p) : load_n(p, n);
+      return words_along(base + i * m.row + k, n);
     });
   } else if (m.row == 1) {
-    pack_columns<R, T>(rows, begin, end, out, [&](int64_t k, int64_t i, int64_t n) BIGKERN_FN {
+    const auto column = [&](int64_t k, bool has_next, int64_t i, int64_t n) BIGKERN_FN {
       const T* p = base + k * m.column + i;
-      return n == W ? load(p) : load_n(p, n);
-    });
+      return words_across(p, has_next ? p + m.column : nullptr, n);
+    };
+    pack_columns<R, T>(rows, begin, end, out, column);
   } else {
-    pack_columns<R, T>(rows, begin, end, out, [&](int64_t k, int64_t i, int64_t n) BIGKERN_FN {
-      float lane[W] = {};
-      for (int64_t r = 0; r < n; ++r) lane[r] = to_float(base[(i + r) * m.row + k * m.column]);
-      return load(lane);
-    });
+    const auto column = [&](int64_t k, bool has_next, int64_t i, int64_t n) BIGKERN_FN {
+      const auto gather = [&](int64_t c, int64_t count) BIGKERN_FN {
+        float lane[W] = {};
+        for (int64_t r = 0; r < count; ++r)
+          lane[r] = to_float(base[(i + r) * m.row + c * m.column]);
+        return load(lane);
+      };
+      return words_across<T>(k, has_next, n, gather);
+    };
+    pack_columns<R, T>(rows, begin, end, out, column);
   }
 }
 
