@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,9 @@ import sys, torch
 def refuse(path):
     raise OSError("undefined symbol: xyz")
 torch.ops.load_library = refuse
+from bigkern.cli import doctor
 from bigkern.cli.main import main
+doctor.DTYPES = (torch.float32,)
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -182,3 +185,14 @@ def test_problems_pass_on_stock_itself() -> None:
         for problem in problems.small(op):
             verdicts = problems.judge(problem, torch.float32, torch.device("cpu"), "torch")
             assert all(verdict.passed for verdict in verdicts.values()), (problem.label, verdicts)
+
+
+@pytest.mark.parametrize(
+    "example", sorted((Path(__file__).parent.parent / "examples").glob("*.py")), ids=lambda p: p.stem
+)
+def test_examples_run(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # small models on a busy machine
+    runpy.run_path(str(example), run_name="__main__")
+    torch.set_num_threads(before)
+    assert capsys.readouterr().out
