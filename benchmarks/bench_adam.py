@@ -26,7 +26,7 @@ def transformer(layers: int, width: int, vocabulary: int = 0) -> Sizes:
 def cases(bench: Bench) -> list[Case]:
     if bench.device.type == "cuda":
         sizes = {"GPT-2 small": transformer(12, 768, 50304)}
-        sizes |= {} if bench.quick else {"GPT-2 XL": transformer(48, 1600, 50304)}
+        sizes |= {} if bench.quick else {"GPT-2 large": transformer(36, 1280, 50304)}
     elif bench.quick:
         sizes = {"4 blocks of 256": transformer(4, 256)}
     else:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bigkern import registry
+from bigkern.cli import problems
 from bigkern.cli.console import Console, Failure, machine
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("op", nargs="*", help=f"which: {', '.join(OPS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, shorter runs")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="only this one")
+    parser.add_argument("--backend", choices=registry.ORDER, help="force it (default: bigkern chooses)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument("--out", type=Path, help="folder for <machine>/<op>.csv and figures")
     parser.add_argument(
@@ -45,7 +48,11 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     out = (arguments.out or (CHECKOUT if CHECKOUT.is_dir() else Path("bigkern-results"))) / bench.name()
     rows: list[Row] = []
     for name in arguments.op or OPS:
-        found = _measure(name, bench, arguments.dtype)
+        try:
+            with registry.use(**dict.fromkeys(problems.OPS, arguments.backend) if arguments.backend else {}):
+                found = _measure(name, bench, arguments.dtype)
+        except registry.BackendRefused as error:
+            raise Failure(f"--backend {arguments.backend}: {error}") from error
         rows += found
         if found:
             harness.write(out / f"{name}.csv", found)

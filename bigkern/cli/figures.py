@@ -56,11 +56,12 @@ def comparison(
 
 
 def _draw_losses(axes: Any, runs: Curves) -> None:
-    for colour, (name, curves) in zip(COLOURS, runs.items(), strict=False):
-        axes.plot(*zip(*curves["train"], strict=True), color=colour, linewidth=0.8, label=f"{name}, train")
+    for i, (colour, (name, curves)) in enumerate(zip(COLOURS, runs.items(), strict=False)):
+        width = 0.8 + 1.6 * (len(runs) - 1 - i)  # curves that coincide stay visible, the later on the earlier
+        axes.plot(*zip(*curves["train"], strict=True), color=colour, linewidth=width, label=f"{name}, train")
         if curves["validation"]:
             points = list(zip(*curves["validation"], strict=True))
-            axes.plot(*points, "o:", color=colour, markersize=4, label=f"{name}, validation")
+            axes.plot(*points, "o:", color=colour, markersize=3 + 2 * width, label=f"{name}, validation")
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a token)")
     axes.grid(alpha=0.3)

@@ -25,6 +25,8 @@ Causal = Literal[False, True, "bottom_right"]
 Inputs = dict[str, Tensor]
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
 
+ON_THE_CPU = 1 << 24  # inputs of more elements are drawn where they are used
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -47,11 +49,13 @@ class Problem:
     explain_options: dict[str, Any] = field(default_factory=dict)  # what explain must be told besides
 
     def make(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
-        """Inputs drawn in float32 on the CPU from ``seed``, rounded to dtype: the same everywhere."""
-        generator = torch.Generator().manual_seed(seed)
+        """Inputs drawn in float32 from ``seed``, rounded to dtype; small ones are the same on every device."""
+        drawn = sum(torch.Size(shape).numel() for shape in self.shapes.values())
+        source = device if drawn > ON_THE_CPU else torch.device("cpu")
+        generator = torch.Generator(source).manual_seed(seed)
         made: Inputs = {}
         for name, shape in self.shapes.items():
-            value = torch.randn(shape, generator=generator)
+            value = torch.randn(shape, generator=generator, device=source)
             if name.startswith(("w1", "w2")):
                 value /= shape[-1] ** 0.5
             if name.endswith("weight"):
