@@ -12,16 +12,16 @@
 //
 //   p  g  m  v  (vmax)   ->  vectors  ->  p  m  v  (vmax, g)        28 bytes an element in fp32
 //
-// so the work is bound by memory alone, and the software prefetch is what brings seven streams to
-// the bandwidth that one has.
+// so the work is bound by memory alone. The hardware follows seven streams by itself: software
+// prefetch made it slower, and every line that is stored has just been read, so streaming stores
+// gain nothing.
 
 namespace bigkern::adam::BIGKERN_ISA {
 using namespace bigkern::BIGKERN_ISA;
 namespace {
 
-constexpr int64_t kGrain = 1 << 14;       // elements below which a second thread does not pay
-constexpr int64_t kSliceStep = 64;        // slices inside a parameter start on cache lines
-constexpr int64_t kPrefetchBytes = 1024;  // how far ahead
+constexpr int64_t kGrain = 1 << 14;  // elements below which a second thread does not pay
+constexpr int64_t kSliceStep = 64;   // slices inside a parameter start on cache lines
 
 // One step of one parameter, broadcast.
 struct Scalars {
@@ -63,13 +63,8 @@ struct Arrays {
 // Elements begin to end of one parameter.
 template <class T, bool AMSGRAD>
 void update_range(const Arrays<T>& a, int64_t begin, int64_t end, const Scalars& s) {
-  constexpr int64_t kAhead = kPrefetchBytes / int64_t(sizeof(T));
   int64_t i = begin;
   for (; i + W <= end; i += W) {
-    __builtin_prefetch(a.p + i + kAhead, 1);
-    __builtin_prefetch(a.g + i + kAhead, 0);
-    __builtin_prefetch(a.m + i + kAhead, 1);
-    __builtin_prefetch(a.v + i + kAhead, 1);
     Vectors x = {load(a.p + i), load(a.g + i), load(a.m + i), load(a.v + i),
                  AMSGRAD ? load(a.vmax + i) : zero()};
     step<AMSGRAD>(s, x);

@@ -137,7 +137,8 @@ void adam(const TensorList& params, const TensorList& grads, const TensorList& e
   check_length(grads, "grads", params.size());
   std::vector<Parameter> parameters =
       gather(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, amsgrad);
-  for (size_t i = 0; i < params.size(); ++i) parameters[i].g = updated(grads[i], params[i], "grads", i);
+  for (size_t i = 0; i < params.size(); ++i)
+    parameters[i].g = updated(grads[i], params[i], "grads", i);
   const Tensor& first = params[0];
   const Update call = {dtype_of(first, "params"),
                        lr,
