@@ -1,0 +1,389 @@
+// The norm and FFN ops as torch ops: check, allocate, launch.
+#include "common/op.h"
+
+#include "layernorm_ffn/layernorm_ffn.h"
+
+namespace bigkern::layernorm_ffn {
+namespace {
+
+Norm norm_of(const std::string& kind) {
+  if (kind == "layer") return Norm::layer;
+  STD_TORCH_CHECK(kind == "rms", "kind must be layer or rms, not ", kind);
+  return Norm::rms;
+}
+
+Activation activation_of(const std::string& name) {
+  if (name == "relu") return Activation::relu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "silu") return Activation::silu;
+  if (name == "swiglu") return Activation::swiglu;
+  STD_TORCH_CHECK(name == "geglu",
+                  "activation must be relu, gelu, gelu_tanh, silu, swiglu or geglu, not ", name);
+  return Activation::geglu;
+}
+
+std::vector<int64_t> sizes_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
+
+// [..., N] is M rows of N.
+struct Rows {
+  int64_t M, N;
+};
+
+Rows rows_of(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) > 0, name, " must be [..., N] with N > 0");
+  const int64_t N = x.size(x.dim() - 1);
+  return {x.numel() / N, N};
+}
+
+Tensor dense(const Tensor& x) { return torch::stable::contiguous(x); }
+OptionalTensor dense(const OptionalTensor& x) {
+  return x.has_value() ? OptionalTensor(torch::stable::contiguous(*x)) : std::nullopt;
+}
+
+OptionalTensor empty_if(bool wanted, const Tensor& like, const std::vector<int64_t>& sizes) {
+  return wanted ? OptionalTensor(empty(like, sizes)) : std::nullopt;
+}
+OptionalTensor empty_f32_if(bool wanted, const Tensor& like, int64_t M) {
+  return wanted ? OptionalTensor(empty_f32(like, {M})) : std::nullopt;
+}
+
+void* out(const Tensor& x) { return x.mutable_data_ptr(); }
+void* out(const OptionalTensor& x) { return x.has_value() ? x->mutable_data_ptr() : nullptr; }
+float* out_f32(const OptionalTensor& x) { return static_cast<float*>(out(x)); }
+const float* in_f32(const OptionalTensor& x) { return static_cast<const float*>(data_or_null(x)); }
+
+void check(const OptionalTensor& x, const char* name, Dtype dtype, int64_t numel) {
+  if (!x.has_value()) return;
+  STD_TORCH_CHECK(dtype_of(*x, name) == dtype, name, " has another dtype than x");
+  STD_TORCH_CHECK(x->numel() == numel, name, " must have ", numel, " elements, not ", x->numel());
+}
+
+void check_f32(const OptionalTensor& x, const char* name, int64_t numel) {
+  check(x, name, Dtype::f32, numel);
+}
+
+struct Cpu {
+  static void run(const NormParams& p, const Tensor&) { cpu::norm_forward(p, torch_parallel()); }
+  static void run(const NormBackwardParams& p, const Tensor&) {
+    cpu::norm_backward(p, torch_parallel());
+  }
+  static size_t workspace(const NormBackwardParams& p) {
+    return cpu::norm_backward_workspace(p, torch_parallel().threads);
+  }
+};
+
+#ifdef BIGKERN_CUDA
+struct Cuda {
+  static void run(const NormParams& p, const Tensor& x) {
+    launch_on_device(x, "norm", [&](void* stream) { return cuda::norm_forward(p, stream); });
+  }
+  static void run(const NormBackwardParams& p, const Tensor& x) {
+    launch_on_device(x, "norm_backward",
+                     [&](void* stream) { return cuda::norm_backward(p, stream); });
+  }
+  static size_t workspace(const NormBackwardParams& p) { return cuda::norm_backward_workspace(p); }
+};
+#endif
+
+// ---- norm ---------------------------------------------------------------------------------------
+
+template <class Device>
+std::tuple<Tensor, OptionalTensor, OptionalTensor, Tensor> norm(
+    const Tensor& x_, const OptionalTensor& residual_, const OptionalTensor& weight_,
+    const OptionalTensor& bias_, double eps, const std::string& kind) {
+  const Dtype dtype = dtype_of(x_, "x");
+  const auto [M, N] = rows_of(x_, "x");
+  check(residual_, "residual", dtype, M * N);
+  check(weight_, "weight", dtype, N);
+  check(bias_, "bias", dtype, N);
+  const Norm norm = norm_of(kind);
+
+  const Tensor x = dense(x_);
+  const OptionalTensor residual = dense(residual_), weight = dense(weight_), bias = dense(bias_);
+  Tensor y = empty(x, sizes_of(x));
+  OptionalTensor sum = empty_if(residual.has_value(), x, sizes_of(x));
+  OptionalTensor mean = empty_f32_if(norm == Norm::layer, x, M);
+  Tensor rstd = empty_f32(x, {M});
+  Device::run(
+      {dtype, M, N, norm, static_cast<float>(eps), x.const_data_ptr(), data_or_null(residual),
+       data_or_null(weight), data_or_null(bias), out(y), out(sum), out_f32(mean), out_f32(rstd)},
+      x);
+  return {y, sum, mean, rstd};
+}
+
+template <class Device>
+std::tuple<Tensor, OptionalTensor, OptionalTensor> norm_backward(
+    const Tensor& dy_, const OptionalTensor& dsum_, const Tensor& s_, const OptionalTensor& weight_,
+    const OptionalTensor& mean_, const Tensor& rstd_, const std::string& kind, bool want_weight,
+    bool want_bias) {
+  const Dtype dtype = dtype_of(s_, "s");
+  const auto [M, N] = rows_of(s_, "s");
+  const Norm norm = norm_of(kind);
+  check(dy_, "dy", dtype, M * N);
+  check(dsum_, "dsum", dtype, M * N);
+  check(weight_, "weight", dtype, N);
+  check_f32(mean_, "mean", M);
+  check_f32(rstd_, "rstd", M);
+  STD_TORCH_CHECK(mean_.has_value() == (norm == Norm::layer),
+                  "mean belongs to layer, and only to it");
+
+  const Tensor dy = dense(dy_), s = dense(s_), rstd = dense(rstd_);
+  const OptionalTensor dsum = dense(dsum_), weight = dense(weight_), mean = dense(mean_);
+  Tensor dx = empty(s, sizes_of(s));
+  OptionalTensor dweight = empty_if(want_weight, s, {N}), dbias = empty_if(want_bias, s, {N});
+  NormBackwardParams p{dtype,
+                       M,
+                       N,
+                       norm,
+                       dy.const_data_ptr(),
+                       data_or_null(dsum),
+                       s.const_data_ptr(),
+                       data_or_null(weight),
+                       in_f32(mean),
+                       in_f32(rstd),
+                       out(dx),
+                       out(dweight),
+                       out(dbias),
+                       nullptr};
+  const Tensor workspace = empty_bytes(s, Device::workspace(p));
+  p.workspace = out(workspace);
+  Device::run(p, s);
+  return {dx, dweight, dbias};
+}
+
+// ---- bias + activation: the GPU backends' pieces ------------------------------------------------
+
+#ifdef BIGKERN_CUDA
+// Adds the bias to the product in place, and returns the activation of that.
+Tensor bias_activation(const Tensor& product, const OptionalTensor& bias_,
+                       const std::string& name) {
+  const Dtype dtype = dtype_of(product, "product");
+  const Activation activation = activation_of(name);
+  const auto [M, columns] = rows_of(product, "product");
+  check(bias_, "bias", dtype, columns);
+  STD_TORCH_CHECK(product.is_contiguous(),
+                  "product must be contiguous: the bias is added in place");
+  STD_TORCH_CHECK(!is_gated(activation) || columns % 2 == 0, name,
+                  " needs an even number of columns");
+
+  const int64_t F = is_gated(activation) ? columns / 2 : columns;
+  const OptionalTensor bias = dense(bias_);
+  Tensor activated = empty(product, {M, F});
+  void* preactivation = bias.has_value() ? out(product) : nullptr;
+  const BiasActivationParams p{
+      dtype,         M, F, activation, product.const_data_ptr(), data_or_null(bias), preactivation,
+      out(activated)};
+  launch_on_device(product, "bias_activation",
+                   [&](void* stream) { return cuda::bias_activation(p, stream); });
+  return activated;
+}
+
+std::tuple<Tensor, OptionalTensor, OptionalTensor> bias_activation_backward(
+    const Tensor& dout_, const Tensor& preactivation_, const std::string& name, bool want_bias,
+    bool rebuild) {
+  const Dtype dtype = dtype_of(preactivation_, "preactivation");
+  const Activation activation = activation_of(name);
+  const auto [M, columns] = rows_of(preactivation_, "preactivation");
+  const int64_t F = is_gated(activation) ? columns / 2 : columns;
+  check(dout_, "dout", dtype, M * F);
+
+  const Tensor dout = dense(dout_), preactivation = dense(preactivation_);
+  Tensor dpre = empty(preactivation, {M, columns});
+  OptionalTensor activated = empty_if(rebuild, preactivation, {M, F});
+  OptionalTensor dbias = empty_if(want_bias, preactivation, {columns});
+  BiasActivationBackwardParams p{dtype,
+                                 M,
+                                 F,
+                                 activation,
+                                 dout.const_data_ptr(),
+                                 preactivation.const_data_ptr(),
+                                 out(dpre),
+                                 out(activated),
+                                 out(dbias),
+                                 nullptr};
+  const Tensor workspace = empty_bytes(dout, cuda::bias_activation_backward_workspace(p));
+  p.workspace = out(workspace);
+  launch_on_device(dout, "bias_activation_backward",
+                   [&](void* stream) { return cuda::bias_activation_backward(p, stream); });
+  return {dpre, activated, dbias};
+}
+#endif
+
+// ---- the whole block: the CPU backend -----------------------------------------------------------
+
+#ifndef BIGKERN_SIMT
+Placement placement_of(const std::string& name) {
+  if (name == "pre") return Placement::pre;
+  STD_TORCH_CHECK(name == "post", "placement must be pre or post, not ", name);
+  return Placement::post;
+}
+
+// [F or 2F, D] and [D, F]: the sizes that both directions need.
+struct Sizes {
+  Dtype dtype;
+  int64_t M, D, F, rows;  // rows of w1
+
+  Sizes(const Tensor& x, const Tensor& w1, const Tensor& w2, Activation activation)
+      : dtype(dtype_of(x, "x")) {
+    const Rows of_x = rows_of(x, "x");
+    STD_TORCH_CHECK(w1.dim() == 2 && w2.dim() == 2, "w1 and w2 must be matrices");
+    M = of_x.M, D = of_x.N, F = w2.size(1), rows = is_gated(activation) ? 2 * F : F;
+    STD_TORCH_CHECK(F > 0 && w1.size(0) == rows && w1.size(1) == D && w2.size(0) == D,
+                    "w1 must be [F, D] ([2F, D] gated) and w2 [D, F]");
+    check(w1, "w1", dtype, rows * D);
+    check(w2, "w2", dtype, D * F);
+  }
+};
+
+std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> layernorm_ffn(
+    const Tensor& x_, const Tensor& w1_, const OptionalTensor& b1_, const Tensor& w2_,
+    const OptionalTensor& b2_, const OptionalTensor& norm_weight_, const OptionalTensor& norm_bias_,
+    const std::string& kind, const std::string& activation_name, const std::string& placement_name,
+    bool residual, double eps, bool save) {
+  const Norm norm = norm_of(kind);
+  const Activation activation = activation_of(activation_name);
+  const Placement placement = placement_of(placement_name);
+  const Sizes of(x_, w1_, w2_, activation);
+  check(b1_, "b1", of.dtype, of.rows);
+  check(b2_, "b2", of.dtype, of.D);
+  check(norm_weight_, "norm_weight", of.dtype, of.D);
+  check(norm_bias_, "norm_bias", of.dtype, of.D);
+
+  const Tensor x = dense(x_), w1 = dense(w1_), w2 = dense(w2_);
+  const OptionalTensor b1 = dense(b1_), b2 = dense(b2_);
+  const OptionalTensor norm_weight = dense(norm_weight_), norm_bias = dense(norm_bias_);
+  Tensor y = empty(x, sizes_of(x));
+  OptionalTensor s = empty_if(save && placement == Placement::post, x, {of.M, of.D});
+  OptionalTensor mean = empty_f32_if(save && norm == Norm::layer, x, of.M);
+  OptionalTensor rstd = empty_f32_if(save, x, of.M);
+  OptionalTensor preactivation = empty_if(save, x, {of.M, of.rows});
+  FfnParams p{of.dtype,
+              of.M,
+              of.D,
+              of.F,
+              norm,
+              activation,
+              placement,
+              residual,
+              static_cast<float>(eps),
+              x.const_data_ptr(),
+              data_or_null(norm_weight),
+              data_or_null(norm_bias),
+              w1.const_data_ptr(),
+              data_or_null(b1),
+              w2.const_data_ptr(),
+              data_or_null(b2),
+              out(y),
+              out_f32(mean),
+              out_f32(rstd),
+              out(preactivation),
+              out(s),
+              nullptr};
+  const Parallel parallel = torch_parallel();
+  const Tensor workspace = empty_bytes(x, cpu::ffn_forward_workspace(p, parallel.threads));
+  p.workspace = out(workspace);
+  cpu::ffn_forward(p, parallel);
+  return {y, s, mean, rstd, preactivation};
+}
+
+using Gradients = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor,
+                             OptionalTensor, OptionalTensor, OptionalTensor>;
+
+Gradients layernorm_ffn_backward(const Tensor& dy_, const Tensor& x_, const Tensor& w1_,
+                                 const Tensor& w2_, const OptionalTensor& norm_weight_,
+                                 const OptionalTensor& norm_bias_, const OptionalTensor& s_,
+                                 const OptionalTensor& mean_, const Tensor& rstd_,
+                                 const Tensor& preactivation_, const std::string& kind,
+                                 const std::string& activation_name,
+                                 const std::string& placement_name, bool residual, double /*eps*/,
+                                 const std::vector<bool>& wanted) {
+  const Norm norm = norm_of(kind);
+  const Activation activation = activation_of(activation_name);
+  const Placement placement = placement_of(placement_name);
+  const Sizes of(x_, w1_, w2_, activation);
+  check(dy_, "dy", of.dtype, of.M * of.D);
+  check(norm_weight_, "norm_weight", of.dtype, of.D);
+  check(norm_bias_, "norm_bias", of.dtype, of.D);
+  check(s_, "s", of.dtype, of.M * of.D);
+  check_f32(mean_, "mean", of.M);
+  check_f32(rstd_, "rstd", of.M);
+  check(preactivation_, "preactivation", of.dtype, of.M * of.rows);
+  STD_TORCH_CHECK(mean_.has_value() == (norm == Norm::layer),
+                  "mean belongs to layer, and only to it");
+  STD_TORCH_CHECK(s_.has_value() == (placement == Placement::post),
+                  "s belongs to post, and only to it");
+  STD_TORCH_CHECK(wanted.size() == 7, "wanted must have 7 entries, not ", wanted.size());
+
+  const Tensor dy = dense(dy_), x = dense(x_), w1 = dense(w1_), w2 = dense(w2_),
+               rstd = dense(rstd_);
+  const Tensor preactivation = dense(preactivation_);
+  const OptionalTensor norm_weight = dense(norm_weight_), norm_bias = dense(norm_bias_);
+  const OptionalTensor s = dense(s_), mean = dense(mean_);
+  OptionalTensor dx = empty_if(wanted[0], x, sizes_of(x));
+  OptionalTensor dw1 = empty_if(wanted[1], x, {of.rows, of.D}),
+                 db1 = empty_if(wanted[2], x, {of.rows});
+  OptionalTensor dw2 = empty_if(wanted[3], x, {of.D, of.F}), db2 = empty_if(wanted[4], x, {of.D});
+  OptionalTensor dweight = empty_if(wanted[5], x, {of.D}), dbias = empty_if(wanted[6], x, {of.D});
+  FfnBackwardParams p{of.dtype,
+                      of.M,
+                      of.D,
+                      of.F,
+                      norm,
+                      activation,
+                      placement,
+                      residual,
+                      dy.const_data_ptr(),
+                      x.const_data_ptr(),
+                      data_or_null(norm_weight),
+                      data_or_null(norm_bias),
+                      w1.const_data_ptr(),
+                      w2.const_data_ptr(),
+                      in_f32(mean),
+                      in_f32(rstd),
+                      preactivation.const_data_ptr(),
+                      data_or_null(s),
+                      out(dx),
+                      out(dweight),
+                      out(dbias),
+                      out(dw1),
+                      out(db1),
+                      out(dw2),
+                      out(db2),
+                      nullptr};
+  const Parallel parallel = torch_parallel();
+  const Tensor workspace = empty_bytes(x, cpu::ffn_backward_workspace(p, parallel.threads));
+  p.workspace = out(workspace);
+  cpu::ffn_backward(p, parallel);
+  return {dx, dw1, db1, dw2, db2, dweight, dbias};
+}
+#endif
+
+}  // namespace
+}  // namespace bigkern::layernorm_ffn
+
+namespace ffn = bigkern::layernorm_ffn;
+
+#ifdef BIGKERN_SIMT
+STABLE_TORCH_LIBRARY_IMPL(bigkern_simt, CPU, m) {
+  m.impl("norm", TORCH_BOX(&ffn::norm<ffn::Cuda>));
+  m.impl("norm_backward", TORCH_BOX(&ffn::norm_backward<ffn::Cuda>));
+  m.impl("bias_activation", TORCH_BOX(&ffn::bias_activation));
+  m.impl("bias_activation_backward", TORCH_BOX(&ffn::bias_activation_backward));
+}
+#else
+STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CPU, m) {
+  m.impl("norm", TORCH_BOX(&ffn::norm<ffn::Cpu>));
+  m.impl("norm_backward", TORCH_BOX(&ffn::norm_backward<ffn::Cpu>));
+  m.impl("layernorm_ffn", TORCH_BOX(&ffn::layernorm_ffn));
+  m.impl("layernorm_ffn_backward", TORCH_BOX(&ffn::layernorm_ffn_backward));
+}
+#ifdef BIGKERN_CUDA
+STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CUDA, m) {
+  m.impl("norm", TORCH_BOX(&ffn::norm<ffn::Cuda>));
+  m.impl("norm_backward", TORCH_BOX(&ffn::norm_backward<ffn::Cuda>));
+  m.impl("bias_activation", TORCH_BOX(&ffn::bias_activation));
+  m.impl("bias_activation_backward", TORCH_BOX(&ffn::bias_activation_backward));
+}
+#endif
+#endif
