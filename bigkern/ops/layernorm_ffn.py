@@ -24,15 +24,16 @@ define(
     " -> (Tensor y, Tensor? s, Tensor? mean, Tensor? rstd, Tensor? preactivation)"
 )
 define(
-    "layernorm_ffn_backward(Tensor dy, Tensor x, Tensor w1, Tensor w2, Tensor? norm_weight, Tensor? norm_bias,"
-    " Tensor? s, Tensor? mean, Tensor rstd, Tensor preactivation, str norm, str activation, str placement,"
-    " bool residual, float eps, bool[] wanted)"
-    " -> (Tensor? dx, Tensor? dw1, Tensor? db1, Tensor? dw2, Tensor? db2, Tensor? dnorm_weight, Tensor? dnorm_bias)"
+    "layernorm_ffn_backward(Tensor dy, Tensor x, Tensor w1, Tensor w2, Tensor? norm_weight,"
+    " Tensor? norm_bias, Tensor? s, Tensor? mean, Tensor rstd, Tensor preactivation, str norm,"
+    " str activation, str placement, bool residual, float eps, bool[] wanted)"
+    " -> (Tensor? dx, Tensor? dw1, Tensor? db1, Tensor? dw2, Tensor? db2, Tensor? dnorm_weight,"
+    " Tensor? dnorm_bias)"
 )
-define_native("bias_activation(Tensor(a!) product, Tensor? bias, str activation, bool save) -> Tensor out")
+define_native("bias_activation(Tensor(a!) product, Tensor? bias, str activation) -> Tensor out")
 define_native(
-    "bias_activation_backward(Tensor dout, Tensor preactivation, str activation, bool want_bias, bool rebuild)"
-    " -> (Tensor dpre, Tensor? out, Tensor? dbias)"
+    "bias_activation_backward(Tensor dout, Tensor preactivation, str activation, bool want_bias,"
+    " bool rebuild) -> (Tensor dpre, Tensor? out, Tensor? dbias)"
 )
 
 Norm = Literal["layer", "rms"]
@@ -143,7 +144,7 @@ def bind(
     residual: bool = True,
     eps: float = 1e-5,
 ) -> tuple[Any, ...]:
-    """Check a public call and turn it into the op's arguments; the last says whether a backward may follow."""
+    """Check a public call and turn it into the op's arguments; the last: whether a backward may follow."""
     if norm not in ("layer", "rms"):
         raise ValueError(f'norm must be "layer" or "rms", not {norm!r}')
     if activation not in ACTIVATIONS:
@@ -263,12 +264,16 @@ def _autograd(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Any, ...]:
     return _gradients(torch.ops.bigkern.layernorm_ffn_backward, ctx, dy, ctx.needs_input_grad[:7])
 
 
-def _gradients(backward: Callable[..., Gradients], ctx: Any, dy: Tensor, needed: Sequence[bool]) -> tuple[Any, ...]:
+def _gradients(
+    backward: Callable[..., Gradients], ctx: Any, dy: Tensor, needed: Sequence[bool]
+) -> tuple[Any, ...]:
     """Of x, w1, b1, w2, b2, norm_weight and norm_bias, then the six options."""
     return *backward(dy, *ctx.saved_tensors, *ctx.options, list(needed)), *(None,) * 6
 
 
-torch.library.register_autograd("bigkern::layernorm_ffn", _autograd, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd(
+    "bigkern::layernorm_ffn", _autograd, setup_context=_setup_context, lib=LIBRARY
+)
 
 
 # ---- backends --------------------------------------------------------------------------------------
@@ -314,21 +319,19 @@ def kernel_refuses(backend: str, x: Tensor, w1: Tensor) -> registry.Reason:
         return reason
     if x.dtype not in KERNEL_DTYPES:
         return f"dtype {x.dtype} is not float32, bfloat16 or float16"
-    if w1.shape[0] == 0 or w1.shape[1] == 0:
-        return "the weights are empty"
+    if x.numel() == 0 or w1.numel() == 0:
+        return "x or the weights are empty"
     return autocast(x)
 
 
 def _gpu_refuses(backend: str, x: Tensor, w1: Tensor) -> registry.Reason:
-    if x.shape[-1] > MAX_COLUMNS:
-        return f"rows of {x.shape[-1]} > {MAX_COLUMNS} elements"
-    return kernel_refuses(backend, x, w1)
+    if (reason := kernel_refuses(backend, x, w1)) is not None:
+        return reason
+    return None if x.shape[-1] <= MAX_COLUMNS else f"rows of {x.shape[-1]} > {MAX_COLUMNS} elements"
 
 
 def _cpu_refuses(x: Tensor, w1: Tensor, *_: Any) -> registry.Reason:
-    if info.import_error is not None:
-        return info.summary()
-    return kernel_refuses("cpu", x, w1)
+    return kernel_refuses("cpu", x, w1) or (info.import_error and info.summary())
 
 
 def _triton_refuses(x: Tensor, w1: Tensor, *_: Any) -> registry.Reason:
@@ -353,8 +356,8 @@ def block_of(pieces: Pieces) -> tuple[Callable[..., Result], Callable[..., Gradi
 
 
 def native_pieces(native: Any) -> Pieces:
-    def bias_activation(product: Tensor, bias: Tensor | None, activation: str, save: bool) -> tuple[Tensor, Tensor]:
-        return product, native.bias_activation(product, bias, activation, save)
+    def bias_activation(product: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        return product, native.bias_activation(product, *rest)  # the bias is added in place
 
     return Pieces(
         lambda *arguments: native.norm(*arguments),
@@ -375,22 +378,16 @@ def _triton(name: str) -> Any:
     return call
 
 
-def _triton_bias_activation(product: Tensor, bias: Tensor | None, activation: str, save: bool) -> Any:
-    return _triton("bias_activation")(product, bias, activation)
-
-
-TRITON_PIECES = Pieces(
-    _triton("norm"), _triton("norm_backward"), _triton_bias_activation, _triton("bias_activation_backward")
-)
+TRITON_PIECES = Pieces(*(_triton(name) for name in Pieces._fields))
 
 
 def cuda_backend(native: Any, *, emulated: bool = False) -> registry.Backend:
     """The CUDA kernels in ``native``: the compiled ones, or, in the tests, those that the emulator runs."""
 
     def refuses(x: Tensor, w1: Tensor, *_: Any) -> registry.Reason:
-        if not emulated and not info.has_cuda_kernels():
-            return info.summary()
-        return _gpu_refuses("cpu" if emulated else "cuda", x, w1)
+        if emulated:
+            return _gpu_refuses("cpu", x, w1)
+        return _gpu_refuses("cuda", x, w1) or (None if info.has_cuda_kernels() else info.summary())
 
     return registry.Backend("cuda", *block_of(native_pieces(native)), refuses, _declines_unproven("cuda"))
 

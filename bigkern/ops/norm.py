@@ -147,13 +147,13 @@ def bind(
     if not shape:
         raise RuntimeError("normalized_shape must have at least one dimension, not ()")
     if x.shape[-len(shape) :] != shape:
-        raise RuntimeError(f"normalized_shape {shape} must be the last dimensions of x, whose shape is {tuple(x.shape)}")
+        raise RuntimeError(f"normalized_shape {shape} must end the shape of x, {tuple(x.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
         _check_tensor(name, tensor, x)
         if tensor.shape != shape:
-            raise RuntimeError(f"{name} must have the shape normalized_shape = {shape}, not {tuple(tensor.shape)}")
+            raise RuntimeError(f"{name} must have normalized_shape {shape}, not {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be floating point, not {tensor.dtype}")
     if residual is not None:
@@ -244,7 +244,11 @@ def _autograd(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: None) -> tup
 
 
 def _gradients(
-    backward: Callable[..., Gradients], ctx: Any, dy: Tensor | None, dsum: Tensor | None, needed: Sequence[bool]
+    backward: Callable[..., Gradients],
+    ctx: Any,
+    dy: Tensor | None,
+    dsum: Tensor | None,
+    needed: Sequence[bool],
 ) -> tuple[Any, ...]:
     """Of x, residual, weight, bias, eps and kind."""
     if dy is None:  # only x + residual was used
@@ -317,15 +321,13 @@ def kernel_refuses(backend: str, x: Tensor, weight: Tensor | None, bias: Tensor 
 
 
 def _gpu_refuses(backend: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> registry.Reason:
-    if x.shape[-1] > MAX_COLUMNS:
-        return f"rows of {x.shape[-1]} > {MAX_COLUMNS} elements"
-    return kernel_refuses(backend, x, weight, bias)
+    if (reason := kernel_refuses(backend, x, weight, bias)) is not None:
+        return reason
+    return None if x.shape[-1] <= MAX_COLUMNS else f"rows of {x.shape[-1]} > {MAX_COLUMNS} elements"
 
 
 def _cpu_refuses(x: Tensor, residual: Any, weight: Any, bias: Any, *_: Any) -> registry.Reason:
-    if info.import_error is not None:
-        return info.summary()
-    return kernel_refuses("cpu", x, weight, bias)
+    return kernel_refuses("cpu", x, weight, bias) or (info.import_error and info.summary())
 
 
 def _triton_refuses(x: Tensor, residual: Any, weight: Any, bias: Any, *_: Any) -> registry.Reason:
@@ -356,9 +358,9 @@ def cuda_backend(native: Any, *, emulated: bool = False) -> registry.Backend:
     """The CUDA kernels in ``native``: the compiled ones, or, in the tests, those that the emulator runs."""
 
     def refuses(x: Tensor, residual: Any, weight: Any, bias: Any, *_: Any) -> registry.Reason:
-        if not emulated and not info.has_cuda_kernels():
-            return info.summary()
-        return _gpu_refuses("cpu" if emulated else "cuda", x, weight, bias)
+        if emulated:
+            return _gpu_refuses("cpu", x, weight, bias)
+        return _gpu_refuses("cuda", x, weight, bias) or (None if info.has_cuda_kernels() else info.summary())
 
     return registry.Backend(
         "cuda",
@@ -374,7 +376,10 @@ _native = torch.ops.bigkern_native
 NORM.register(cuda_backend(_native))
 NORM.register(
     registry.Backend(
-        "triton", *rows_backend(_triton("norm"), _triton("norm_backward")), _triton_refuses, _declines_unproven("triton")
+        "triton",
+        *rows_backend(_triton("norm"), _triton("norm_backward")),
+        _triton_refuses,
+        _declines_unproven("triton"),
     )
 )
 NORM.register(

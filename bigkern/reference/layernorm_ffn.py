@@ -8,7 +8,9 @@ Gated activations compute ``act(gate) * up``. Norm and activation are computed i
 and rounded to x's dtype where they are stored.
 
 The block is written once, over four :class:`Pieces` and torch's matrix products. With the plain pieces
-below it is the reference; a GPU backend is the same block with its kernels for pieces.
+below it is the reference; a GPU backend is the same block with its kernels for pieces. b1 goes into the
+product: there it costs no pass over memory, and p is rounded once (rounding the product first can turn
+the sign of a p near 0, and with it relu's gradient).
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class Pieces(NamedTuple):
 
     norm: Callable[..., tuple[Tensor, Tensor | None, Tensor | None, Tensor]]
     norm_backward: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
-    bias_activation: Callable[..., tuple[Tensor | None, Tensor]]
+    bias_activation: Callable[..., tuple[Tensor, Tensor]]
     bias_activation_backward: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
 
 
@@ -74,10 +76,10 @@ def activate(preactivation: Tensor, activation: str) -> Tensor:
     return (_act(gate, GATED[activation]) * up).to(preactivation.dtype)
 
 
-def bias_activation(product: Tensor, bias: Tensor | None, activation: str, save: bool) -> tuple[Tensor, Tensor]:
+def bias_activation(product: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
     """``(preactivation, out)``: the product with its bias, and the activation of that, in product's dtype.
 
-    The product may be overwritten; the preactivation counts only if ``save``.
+    The product may be overwritten by the preactivation.
     """
     preactivation = product if bias is None else product + bias
     return preactivation, activate(preactivation, activation)
@@ -121,17 +123,17 @@ def layernorm_ffn(
     save: bool,
     pieces: Pieces = PLAIN,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """``y`` shaped like x, and, if ``save``, ``s [M, D]`` (post), ``mean``, ``rstd`` and ``preactivation``."""
+    """``y`` shaped like x; if ``save`` also ``s [M, D]`` (post), ``mean``, ``rstd``, ``preactivation``."""
     rows = _rows(x)
     affine = (norm_weight, norm_bias, eps, norm)
     if placement == "pre":
         n, _, mean, rstd = pieces.norm(rows, None, *affine)
-        preactivation, a = pieces.bias_activation(F.linear(n, w1), b1, activation, save)
+        preactivation, a = pieces.bias_activation(F.linear(n, w1, b1), None, activation)
         y, s = F.linear(a, w2, b2), None
         if residual:
             y += rows
     else:
-        preactivation, a = pieces.bias_activation(F.linear(rows, w1), b1, activation, save)
+        preactivation, a = pieces.bias_activation(F.linear(rows, w1, b1), None, activation)
         ffn = F.linear(a, w2, b2)
         y, s, mean, rstd = pieces.norm(ffn, rows if residual else None, *affine)
         s = ffn if s is None else s
@@ -160,9 +162,9 @@ def layernorm_ffn_backward(
 ) -> Gradients:
     """Gradients of x, w1, b1, w2, b2, norm_weight and norm_bias; None where not ``wanted``.
 
-        da = ds W2              dW2 = ds^T a        db2 = sum(ds)         ds = dy, or post: the norm's gradient
-        dp = da act'(p)         dW1 = dp^T n        db1 = sum(dp)         n = norm(x), or post: x
-        dn = dp W1              dx = the norm's gradient of dn, or post: dn; + ds through the residual
+    da = ds W2              dW2 = ds^T a        db2 = sum(ds)         ds = dy, or post: the norm's gradient
+    dp = da act'(p)         dW1 = dp^T n        db1 = sum(dp)         n = norm(x), or post: x
+    dn = dp W1              dx = the norm's gradient of dn, or post: dn; + ds through the residual
     """
     rows, dy = _rows(x), _rows(dy)
     want_x, want_w1, want_b1, want_w2, want_b2, want_weight, want_bias = wanted
@@ -181,7 +183,7 @@ def layernorm_ffn_backward(
     if want_dn or want_w1 or want_b1:
         dp, a, db1 = pieces.bias_activation_backward(ds @ w2, preactivation, activation, want_b1, want_w2)
     elif want_w2:
-        _, a = pieces.bias_activation(preactivation, None, activation, False)
+        _, a = pieces.bias_activation(preactivation, None, activation)
     if want_w2:
         dw2 = ds.t() @ a
     if want_w1:

@@ -46,9 +46,9 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of x (the residual's is the same), weight and bias.
 
-        xhat = (s - mean) * rstd                g = dy * weight
-        dx   = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum         mean(g) for layer only
-        dweight = sum(dy * xhat)                dbias = sum(dy)            over all rows
+    xhat = (s - mean) * rstd                g = dy * weight
+    dx   = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum         mean(g) for layer only
+    dweight = sum(dy * xhat)                dbias = sum(dy)            over all rows
     """
     wide = s.to(rstd.dtype)
     xhat = (wide if mean is None else wide - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
