@@ -75,7 +75,7 @@ inline Parallel torch_parallel() {
 // Run a launcher on x's device and torch's current stream; a failed launch names the op. Under the
 // host emulator (BIGKERN_SIMT) there is neither device nor stream.
 template <class Launch>
-void launch_on_device(const Tensor& x, const char* op, const Launch& launch) {
+void launch_on_device([[maybe_unused]] const Tensor& x, const char* op, const Launch& launch) {
 #ifdef BIGKERN_SIMT
   const int status = launch(nullptr);
 #else
