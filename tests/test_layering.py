@@ -47,7 +47,9 @@ def imported_rooms(tree: ast.Module) -> set[tuple[str, int]]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: relative import; write the whole name"
+            if node.level:
+                assert node.level == 1, f"line {node.lineno}: a relative import out of the room"
+                continue
             names = (
                 [f"bigkern.{alias.name}" for alias in node.names]
                 if node.module == "bigkern"
@@ -87,7 +89,7 @@ def test_core_imports_torch_and_numpy_alone() -> None:
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 names = [node.module]
             else:
                 continue
