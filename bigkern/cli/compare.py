@@ -29,7 +29,7 @@ from bigkern.cli.train import (
     sample,
     write_json,
 )
-from bigkern.cli.trainer import Interruptible, Trainer, parameter_groups
+from bigkern.cli.trainer import BETAS, Interruptible, Recipe, Trainer, parameter_groups
 
 BLOCK = 5  # steps a turn
 WARM_UP = 5  # first steps that do not count in the timings
@@ -45,8 +45,8 @@ def _stock(this: Run, optimizer: Optimizer) -> Trainer:
         this.device, this.dtype
     )
     groups = parameter_groups(model, this.recipe.weight_decay)
-    trainer = optimizer(groups, lr=this.recipe.lr)
-    return Trainer(model, trainer, this.corpus, this.recipe, this.device, this.settings["compile"])
+    stepper = optimizer(groups, lr=this.recipe.lr, betas=BETAS)
+    return Trainer(model, stepper, this.corpus, this.recipe, this.device, this.settings["compile"])
 
 
 VARIANTS: dict[str, Callable[[Run], Trainer]] = {
@@ -222,7 +222,6 @@ def measure_memory(this: Run) -> dict[str, dict[str, int | None]]:
 def probe() -> None:
     """In the child: train on random tokens; print peak memory, and the bytes that autograd saves, as JSON."""
     from bigkern.cli.corpus import Bytes, Corpus
-    from bigkern.cli.trainer import Recipe
 
     request = json.loads(sys.stdin.read())
     settings, device = request["settings"], torch.device(request["device"])

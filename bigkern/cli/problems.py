@@ -49,7 +49,7 @@ class Problem:
     explain_options: dict[str, Any] = field(default_factory=dict)  # what explain must be told besides
 
     def make(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
-        """Inputs drawn in float32 from ``seed``, rounded to dtype; small ones are the same on every device."""
+        """Inputs drawn in float32 from ``seed``, rounded to dtype; small ones are alike on all devices."""
         drawn = sum(torch.Size(shape).numel() for shape in self.shapes.values())
         source = device if drawn > ON_THE_CPU else torch.device("cpu")
         generator = torch.Generator(source).manual_seed(seed)

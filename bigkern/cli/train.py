@@ -14,7 +14,7 @@ from torch import nn
 
 from bigkern.cli import checkpoint, corpus, figures
 from bigkern.cli.console import Console, Failure, machine
-from bigkern.cli.trainer import Interruptible, Recipe, Trainer, parameter_groups
+from bigkern.cli.trainer import BETAS, Interruptible, Recipe, Trainer, parameter_groups
 
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -169,7 +169,7 @@ def build(this: Run) -> Trainer:
 
     torch.manual_seed(this.recipe.seed)  # of dropout
     model = GPT(model_config(this.settings, this.corpus.tokenizer.vocab_size)).to(this.device, this.dtype)
-    optimizer = AdamW(parameter_groups(model, this.recipe.weight_decay), lr=this.recipe.lr)
+    optimizer = AdamW(parameter_groups(model, this.recipe.weight_decay), lr=this.recipe.lr, betas=BETAS)
     return Trainer(model, optimizer, this.corpus, this.recipe, this.device, this.settings["compile"])
 
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from bigkern.cli.corpus import Corpus
 
+BETAS = (0.9, 0.95)  # AdamW's; the usual second one, 0.999, forgets too slowly for short runs
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
