@@ -1,0 +1,478 @@
+"""The feed-forward block on every backend against float64, and what surrounds the op."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+import simt_library
+import torch
+import torch.nn.functional as F
+from parity import BACKENDS, KERNEL_BACKENDS, assert_parity, device_of, poisoned_empty_memory, run_backend
+from torch import Tensor, nn
+
+import bigkern
+from bigkern.ops import layernorm_ffn as ops
+from bigkern.reference import layernorm_ffn as reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NORMS = ["layer", "rms"]
+PLACEMENTS = ["pre", "post"]
+ACTIVATIONS = ["gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu"]
+NAMES = ("x", "w1", "b1", "w2", "b2", "norm_weight", "norm_bias")
+
+
+def inputs_of(
+    where: str | torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, ...] = (5, 24),
+    F_: int = 40,
+    activation: str = "gelu",
+    norm: str = "layer",
+    bias: bool = True,
+) -> list[Tensor | None]:
+    """x, w1, b1, w2, b2, norm_weight, norm_bias; products keep the size of their inputs."""
+    D, rows = shape[-1], 2 * F_ if activation in reference.GATED else F_
+    device = device_of(where) if isinstance(where, str) else where
+
+    def make(*size: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(*size, device=device)).to(dtype)
+
+    return [
+        make(*shape),
+        make(rows, D, scale=D**-0.5),
+        make(rows) if bias else None,
+        make(D, F_, scale=F_**-0.5),
+        make(D) if bias else None,
+        make(D),
+        make(D) if bias and norm == "layer" else None,
+    ]
+
+
+def activate(p: Tensor, activation: str) -> Tensor:
+    if activation == "swiglu":
+        gate, up = p.chunk(2, -1)
+        return F.silu(gate) * up
+    if activation == "geglu":
+        gate, up = p.chunk(2, -1)
+        return F.gelu(gate) * up
+    return F.gelu(p, approximate="tanh") if activation == "gelu_tanh" else getattr(F, activation)(p)
+
+
+def stock(*tensors: Any, norm: str, activation: str, placement: str, residual: bool = True) -> Tensor:
+    x, w1, b1, w2, b2, weight, bias = tensors
+
+    def normalise(s: Tensor) -> Tensor:
+        if norm == "layer":
+            return F.layer_norm(s, s.shape[-1:], weight, bias, 1e-5)
+        return F.rms_norm(s, s.shape[-1:], weight, 1e-5)
+
+    n = normalise(x) if placement == "pre" else x
+    y = F.linear(activate(F.linear(n, w1, b1), activation), w2, b2)
+    y = x + y if residual else y
+    return y if placement == "pre" else normalise(y)
+
+
+def with_gradients(
+    function: Any, inputs: Sequence[Any], grad: Tensor, options: dict[str, Any]
+) -> list[Tensor]:
+    inputs = [None if t is None else t.detach().requires_grad_() for t in inputs]
+    y = function(*inputs, **options)
+    return [y, *torch.autograd.grad(y, [t for t in inputs if t is not None], grad.to(y.dtype))]
+
+
+def judge(backend: str, inputs: Sequence[Any], **options: Any) -> None:
+    """The output and every gradient by the parity rule."""
+    grad = torch.randn(inputs[0].shape, device=inputs[0].device).to(inputs[0].dtype)
+    exact = with_gradients(stock, [None if t is None else t.double() for t in inputs], grad, options)
+    low = with_gradients(stock, inputs, grad, options)
+    compare(backend, inputs, grad, exact, low, options)
+
+
+def compare(
+    backend: str,
+    inputs: Sequence[Any],
+    grad: Tensor,
+    exact: list[Tensor],
+    low: list[Tensor],
+    options: dict[str, Any],
+) -> None:
+    with run_backend("layernorm_ffn", backend):
+        ours = with_gradients(bigkern.layernorm_ffn, inputs, grad, options)
+    names = ["y"] + [f"d{name}" for name, t in zip(NAMES, inputs, strict=True) if t is not None]
+    case = " ".join(f"{value}" for value in options.values())
+    for i, name in enumerate(names):
+        assert_parity("layernorm_ffn", backend, f"{case}: {name}", ours[i], exact[i], low[i], grad=i > 0)
+
+
+@cache
+def small_case(device: torch.device, dtype: torch.dtype, bias: bool, **options: Any) -> tuple[Any, ...]:
+    """Inputs and what stock makes of them: the same for every backend."""
+    inputs = inputs_of(device, dtype, (9, 24), 40, options["activation"], options["norm"], bias)
+    grad = torch.randn(9, 24, device=device).to(dtype)
+    exact = with_gradients(stock, [None if t is None else t.double() for t in inputs], grad, options)
+    return inputs, grad, exact, with_gradients(stock, inputs, grad, options)
+
+
+# ---- parity ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parity(backend: str, dtype: torch.dtype, norm: str, placement: str) -> None:
+    poisoned_empty_memory()
+    for activation, bias, residual in itertools.product(ACTIVATIONS, (True, False), (True, False)):
+        options = {"norm": norm, "activation": activation, "placement": placement, "residual": residual}
+        compare(backend, *small_case(device_of(backend), dtype, bias, **options), options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "F_"), [((1, 1), 1), ((7, 7), 63), ((3, 3, 63), 7), ((2, 129), 1023), ((64, 33), 129)]
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_odd_shapes(backend: str, shape: tuple[int, ...], F_: int) -> None:
+    for dtype, activation, placement in itertools.product(
+        (torch.float32, torch.bfloat16), ("gelu", "swiglu"), PLACEMENTS
+    ):
+        options = {"norm": "layer", "activation": activation, "placement": placement}
+        judge(backend, inputs_of(backend, dtype, shape, F_, activation), **options)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_real_width(backend: str, activation: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = inputs_of(backend, dtype, (2, 20, 128), 512, activation)
+        judge(backend, inputs, norm="layer", activation=activation, placement="pre")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extreme_preactivations(backend: str, activation: str) -> None:
+    """Tails of the activations: nothing overflows, and nothing is lost where they vanish."""
+    inputs = inputs_of(backend, torch.float32, (6, 16), 32, activation)
+    assert inputs[2] is not None
+    inputs[2] = torch.linspace(-60, 60, inputs[2].numel(), device=inputs[2].device)
+    judge(backend, inputs, norm="layer", activation=activation, placement="pre")
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_mean_and_tiny_variance(backend: str, placement: str) -> None:
+    inputs = inputs_of(backend, torch.float32, (6, 32))
+    assert inputs[0] is not None
+    inputs[0] = 1e4 + 0.1 * inputs[0]
+    judge(backend, inputs, norm="layer", activation="gelu", placement=placement)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+def test_bias_activation(backend: str, activation: str) -> None:
+    """The piece with a bias of its own, as a backend whose product takes none would use it."""
+    if backend == "cpu":
+        return
+    pieces = ops.TRITON_PIECES if backend == "triton" else ops.native_pieces(native_ops(backend))
+    for dtype, F_ in itertools.product(DTYPES, (64, 63)):
+        columns = 2 * F_ if activation in reference.GATED else F_
+        product, bias = torch.randn(2, 7, columns, device=device_of(backend)).to(dtype).unbind(0)
+        bias = bias[0].contiguous()
+        exact = reference.bias_activation(product.double(), bias.double(), activation)
+        low = reference.bias_activation(product, bias, activation)
+        ours = pieces.bias_activation(product.clone(), bias, activation)
+        for name, *three in zip(("preactivation", "out"), ours, exact, low, strict=True):
+            assert_parity("layernorm_ffn", backend, f"{activation} {name}", *three)
+
+
+def native_ops(backend: str) -> Any:
+    return simt_library.ops() if backend == "simt" else torch.ops.bigkern_native
+
+
+# ---- layouts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_inputs(backend: str, placement: str) -> None:
+    x, w1, b1, w2, _b2, weight, bias = inputs_of(backend, torch.float32, (2, 6, 24))
+    assert x is not None
+    assert w1 is not None
+    assert b1 is not None
+    assert w2 is not None
+    assert weight is not None
+    strided = [
+        x.transpose(0, 1),
+        w1.t().contiguous().t(),
+        b1.repeat_interleave(2)[::2],
+        torch.cat([w2, w2], 1)[:, :40],
+        weight[:1].expand(24),
+        torch.cat([weight, weight])[3:27],
+        bias,
+    ]
+    judge(backend, strided, norm="layer", activation="gelu", placement=placement)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_no_rows_run_on_stock(placement: str) -> None:
+    inputs = inputs_of("cpu", torch.float32, (2, 0, 24))
+    options = {"norm": "layer", "activation": "gelu", "placement": placement}
+    assert "empty" in str(bigkern.explain("layernorm_ffn", *inputs, **options))
+    y, dx, *others = with_gradients(bigkern.layernorm_ffn, inputs, torch.zeros(2, 0, 24), options)
+    assert y.shape == dx.shape == (2, 0, 24)
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in others)
+
+
+# ---- autograd --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_parameters(backend: str, placement: str) -> None:
+    """Each gradient alone and each one left out; what is not wanted is not there."""
+    inputs = inputs_of(backend, torch.float32, activation="swiglu")
+    options: dict[str, Any] = {"norm": "layer", "activation": "swiglu", "placement": placement}
+    grad = torch.randn(5, 24, device=device_of(backend))
+    with run_backend("layernorm_ffn", backend):
+        full = with_gradients(bigkern.layernorm_ffn, inputs, grad, options)[1:]
+        for alone, invert in itertools.product(range(7), (False, True)):
+            needed = [(i == alone) != invert for i in range(7)]
+            leaves = [
+                t.detach().requires_grad_(n) for t, n in zip(inputs, needed, strict=True) if t is not None
+            ]
+            bigkern.layernorm_ffn(*leaves, **options).backward(grad)
+            for leaf, want, n in zip(leaves, full, needed, strict=True):
+                assert (leaf.grad is None) == (not n)
+                assert leaf.grad is None or torch.allclose(leaf.grad, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shared_weights(backend: str) -> None:
+    """The same parameters used twice, and one tensor in two places, add up their gradients."""
+    x = torch.randn(4, 16, device=device_of(backend))
+    w = (torch.randn(16, 16, device=x.device) / 4).requires_grad_()
+    b = torch.randn(16, device=x.device, requires_grad=True)
+
+    def twice(block: Any, x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        options = {"norm": "layer", "activation": "silu", "placement": "pre"}
+        y = block(block(x, w, b, w, b, b, b, **options), w, b, w, b, b, b, **options)
+        return torch.autograd.grad(y.square().sum(), (w, b))
+
+    with run_backend("layernorm_ffn", backend):
+        ours = twice(bigkern.layernorm_ffn, x, w, b)
+    low = twice(stock, x, w, b)
+    exact = twice(stock, x.double(), *(t.detach().double().requires_grad_() for t in (w, b)))
+    for name, *three in zip(("dw", "db"), ours, exact, low, strict=True):
+        assert_parity("layernorm_ffn", backend, name, *three, grad=True)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_saves_only_what_a_backward_needs(backend: str, placement: str) -> None:
+    inputs = inputs_of(backend, torch.float32, (4, 8, 24), 40, "swiglu")
+    options = ("layer", "swiglu", placement, True, 1e-5)
+    with run_backend("layernorm_ffn", backend):
+        nothing = torch.ops.bigkern.layernorm_ffn(*inputs, *options, False)
+        saved = torch.ops.bigkern.layernorm_ffn(*inputs, *options, True)
+    assert all(t is None for t in nothing[1:])
+    assert torch.equal(nothing[0], saved[0])
+    shapes = [None if t is None else tuple(t.shape) for t in saved[1:]]
+    assert shapes == [(32, 24) if placement == "post" else None, (32,), (32,), (32, 80)]
+
+    kept: list[int] = []
+    leaves = [None if t is None else t.requires_grad_() for t in inputs]
+    with (
+        run_backend("layernorm_ffn", backend),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t),
+    ):
+        bigkern.layernorm_ffn(*leaves, activation="swiglu", placement=placement)
+    if backend != "torch":
+        parameters = sum(t.numel() for t in (*leaves[:2], *leaves[3:4], *leaves[5:]) if t is not None)
+        assert sum(kept) == parameters + 2 * 32 + 32 * 80 + (32 * 24 if placement == "post" else 0)
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+def test_backward_is_deterministic(backend: str) -> None:
+    inputs = inputs_of(backend, torch.bfloat16, (37, 64), 128)
+    grad = torch.randn(37, 64, device=device_of(backend))
+    options = {"norm": "layer", "activation": "gelu", "placement": "pre"}
+    with run_backend("layernorm_ffn", backend):
+        runs = [with_gradients(bigkern.layernorm_ffn, inputs, grad, options) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck_of_the_reference(activation: str, placement: str) -> None:
+    for norm, residual in (("layer", True), ("rms", False)):
+        inputs = inputs_of("torch", torch.float64, (3, 4), 5, activation, norm)
+        leaves = [None if t is None else t.cpu().requires_grad_() for t in inputs]
+        options = (norm, activation, placement, residual, 1e-5, True)
+        present = [t for t in leaves if t is not None]
+
+        def function(*tensors: Tensor, options: Any = options, leaves: Any = leaves) -> Tensor:
+            given = iter(tensors)
+            return torch.ops.bigkern.layernorm_ffn(
+                *(None if t is None else next(given) for t in leaves), *options
+            )[0]
+
+        assert torch.autograd.gradcheck(function, present)
+
+
+# ---- compilation -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend: str, placement: str) -> None:
+    inputs = inputs_of(backend, torch.float32, (2, 3, 8), 12, "swiglu")
+    options = ("layer", "swiglu", placement, True, 1e-5)
+    leaves = [None if t is None else t.requires_grad_() for t in inputs]
+    with run_backend("layernorm_ffn", backend):
+        torch.library.opcheck(torch.ops.bigkern.layernorm_ffn.default, (*leaves, *options, True))
+        plain = [None if t is None else t.detach() for t in leaves]
+        torch.library.opcheck(torch.ops.bigkern.layernorm_ffn.default, (*plain, *options, False))
+        _, *saved = torch.ops.bigkern.layernorm_ffn(*plain, *options, True)
+        x, w1, _, w2, _, weight, bias = plain
+        dy = torch.randn(2, 3, 8, device=device_of(backend))
+        for wanted in ([True] * 7, [False, True, True, False, False, False, True]):
+            arguments = (dy, x, w1, w2, weight, bias, *saved, *options, wanted)
+            torch.library.opcheck(torch.ops.bigkern.layernorm_ffn_backward.default, arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile_without_recompiles(backend: str) -> None:
+    torch._dynamo.reset()
+    _, *parameters = inputs_of(backend, torch.float32)
+    leaves = [None if t is None else t.requires_grad_() for t in parameters]
+
+    def function(x: Tensor) -> Tensor:
+        return bigkern.layernorm_ffn(bigkern.layernorm_ffn(x, *leaves), *leaves, placement="post")
+
+    with run_backend("layernorm_ffn", backend):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for M in (3, 5, 9):
+                x = torch.randn(M, 24, device=device_of(backend))
+                torch._dynamo.mark_dynamic(x, 0)
+                x.requires_grad_()
+                got = torch.autograd.grad(compiled(x).square().sum(), (x, leaves[0]))
+                want = torch.autograd.grad(function(x).square().sum(), (x, leaves[0]))
+                for ours, theirs in zip(got, want, strict=True):
+                    torch.testing.assert_close(ours, theirs)
+
+
+def test_compile_with_inductor() -> None:
+    torch._dynamo.reset()
+    x, *parameters = inputs_of("cpu", torch.float32, (64, 64), 256)
+    leaves = [None if t is None else t.requires_grad_() for t in parameters]
+    compiled = torch.compile(lambda x: bigkern.layernorm_ffn(x, *leaves), fullgraph=True)
+    (got,) = torch.autograd.grad(compiled(x).square().sum(), leaves[0])
+    (want,) = torch.autograd.grad(bigkern.layernorm_ffn(x, *leaves).square().sum(), leaves[0])
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+
+
+# ---- what is refused -------------------------------------------------------------------------------
+
+
+def test_float64_and_autocast_run_on_stock() -> None:
+    inputs = inputs_of("cpu", torch.float64)
+    assert bigkern.explain("layernorm_ffn", *inputs).chosen == "torch"
+    inputs = inputs_of("cpu", torch.float32)
+    with torch.autocast("cpu"):
+        assert "autocast" in str(bigkern.explain("layernorm_ffn", *inputs))
+        y = bigkern.layernorm_ffn(*inputs)
+        expected = stock(*inputs, norm="layer", activation="gelu", placement="pre")
+    assert y.dtype == expected.dtype
+    assert torch.equal(y, expected)
+
+
+BAD = [
+    ("x must be a Tensor", TypeError, {"x": None}),
+    ("x must be floating", TypeError, {"x": torch.ones(2, 8, dtype=torch.long)}),
+    ("w1 must have x's dtype", TypeError, {"w1": torch.ones(12, 8, dtype=torch.float16)}),
+    ("w1 must be", ValueError, {"w1": torch.ones(12, 7)}),
+    ("w1 must be", ValueError, {"activation": "swiglu"}),
+    ("w1 must be a Tensor", TypeError, {"w1": None}),
+    ("b1 must be", ValueError, {"b1": torch.ones(1, 12)}),
+    ("b1 must be on", ValueError, {"b1": torch.ones(12, device="meta")}),
+    ("w2 must be", ValueError, {"w2": torch.ones(9, 12)}),
+    ("w2", ValueError, {"w2": torch.tensor(1.0)}),
+    ("b2 must be", ValueError, {"b2": torch.ones(12)}),
+    ("norm_weight must be", ValueError, {"norm_weight": torch.ones(9)}),
+    ("norm_bias must be None", ValueError, {"norm": "rms", "norm_bias": torch.ones(8)}),
+    ("norm must be", ValueError, {"norm": "batch"}),
+    ("activation must be", ValueError, {"activation": "tanh"}),
+    ("placement must be", ValueError, {"placement": "middle"}),
+    ("eps must be finite", ValueError, {"eps": float("inf")}),
+]
+
+
+@pytest.mark.parametrize(("message", "error", "change"), BAD)
+def test_bad_arguments(message: str, error: type[Exception], change: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {
+        "x": torch.randn(2, 8),
+        "w1": torch.randn(12, 8),
+        "b1": None,
+        "w2": torch.randn(8, 12),
+        "b2": None,
+    }
+    with pytest.raises(error, match=message):
+        bigkern.layernorm_ffn(**{**arguments, **change})
+
+
+# ---- the layer -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_layer(activation: Any, placement: Any, norm: Any) -> None:
+    torch.manual_seed(3)
+    layer = bigkern.nn.LayerNormFFN(16, 24, activation, norm, placement, dropout=0.25)
+    torch.manual_seed(3)
+    rows = 48 if activation in reference.GATED else 24
+    linear1, linear2 = nn.Linear(16, rows), nn.Linear(24, 16)
+    assert torch.equal(layer.linear1.weight, linear1.weight)
+    assert torch.equal(layer.linear2.bias, linear2.bias)
+    norm_keys = ["norm.weight", "norm.bias"] if norm == "layer" else ["norm.weight"]
+    assert list(layer.state_dict()) == [
+        *norm_keys,
+        *(f"linear{i}.{p}" for i in (1, 2) for p in ("weight", "bias")),
+    ]
+
+    x = torch.randn(3, 5, 16)
+    tensors = [x, linear1.weight, linear1.bias, linear2.weight, linear2.bias, layer.norm.weight]
+    tensors.append(layer.norm.bias if norm == "layer" else None)
+    options = {"norm": norm, "activation": activation, "placement": placement}
+    eps = 1e-5
+    assert layer.norm.eps == eps
+    torch.testing.assert_close(layer.eval()(x), stock(*tensors, **options))
+
+    hidden = activate(linear1(layer.norm(x) if placement == "pre" else x), activation)
+    torch.manual_seed(7)
+    dropped = x + F.dropout(linear2(hidden), 0.25)
+    torch.manual_seed(7)
+    torch.testing.assert_close(layer.train()(x), dropped if placement == "pre" else layer.norm(dropped))
+
+
+def test_layer_options() -> None:
+    layer = bigkern.nn.LayerNormFFN(8, 12, bias=False, eps=1e-3, dtype=torch.bfloat16)
+    assert [tuple(p.shape) for p in layer.parameters()] == [(8,), (12, 8), (8, 12)]
+    assert layer.norm.eps == 1e-3
+    assert layer(torch.randn(2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert "activation='gelu', placement='pre'" in repr(layer)
+    for change in ({"activation": "tanh"}, {"norm": "batch"}, {"placement": "both"}, {"dropout": 2.0}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            bigkern.nn.LayerNormFFN(8, 12, **change)
+
+
+def test_explain_names_the_block() -> None:
+    inputs = inputs_of("cpu", torch.float32)
+    explanation = bigkern.explain("layernorm_ffn", *inputs, activation="relu")
+    assert explanation.chosen in ("cpu", "torch")
+    assert "layernorm_ffn" in str(explanation)
+    assert ops.bind(*inputs)[-1] is False

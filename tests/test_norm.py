@@ -1,0 +1,393 @@
+"""LayerNorm and RMSNorm on every backend against float64, and what surrounds the op."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import BACKENDS, KERNEL_BACKENDS, assert_parity, device_of, poisoned_empty_memory, run_backend
+from torch import Tensor
+
+import bigkern
+from bigkern.ops import norm as ops
+from bigkern.reference import norm as reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+KINDS = ["layer", "rms"]
+SHAPES = [(5, 1), (3, 7), (4, 63), (2, 3, 129), (9, 768), (3, 1023), (2, 4104), (1, 5000)]
+
+
+def call(kind: str, x: Tensor, weight: Any, bias: Any, residual: Any, eps: float = 1e-5) -> Sequence[Tensor]:
+    """``(y,)`` or ``(y, sum)`` by the public functions."""
+    if kind == "layer":
+        out = bigkern.layer_norm(x, x.shape[-1:], weight, bias, eps, residual)
+    else:
+        out = bigkern.rms_norm(x, x.shape[-1:], weight, eps, residual)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def stock(kind: str, x: Tensor, weight: Any, bias: Any, residual: Any, eps: float = 1e-5) -> Sequence[Tensor]:
+    s = x if residual is None else x + residual
+    if kind == "layer":
+        y = F.layer_norm(s, s.shape[-1:], weight, bias, eps)
+    else:
+        y = F.rms_norm(s, s.shape[-1:], weight, eps)
+    return (y,) if residual is None else (y, s)
+
+
+def with_gradients(function: Any, kind: str, inputs: Sequence[Any], grads: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs, then the gradients of those inputs that are tensors."""
+    inputs = [None if t is None else t.detach().requires_grad_() for t in inputs]
+    outputs = function(kind, *inputs)
+    wanted = [t for t in inputs if t is not None]
+    return [*outputs, *torch.autograd.grad(outputs, wanted, [g.to(outputs[0].dtype) for g in grads])]
+
+
+def judge(backend: str, kind: str, inputs: Sequence[Any]) -> None:
+    """Outputs and every gradient by the parity rule."""
+    x, _, _, residual = inputs
+    count = 1 if residual is None else 2
+    grads = [torch.randn_like(x) for _ in range(count)]
+    with run_backend("norm", backend):
+        ours = with_gradients(call, kind, inputs, grads)
+    exact = with_gradients(stock, kind, [None if t is None else t.double() for t in inputs], grads)
+    low = with_gradients(stock, kind, inputs, grads)
+    names = ["y", "sum"][:count] + [
+        n for n, t in zip(("dx", "dweight", "dbias", "dresidual"), inputs, strict=True) if t is not None
+    ]
+    for i, name in enumerate(names):
+        assert_parity("norm", backend, f"{kind} {name}", ours[i], exact[i], low[i], grad=i >= count)
+
+
+def tensors(
+    backend: str, dtype: torch.dtype, shape: tuple[int, ...], weight: bool, bias: bool, residual: bool
+) -> list[Tensor | None]:
+    device = device_of(backend)
+
+    def make(wanted: bool, *size: int) -> Tensor | None:
+        return torch.randn(*size, device=device).to(dtype) if wanted else None
+
+    return [make(True, *shape), make(weight, shape[-1]), make(bias, shape[-1]), make(residual, *shape)]
+
+
+# ---- parity ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parity(backend: str, dtype: torch.dtype, kind: str) -> None:
+    poisoned_empty_memory()
+    for shape in SHAPES:
+        judge(backend, kind, tensors(backend, dtype, shape, True, kind == "layer", True))
+    for weight, bias, residual in itertools.product((True, False), repeat=3):
+        if kind == "layer" or not bias:
+            for N in (64, 100):
+                judge(backend, kind, tensors(backend, dtype, (6, N), weight, bias, residual))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_rows(backend: str, kind: str) -> None:
+    """More rows than one pass of persistent blocks takes."""
+    poisoned_empty_memory()
+    judge(backend, kind, tensors(backend, torch.float32, (201, 36), True, kind == "layer", False))
+    judge(backend, kind, tensors(backend, torch.bfloat16, (75, 1032), True, kind == "layer", False))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_long_rows(backend: str, dtype: torch.dtype, kind: str) -> None:
+    for N in (8200, 65536):
+        judge(backend, kind, tensors(backend, dtype, (1, N), True, kind == "layer", N < 16384))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_mean_and_tiny_variance(backend: str, kind: str) -> None:
+    for mean, deviation, N in ((1e4, 1e-1, 768), (1e4, 1e-1, 1023), (-3e3, 1e-2, 4100), (1e-20, 1e-22, 64)):
+        x, weight, bias, _ = tensors(backend, torch.float32, (4, N), True, kind == "layer", False)
+        judge(backend, kind, [mean + deviation * x, weight, bias, None])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extreme_values(backend: str, kind: str) -> None:
+    x, weight, bias, _ = tensors(backend, torch.float16, (4, 256), True, kind == "layer", False)
+    assert x is not None
+    judge(backend, kind, [(x * 1e4).clamp(-6e4, 6e4), weight, bias, None])
+    judge(backend, kind, [torch.full_like(x, 0.0), weight, bias, None])
+    judge(backend, kind, [torch.full_like(x, 3.0), weight, bias, None])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_not_a_number_stays_in_its_row(backend: str) -> None:
+    x = torch.randn(3, 64, device=device_of(backend))
+    x[1, 5] = float("nan")
+    with run_backend("norm", backend):
+        y = bigkern.layer_norm(x, 64)
+    assert y[1].isnan().all()
+    assert y[::2].isfinite().all()
+
+
+# ---- layouts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_inputs(backend: str) -> None:
+    device = device_of(backend)
+    wide = torch.randn(6, 80, device=device)
+    for x in (
+        wide.t()[:64],
+        wide[:, 3:67],
+        wide[:, ::2],
+        wide[:1].expand(6, 80),
+        torch.randn(2, 5, 4, device=device).transpose(0, 1),
+        torch.randn(7, device=device),
+    ):
+        N = x.shape[-1]
+        judge(backend, "layer", [x, wide.flatten()[1 : N + 1], wide.flatten()[: 2 * N : 2], x.flip(0)])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_of_a_sum_is_a_broadcast(backend: str) -> None:
+    x = torch.randn(4, 32, device=device_of(backend), requires_grad=True)
+    weight = torch.randn(32, device=x.device)
+    with run_backend("norm", backend):
+        (ours,) = torch.autograd.grad(bigkern.layer_norm(x, 32, weight).sum(), x)
+    (low,) = torch.autograd.grad(F.layer_norm(x, (32,), weight).sum(), x)
+    wide = x.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(F.layer_norm(wide, (32,), weight.double()).sum(), wide)
+    assert_parity("norm", backend, "dx of a sum", ours, exact, low, grad=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_sum_is_used(backend: str) -> None:
+    x, weight, _, residual = tensors(backend, torch.float32, (3, 16), True, False, True)
+    assert x is not None
+    x.requires_grad_()
+    with run_backend("norm", backend):
+        _, s = bigkern.rms_norm(x, 16, weight, residual=residual)
+        (dx,) = torch.autograd.grad(s.sum(), x)
+    assert torch.equal(dx, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_normalized_dimensions(backend: str) -> None:
+    x = torch.randn(3, 4, 5, 6, device=device_of(backend))
+    weight, bias = torch.randn(2, 5, 6, device=x.device)
+    with run_backend("norm", backend):
+        y, s = bigkern.layer_norm(x, (5, 6), weight, bias, residual=x)
+    assert s.shape == y.shape == x.shape
+    exact = F.layer_norm(2 * x.double(), (5, 6), weight.double(), bias.double())
+    assert_parity("norm", backend, "y", y, exact, F.layer_norm(2 * x, (5, 6), weight, bias))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows(backend: str, shape: tuple[int, ...], kind: str) -> None:
+    inputs = tensors(backend, torch.float32, shape, True, kind == "layer", True)
+    grads = [torch.zeros(shape, device=device_of(backend))] * 2
+    with run_backend("norm", backend):
+        y, s, dx, dweight, *_ = with_gradients(call, kind, inputs, grads)
+    assert y.shape == s.shape == dx.shape == shape
+    assert torch.equal(dweight, torch.zeros_like(dweight))
+
+
+def test_empty_rows_run_on_stock() -> None:
+    x = torch.randn(3, 0)
+    assert bigkern.explain("norm", x, 0).chosen == "torch"
+    assert bigkern.layer_norm(x, 0).shape == (3, 0)
+
+
+# ---- autograd and compilation ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_wanted_gradients(backend: str) -> None:
+    inputs = tensors(backend, torch.float32, (5, 24), True, True, True)
+    grad = torch.randn(5, 24, device=device_of(backend))
+    full = None
+    for needed in itertools.product((True, False), repeat=4):
+        if not any(needed):
+            continue
+        leaves = [t.detach().requires_grad_(n) for t, n in zip(inputs, needed, strict=True) if t is not None]
+        with run_backend("norm", backend):
+            y = call("layer", *leaves)[0]
+            y.backward(grad)
+        found = [t.grad for t in leaves]
+        full = found if all(needed) else full
+        assert full is not None
+        for got, want, n in zip(found, full, needed, strict=True):
+            assert (got is None) == (not n)
+            assert got is None or torch.allclose(got, want)
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+def test_backward_is_deterministic(backend: str) -> None:
+    inputs = tensors(backend, torch.bfloat16, (37, 264), True, True, True)
+    grads = [torch.randn(37, 264, device=device_of(backend))] * 2
+    with run_backend("norm", backend):
+        first, second = (with_gradients(call, "layer", inputs, grads) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck_of_the_reference(kind: str) -> None:
+    x, residual = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True).unbind(0)
+    weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
+
+    def function(*t: Tensor) -> tuple[Tensor, Tensor]:
+        y, s, _, _ = torch.ops.bigkern.norm(*t, 1e-5, kind)
+        return y, s
+
+    assert torch.autograd.gradcheck(function, (x, residual, weight, bias))
+    assert torch.autograd.gradcheck(lambda x: torch.ops.bigkern.norm(x, None, None, None, 1e-5, kind)[0], x)
+
+
+def test_reference_agrees_with_torch() -> None:
+    x, weight, bias = torch.randn(4, 9), torch.randn(9), torch.randn(9)
+    y, total, mean, rstd = reference.norm(x, None, weight, bias, 1e-5, "layer")
+    expected = torch.native_layer_norm(x, (9,), weight, bias, 1e-5)
+    assert total is None
+    for ours, theirs in zip((y, mean, rstd), expected, strict=True):
+        torch.testing.assert_close(ours, theirs.view(ours.shape))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend: str, residual: bool, kind: str) -> None:
+    x, weight, bias, r = tensors(backend, torch.float32, (2, 3, 16), True, kind == "layer", residual)
+    for t in (x, weight, bias, r):
+        if t is not None:
+            t.requires_grad_()
+    with run_backend("norm", backend):
+        torch.library.opcheck(torch.ops.bigkern.norm.default, (x, r, weight, bias, 1e-5, kind))
+        _, _, mean, rstd = torch.ops.bigkern.norm(x, r, weight, bias, 1e-5, kind)
+        dy = torch.randn(2, 3, 16, device=device_of(backend))
+        statistics = [None if t is None else t.detach() for t in (mean, rstd)]
+        arguments = (dy, None, x.detach(), weight.detach(), *statistics, kind, True, kind == "layer")
+        torch.library.opcheck(torch.ops.bigkern.norm_backward.default, arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile_without_recompiles(backend: str) -> None:
+    device = device_of(backend)
+    weight = torch.randn(16, device=device, requires_grad=True)
+
+    def function(x: Tensor, r: Tensor) -> Tensor:
+        y, s = bigkern.layer_norm(x, (16,), weight, weight, residual=r)
+        return y * bigkern.rms_norm(s, (16,), weight)
+
+    torch._dynamo.reset()
+    with run_backend("norm", backend):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for M in (3, 5, 9):
+                x, r = torch.randn(2, M, 16, device=device).unbind(0)
+                torch._dynamo.mark_dynamic(x, 0)
+                torch._dynamo.mark_dynamic(r, 0)
+                x.requires_grad_()
+                got = torch.autograd.grad(compiled(x, r).square().sum(), (x, weight))
+                want = torch.autograd.grad(function(x, r).square().sum(), (x, weight))
+                for ours, theirs in zip(got, want, strict=True):
+                    torch.testing.assert_close(ours, theirs)
+
+
+def test_compile_with_inductor() -> None:
+    torch._dynamo.reset()
+    x, weight = torch.randn(4, 4096), torch.randn(4096, requires_grad=True)
+    chosen = bigkern.explain("norm", x, 4096, weight).chosen
+    compiled = torch.compile(lambda x: bigkern.layer_norm(x, 4096, weight, weight), fullgraph=True)
+    (got,) = torch.autograd.grad(compiled(x).sum(), weight)
+    (want,) = torch.autograd.grad(bigkern.layer_norm(x, 4096, weight, weight).sum(), weight)
+    torch.testing.assert_close(got, want, msg=lambda text: f"on {chosen}: {text}")
+
+
+# ---- what is refused -------------------------------------------------------------------------------
+
+
+def test_other_parameter_dtype_runs_on_stock() -> None:
+    x, weight = torch.randn(4, 8, dtype=torch.bfloat16), torch.randn(8)
+    explanation = bigkern.explain("norm", x, 8, weight)
+    assert explanation.chosen == "torch"
+    assert "weight has dtype torch.float32" in str(explanation)
+    assert torch.equal(bigkern.layer_norm(x, 8, weight, weight), F.layer_norm(x, (8,), weight, weight))
+    with bigkern.use("cpu"), pytest.raises(bigkern.BackendRefused, match="weight has dtype"):
+        bigkern.layer_norm(x, 8, weight)
+
+
+def test_autocast_runs_on_stock() -> None:
+    x = torch.randn(4, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu"):
+        assert "autocast" in str(bigkern.explain("norm", x, 8))
+        assert bigkern.layer_norm(x, 8).dtype == F.layer_norm(x, (8,)).dtype
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_default_eps_of_rms_is_torchs(dtype: torch.dtype) -> None:
+    x = torch.full((2, 8), 1e-4, dtype=dtype)
+    with bigkern.use("torch"):
+        assert torch.equal(bigkern.rms_norm(x, 8), F.rms_norm(x, (8,)))
+    assert ops.bind(x, 8, eps=None, kind="rms")[4] > 0
+
+
+BAD = [
+    ("x must be a Tensor", TypeError, {"x": [1.0]}),
+    ("x must be floating", TypeError, {"x": torch.ones(2, 8, dtype=torch.long)}),
+    ("normalized_shape", RuntimeError, {"normalized_shape": ()}),
+    ("normalized_shape", RuntimeError, {"normalized_shape": 9}),
+    ("normalized_shape", RuntimeError, {"normalized_shape": (2, 2, 8)}),
+    ("weight must be a Tensor", TypeError, {"weight": 1.0}),
+    ("weight must be floating", TypeError, {"weight": torch.ones(8, dtype=torch.long)}),
+    ("weight must have normalized_shape", RuntimeError, {"weight": torch.ones(7)}),
+    ("weight must be on", ValueError, {"weight": torch.ones(8, device="meta")}),
+    ("bias must have normalized_shape", RuntimeError, {"bias": torch.ones(1, 8)}),
+    ("residual must have x's dtype", TypeError, {"residual": torch.ones(2, 8, dtype=torch.float16)}),
+    ("residual must have x's shape", RuntimeError, {"residual": torch.ones(8)}),
+    ("residual must be on", ValueError, {"residual": torch.ones(2, 8, device="meta")}),
+    ("eps must be finite", ValueError, {"eps": float("nan")}),
+]
+
+
+@pytest.mark.parametrize(("message", "error", "change"), BAD)
+def test_bad_arguments(message: str, error: type[Exception], change: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"x": torch.randn(2, 8), "normalized_shape": 8}
+    with pytest.raises(error, match=message):
+        bigkern.layer_norm(**{**arguments, **change})
+
+
+# ---- layers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "kwargs"),
+    [
+        ("LayerNorm", (16,), {}),
+        ("LayerNorm", ((3, 16),), {"bias": False}),
+        ("LayerNorm", (16, 1e-3), {"elementwise_affine": False}),
+        ("RMSNorm", (16,), {}),
+        ("RMSNorm", ([3, 16],), {"eps": 1e-3, "elementwise_affine": False}),
+    ],
+)
+def test_layers_are_drop_in(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    ours, theirs = getattr(bigkern.nn, name)(*args, **kwargs), getattr(torch.nn, name)(*args, **kwargs)
+    assert isinstance(ours, getattr(torch.nn, name))
+    assert repr(ours) == repr(theirs)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for module in (ours, theirs):
+        for parameter in module.parameters():
+            torch.nn.init.uniform_(parameter, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, 3, 16)
+    torch.testing.assert_close(ours(x), theirs(x))
+    for module in (ours, theirs):
+        with pytest.raises(RuntimeError, match="normalized_shape"):
+            module(torch.randn(2, 3, 15))
