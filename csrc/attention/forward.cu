@@ -1,0 +1,180 @@
+// Attention, forward: FlashAttention-2 for sm_80 and later.
+//
+//   o = softmax(scale * q k^T + bias) v,  lse = log of the softmax's denominator
+//
+// The scores of one block of queries are computed a tile of keys at a time and never leave the
+// registers. Each warp owns 16 queries. What has been seen of a row is summed up in three things:
+// the largest score m, the sum l of exp(score - m), and the sum of exp(score - m) v. A larger score
+// in a later tile rescales the two sums (online softmax).
+//
+//   shared     q [ROWS, D]    k [KEYS, D]    v [KEYS, D]
+//   registers, of each warp    s, p [16, KEYS] fp32    o [16, COLUMNS] fp32    m, l [16]
+//
+//   for each tile of keys:     k arrived | v travels  : s = q k^T
+//                              v arrived | k travels  : m, l, p, o = o * rescale + p v
+//
+// Source: Dao, FlashAttention-2 (2023); Milakov and Gimelshein, online softmax (2018).
+#include "attention/product.cuh"
+#include "attention/scores.cuh"
+
+namespace bigkern::attention::cuda {
+namespace {
+
+// A block has ROWS queries and goes through the keys KEYS at a time, in at most 99 KiB, so that
+// every GPU from sm_80 on can run it. Each warp owns 16 queries and COLUMNS columns of o: as many
+// as there are registers for. Where that is not all, SPLIT warps do the same queries, and compute
+// the same p.
+template <class T, int D>
+struct Tile {
+  static constexpr int kRowBytes = D * int(sizeof(T));
+  static constexpr int ROWS = kRowBytes <= 512 ? 128 : 64;
+  static constexpr int KEYS = sizeof(T) == 4 ? (D == 64 ? 32 : 16) : D == 256 ? 32 : 64;
+  static constexpr int SPLIT = kRowBytes > 512 ? kRowBytes / 512 : 1;
+  static constexpr int COLUMNS = D / SPLIT;
+  static constexpr int THREADS = ROWS / 16 * SPLIT * kWarpSize;
+  static constexpr int BLOCKS = sizeof(T) == 2 && D <= 128 ? 2 : 1;  // on one multiprocessor
+  static constexpr size_t SMEM = size_t(ROWS + 2 * KEYS) * kPitch<T, D> * sizeof(T);
+};
+
+// The running softmax of the two rows that a lane holds of a strip.
+struct Softmax {
+  float m[2] = {-INFINITY, -INFINITY};
+  float l[2] = {0.0f, 0.0f};  // of this lane's columns only
+};
+
+// Turns scores into p = exp(s - m), and returns what the sums of the tiles before have to be
+// multiplied with. A row that has seen nothing yet has m = -inf and p = 0.
+template <class T, int N>
+__device__ __forceinline__ void softmax_step(Softmax& row, float (&s)[N][4], float (&rescale)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float m = row.m[half];
+#pragma unroll
+    for (int n = 0; n < N; ++n) m = fmaxf(m, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+    m = warp_max<4>(m);
+    const float origin = m == -INFINITY ? 0.0f : m;
+    rescale[half] = exp_of<T>(row.m[half] - origin);
+    row.m[half] = m;
+
+    float sum = 0.0f;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int e = 2 * half; e < 2 * half + 2; ++e) {
+        s[n][e] = exp_of<T>(s[n][e] - origin);
+        sum += s[n][e];
+      }
+    }
+    row.l[half] = row.l[half] * rescale[half] + sum;
+  }
+}
+
+template <class T, int D, bool MASKED>
+__global__ void __launch_bounds__(Tile<T, D>::THREADS, MASKED ? 1 : Tile<T, D>::BLOCKS)
+    forward_kernel(const __grid_constant__ Forward call, int diagonal) {
+  constexpr int ROWS = Tile<T, D>::ROWS, KEYS = Tile<T, D>::KEYS, THREADS = Tile<T, D>::THREADS;
+  constexpr int SPLIT = Tile<T, D>::SPLIT, COLUMNS = Tile<T, D>::COLUMNS;
+  T* const q_tile = dynamic_smem<T>();
+  T* const k_tile = q_tile + ROWS * kPitch<T, D>;
+  T* const v_tile = k_tile + KEYS * kPitch<T, D>;
+  const int strip = warp() / SPLIT * 16, column0 = warp() % SPLIT * COLUMNS;
+  T* const q_strip = q_tile + strip * kPitch<T, D>;
+
+  // The last queries come first: with a causal rule theirs is the most work.
+  const Shape& shape = call.shape;
+  const int blocks = int(ceil_div(shape.Sq, ROWS));
+  const int Hq = int(shape.Hq), b = blockIdx.x / blocks / Hq, h = blockIdx.x / blocks % Hq;
+  const int h_kv = h / (Hq / int(shape.Hkv));
+  const int i0 = (blocks - 1 - int(blockIdx.x % blocks)) * ROWS;
+  const int i_strip = i0 + strip;
+  const auto q = rows_of<const T>(call.q, b, h, shape.Sq, shape.D);
+  const auto k = rows_of<const T>(call.k, b, h_kv, shape.Sk, shape.D);
+  const auto v = rows_of<const T>(call.v, b, h_kv, shape.Sk, shape.Dv);
+  const Scores<T, MASKED> scores(shape, diagonal, b, h);
+  const int j_end = min(int(shape.Sk), i0 + ROWS + diagonal);
+
+  float acc[COLUMNS / 8][4] = {};
+  Softmax row;
+  load_tile<ROWS, D, THREADS>(q_tile, q, i0);
+  if (j_end > 0) load_tile<KEYS, D, THREADS>(k_tile, k, 0);
+  ptx::cp_async_commit();
+  for (int j0 = 0; j0 < j_end; j0 += KEYS) {
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // k is here, and every warp is done with v
+    load_tile<KEYS, D, THREADS>(v_tile, v, j0);
+    ptx::cp_async_commit();
+    float s[KEYS / 8][4];
+    dot_rows<KEYS, D>(s, q_strip, k_tile);
+
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // v is here, and every warp is done with k
+    if (j0 + KEYS < j_end) load_tile<KEYS, D, THREADS>(k_tile, k, j0 + KEYS);
+    ptx::cp_async_commit();
+    to_scores<false>(s, scores, scores.partial(i_strip, j0 + KEYS - 1), i_strip, j0);
+    float rescale[2];
+    softmax_step<T>(row, s, rescale);
+#pragma unroll
+    for (int n = 0; n < COLUMNS / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc[n][e] *= rescale[e / 2];
+    }
+    accumulate<KEYS, COLUMNS, D>(acc, s, v_tile + column0);
+  }
+
+  ptx::cp_async_wait<0>();
+  __syncthreads();  // even without keys q was on its way, to where o goes now
+  float inverse[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float l = warp_sum<4>(row.l[half]);
+    const bool empty = row.m[half] == -INFINITY;
+    inverse[half] = empty ? 0.0f : 1.0f / l;
+    const int i = i_strip + row_of(2 * half);
+    if (i < shape.Sq && lane() % 4 == 0 && column0 == 0) {
+      call.lse[(int64_t(b) * Hq + h) * shape.Sq + i] =
+          empty ? -INFINITY : row.m[half] / kUnit<T> + logf(l);
+    }
+  }
+  const auto o = rows_of<T>(call.o, b, h, shape.Sq, shape.Dv);
+  store_strip<D, COLUMNS>(o, i_strip, column0, acc, inverse, q_strip);
+}
+
+template <class T, int D, bool MASKED>
+constexpr Kernel<Forward> instance(const char* name) {
+  using Tile = Tile<T, D>;
+  return {name,       DtypeOf<T>::value, D,         MASKED, forward_kernel<T, D, MASKED>,
+          Tile::ROWS, Tile::THREADS,     Tile::SMEM};
+}
+
+const Kernel<Forward> kTable[] = {
+    instance<bf16, 64, false>("attention forward bf16 64"),
+    instance<bf16, 64, true>("attention forward bf16 64 masked"),
+    instance<bf16, 128, false>("attention forward bf16 128"),
+    instance<bf16, 128, true>("attention forward bf16 128 masked"),
+    instance<bf16, 256, false>("attention forward bf16 256"),
+    instance<bf16, 256, true>("attention forward bf16 256 masked"),
+    instance<fp16, 64, false>("attention forward fp16 64"),
+    instance<fp16, 64, true>("attention forward fp16 64 masked"),
+    instance<fp16, 128, false>("attention forward fp16 128"),
+    instance<fp16, 128, true>("attention forward fp16 128 masked"),
+    instance<fp16, 256, false>("attention forward fp16 256"),
+    instance<fp16, 256, true>("attention forward fp16 256 masked"),
+    instance<float, 64, false>("attention forward fp32 64"),
+    instance<float, 64, true>("attention forward fp32 64 masked"),
+    instance<float, 128, false>("attention forward fp32 128"),
+    instance<float, 128, true>("attention forward fp32 128 masked"),
+    instance<float, 256, false>("attention forward fp32 256"),
+    instance<float, 256, true>("attention forward fp32 256 masked"),
+};
+
+}  // namespace
+
+size_t forward_workspace(const Shape&) { return 0; }
+
+int forward(const Forward& call, void* stream) {
+  return launch_from(kTable, call, call.shape.Sq, call.shape.B * call.shape.Hq, stream);
+}
+
+int forward_kernels(KernelInfo* out, int capacity) { return list(kTable, out, capacity); }
+
+}  // namespace bigkern::attention::cuda
