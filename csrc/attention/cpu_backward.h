@@ -2,7 +2,7 @@
 // products that lead to dq, dk and dv. Compiled once per instruction set.
 //
 //   for each block of keys (a key is a row, a query a lane):
-//     p  [keys, 64] = 2^(k q^T - lse)                  dv [keys, Dv] += p  dout      sums in the
+//     p  [keys, 64] = e^(k q^T - lse)                  dv [keys, Dv] += p  dout      sums in the
 //     workspace ds [keys, 64] = p (v dout^T - delta)             dk [keys, D]  += ds q         sums
 //     in the workspace
 //                                                      dq^T [D, 64]  += k^T ds       stays in L1
@@ -20,7 +20,7 @@ struct KeySums {
   KeySums(const Shape& s, float* sums) : dk(sums), dv(sums + s.Sk * padded(s.D)) {}
 };
 
-// What the lanes bring: q and dout both ways, lse in powers of two, delta.
+// What the lanes bring: q and dout both ways, lse, delta.
 template <class T>
 void load_lanes(const Backward& call, const QueryTile& tile, const BackwardScratch& f) {
   const Shape& s = call.shape;
@@ -35,7 +35,7 @@ void load_lanes(const Backward& call, const QueryTile& tile, const BackwardScrat
   for (int64_t lane = 0; lane < tile.rows; ++lane) {
     const Row row = row_of(s, tile, lane);
     const float lse = call.lse[(tile.batch * s.Hq + row.head) * s.Sq + row.index];
-    f.lse[lane] = lse == -__builtin_inff() ? 0.0f : lse * kLog2e;  // and where nothing was seen
+    f.lse[lane] = lse == -__builtin_inff() ? 0.0f : lse;  // and where nothing was seen
     vf delta = zero();
     for (int64_t d = 0; d < s.Dv; d += W) {
       delta =
@@ -45,7 +45,7 @@ void load_lanes(const Backward& call, const QueryTile& tile, const BackwardScrat
   }
 }
 
-// p = 2^(x - lse) and ds = p (dp - delta), in place of x and dp. With pairs both become rows of
+// p = e^(x - lse) and ds = p (dp - delta), in place of x and dp. With pairs both become rows of
 // bf16, and ds is also kept as pairs of neighbouring keys.
 template <class T>
 void weigh(const KeyBlock& block, int64_t lanes, const BackwardScratch& f) {
@@ -55,7 +55,7 @@ void weigh(const KeyBlock& block, int64_t lanes, const BackwardScratch& f) {
     for (int64_t j = 0; j < block.keys; ++j) {
       float* x = f.p + j * kLanes;
       float* dp = f.ds + j * kLanes;
-      const vf p = exp2_flush(load(x + lane) - lse);
+      const vf p = exp_flush(load(x + lane) - lse);
       const vf ds = p * (load(dp + lane) - delta);
       if constexpr (paired<T>) {
         store(reinterpret_cast<bf16*>(x) + lane, p);
@@ -79,11 +79,10 @@ void add_over_lanes(const KeyBlock& block, int64_t lanes, const float* p, const 
                     float* sums) {
   using E = Element<T>;
   const int64_t row = padded(D), first = words_of<T>(block.lane);
-  multiply(
-      Product<E>{block.keys, words_of<T>(lanes - block.lane), reinterpret_cast<const E*>(p) + first,
-                 kLanes, 1, reinterpret_cast<const E*>(x) + first * row, row, sums, row, Start::add,
-                 1.0f, nullptr},
-      0, row);
+  multiply(Product<E>{block.keys, words_of<T>(lanes - block.lane),
+                      reinterpret_cast<const E*>(p) + first, kLanes, 1,
+                      reinterpret_cast<const E*>(x) + first * row, row, sums, row, 1.0f, true},
+           0, row);
 }
 
 template <class T>
@@ -100,11 +99,16 @@ void backpropagate(const Backward& call, const QueryTile& tile, const BackwardSc
     const T* keys = row_at<T>(call.k, tile.batch, {tile.kv_head, key});
     const T* values = row_at<T>(call.v, tile.batch, {tile.kv_head, key});
     const Left<E> k = key_rows(keys, call.k.row, block.keys, s.D, f.k);
-    scores<T>(s, tile, horizon, block, lanes, k, f.q, f.p);
+    if constexpr (paired<T>) {
+      dot_lanes<T>(s, block, lanes, k, f.q, f.p);
+    } else {
+      decodes(s) ? dot_rows(s, tile, block, k, f.q_rows, f.p)
+                 : dot_lanes<T>(s, block, lanes, k, f.q, f.p);
+    }
+    restrict_scores<T>(s, tile, horizon, block, lanes, f.p);
     const Left<E> v = key_rows(values, call.v.row, block.keys, s.Dv, f.v);
     multiply(Product<E>{block.keys, words_of<T>(s.Dv), v.data, v.row, v.column,
-                        reinterpret_cast<const E*>(f.dout), kLanes, f.ds, kLanes, Start::zero, 1.0f,
-                        nullptr},
+                        reinterpret_cast<const E*>(f.dout), kLanes, f.ds, kLanes},
              block.lane, lanes);
     weigh<T>(block, lanes, f);
     add_over_lanes<T>(block, lanes, f.p, f.dout_rows, s.Dv, sums.dv + key * padded(s.Dv));
@@ -113,7 +117,7 @@ void backpropagate(const Backward& call, const QueryTile& tile, const BackwardSc
                                  : Left<E>{k.data, k.column, k.row};
     multiply(Product<E>{s.D, words_of<T>(block.keys), kt.data, kt.row, kt.column,
                         reinterpret_cast<const E*>(paired<T> ? f.ds_pairs : f.ds), kLanes, f.dq,
-                        kLanes, Start::add, 1.0f, nullptr},
+                        kLanes, 1.0f, true},
              block.lane, lanes);
     key += block.keys;
   }

@@ -3,7 +3,7 @@
 // Compiled once per instruction set.
 //
 //   for each block of keys        x [rows, keys] = q k^T      W keys at once, summed by one
-//   transposition in a span of the keys:        p = 2^(x - max)             along the row
+//   transposition in a span of the keys:        p = e^(x - max)             along the row
 //                                 o [rows, Dv] += p v
 //
 // Where there are fewer heads than threads, the keys of a head are cut into spans; their results
@@ -12,7 +12,7 @@
 namespace bigkern::attention::BIGKERN_ISA {
 namespace {
 
-// Scores of the W keys at `rows`: log2(e) scale q k^T, one lane a key.
+// Scores of the W keys at `rows`: scale q k^T, one lane a key.
 template <class T>
 vf dot_keys(const float* q, const T* const (&rows)[W], int64_t D, float scale) {
   vf sums[W] = {};
@@ -34,6 +34,21 @@ vf dot_keys(const float* q, const T* const (&rows)[W], int64_t D, float scale) {
   return x * scale;
 }
 
+// The scores of a backward block [keys, 64] by the same sums, so that e^(x - lse) is as exact as it
+// can be.
+inline void dot_rows(const Shape& s, const QueryTile& tile, const KeyBlock& block,
+                     const Left<float>& k, const float* q, float* x) {
+  std::fill_n(x, block.keys * kLanes, 0.0f);
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    for (int64_t j = 0; j < block.keys; j += W) {
+      const float* rows[W];
+      for (int64_t i = 0; i < W; ++i) rows[i] = k.data + at_most(j + i, block.keys - 1) * k.row;
+      const vf sums = dot_keys(q + r * padded(s.D), rows, s.D, s.scale);
+      for (int64_t i = 0; i < at_most(block.keys - j, W); ++i) x[(j + i) * kLanes + r] = sums[i];
+    }
+  }
+}
+
 // Adds the bias to a row's scores x [n] of the keys from `first` on; -inf where mask or causal
 // forbid.
 template <class T>
@@ -42,7 +57,7 @@ void restrict_row(const Shape& s, const QueryTile& tile, int64_t r, int64_t firs
   const Row row = row_of(s, tile, r);
   if (s.bias.data != nullptr) {
     const T* bias = row_at<T>(s.bias, tile.batch, row) + first * s.bias.column;
-    for (int64_t j = 0; j < n; ++j) x[j] += kLog2e * to_float(bias[j * s.bias.column]);
+    for (int64_t j = 0; j < n; ++j) x[j] += to_float(bias[j * s.bias.column]);
   }
   if (s.mask.data != nullptr) {
     const bool* mask = row_at<bool>(s.mask, tile.batch, row) + first * s.mask.column;
@@ -81,7 +96,7 @@ void decode_block(const Forward& call, const QueryTile& tile, int64_t r, int64_t
   for (int64_t j = 0; j < n; j += W) {
     const T* rows[W];
     for (int64_t i = 0; i < W; ++i) rows[i] = keys + at_most(j + i, n - 1) * call.k.row;
-    store(x + j, dot_keys(q, rows, s.D, s.scale * kLog2e));
+    store(x + j, dot_keys(q, rows, s.D, s.scale));
   }
   restrict_row<T>(s, tile, r, first, n, last, x);
   std::fill(x + n, x + padded(n), -infinity);
@@ -89,14 +104,14 @@ void decode_block(const Forward& call, const QueryTile& tile, int64_t r, int64_t
   vf highest = set1(*row.max);
   for (int64_t j = 0; j < n; j += W) highest = max(highest, load(x + j));
   const float max = reduce_max(highest);
-  const vf shift = set1(max == -infinity ? 0.0f : max);  // nothing seen yet: p = 2^-inf
+  const vf shift = set1(max == -infinity ? 0.0f : max);  // nothing seen yet: p = e^-inf
   vf sum = zero();
   for (int64_t j = 0; j < n; j += W) {
-    const vf p = exp2_flush(load(x + j) - shift);
+    const vf p = exp_flush(load(x + j) - shift);
     sum += p;
     store(x + j, p);
   }
-  const float rescale = exp2_flush(set1(*row.max) - shift)[0];
+  const float rescale = exp_flush(set1(*row.max) - shift)[0];
   *row.max = max;
   *row.sum = *row.sum * rescale + reduce_add(sum);
   add_values<4>(x, row_at<T>(call.v, tile.batch, {tile.kv_head, first}), call.v.row, n, s.Dv,
@@ -141,7 +156,7 @@ void join_spans(const Forward& call, const QueryTile& tile, float* results, int6
     for (int64_t i = 0; i < spans; ++i) max = std::max(max, first.max[i * stride]);
     const vf shift = set1(max == -infinity ? 0.0f : max);
     for (int64_t i = 0; i < spans; ++i) {
-      const float weight = exp2_flush(set1(first.max[i * stride]) - shift)[0];
+      const float weight = exp_flush(set1(first.max[i * stride]) - shift)[0];
       first.max[i * stride] = weight;
       sum += weight * first.sum[i * stride];
     }
@@ -153,7 +168,7 @@ void join_spans(const Forward& call, const QueryTile& tile, float* results, int6
       store_some(o.row[r] + d, sum == 0 ? zero() : x / sum, s.Dv - d);
     }
     const Row row = row_of(s, tile, r);
-    call.lse[(tile.batch * s.Hq + row.head) * s.Sq + row.index] = max * kLn2 + log(set1(sum))[0];
+    call.lse[(tile.batch * s.Hq + row.head) * s.Sq + row.index] = max + log(set1(sum))[0];
   }
 }
 

@@ -3,13 +3,13 @@
 //
 //   q^T [D, 64] stays in L1      for each block of keys (a key is a row, a query a lane):
 //                                  x   [keys, 64] = k q^T                     k from where it lies
-//                                  max, p = 2^(x - max), sum                  lane by lane
-//   o^T [Dv, 64] stays in L1       o^T = o^T 2^(old max - max) + v^T p        v from where it lies
+//                                  max, p = e^(x - max), sum                  lane by lane
+//   o^T [Dv, 64] stays in L1       o^T = o^T e^(old max - max) + v^T p        v from where it lies
 
 namespace bigkern::attention::BIGKERN_ISA {
 namespace {
 
-// Scores to weights in place, p = 2^(x - max): rows of floats, or of pairs of neighbouring keys.
+// Scores to weights in place, p = e^(x - max): rows of floats, or of pairs of neighbouring keys.
 template <class T>
 void online_softmax(const KeyBlock& block, int64_t lanes, const ForwardScratch& f) {
   const float infinity = __builtin_inff();
@@ -18,19 +18,19 @@ void online_softmax(const KeyBlock& block, int64_t lanes, const ForwardScratch& 
     const vf before = load(f.max + lane);
     vf highest = before;
     for (int64_t j = 0; j < block.keys; ++j) highest = max(highest, load(x + j * kLanes));
-    const vf shift = select(highest == -infinity, zero(), highest);  // nothing seen yet: p = 2^-inf
-    const vf rescale = exp2_flush(before - shift);
+    const vf shift = select(highest == -infinity, zero(), highest);  // nothing seen yet: p = e^-inf
+    const vf rescale = exp_flush(before - shift);
     vf sum = load(f.sum + lane) * rescale;
     if constexpr (paired<T>) {
       for (int64_t j = 0; j < block.keys; j += 2) {
-        const vf even = exp2_flush(load(x + j * kLanes) - shift);
-        const vf odd = j + 1 < block.keys ? exp2_flush(load(x + (j + 1) * kLanes) - shift) : zero();
+        const vf even = exp_flush(load(x + j * kLanes) - shift);
+        const vf odd = j + 1 < block.keys ? exp_flush(load(x + (j + 1) * kLanes) - shift) : zero();
         sum += even + odd;
         store(x + j / 2 * kLanes, pair_across(even, odd));
       }
     } else {
       for (int64_t j = 0; j < block.keys; ++j) {
-        const vf p = exp2_flush(load(x + j * kLanes) - shift);
+        const vf p = exp_flush(load(x + j * kLanes) - shift);
         sum += p;
         store(x + j * kLanes, p);
       }
@@ -48,7 +48,7 @@ void finish_tile(const Forward& call, const QueryTile& tile, const ForwardScratc
   for (int64_t lane = 0; lane < kLanes; lane += W) {
     const vf sum = load(f.sum + lane);
     store(f.rescale + lane, select(sum == 0.0f, zero(), 1.0f / sum));
-    store(f.max + lane, load(f.max + lane) * kLn2 + log(sum));
+    store(f.max + lane, load(f.max + lane) + log(sum));
   }
   unpack_lanes(f.o, f.rescale, s.Dv, TileRows<T>(call.o, s, tile));
   for (int64_t lane = 0; lane < tile.rows; ++lane) {
@@ -72,12 +72,13 @@ void attend(const Forward& call, const QueryTile& tile, const ForwardScratch& f)
     const T* keys = row_at<T>(call.k, tile.batch, {tile.kv_head, key});
     const T* values = row_at<T>(call.v, tile.batch, {tile.kv_head, key});
     const Left<Element<T>> k = key_rows(keys, call.k.row, block.keys, s.D, f.k);
-    scores<T>(s, tile, horizon, block, lanes, k, f.q, f.x);
+    dot_lanes<T>(s, block, lanes, k, f.q, f.x);
+    restrict_scores<T>(s, tile, horizon, block, lanes, f.x);
     online_softmax<T>(block, lanes, f);
     const Left<Element<T>> v = key_columns(values, call.v.row, block.keys, s.Dv, f.v);
     multiply(Product<Element<T>>{s.Dv, words_of<T>(block.keys), v.data, v.row, v.column,
                                  reinterpret_cast<const Element<T>*>(f.x), kLanes, f.o, kLanes,
-                                 Start::rescale, 1.0f, f.rescale},
+                                 1.0f, true, f.rescale},
              block.lane, lanes);
     key += block.keys;
   }

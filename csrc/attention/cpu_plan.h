@@ -19,8 +19,6 @@ constexpr int64_t kLanes = 64;         // queries of a tile: four AVX-512 vector
 constexpr int64_t kLaneGroup = 16;     // lanes that a block near the diagonal takes or leaves
 constexpr int64_t kKeys = 64;          // keys of a block
 constexpr int64_t kDiagonalKeys = 16;  // keys of a block that the diagonal crosses
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t padded(int64_t n) { return ceil_div(n, 16) * 16; }  // whole vectors on every level

@@ -32,8 +32,6 @@ ATTENTION_INLINE vf multiply_add(const Pair* a, const Pair* b, vf c) {
   return dot_bf16(c, set1_int(static_cast<int32_t>(a->bits)), load_raw<vi>(b));
 }
 
-enum class Start { zero, add, rescale };
-
 template <class E>
 struct Product {
   int64_t M, K;
@@ -43,41 +41,45 @@ struct Product {
   int64_t b_row;  // B[k, n] = b[k * b_row + n]
   float* c;
   int64_t c_row;
-  Start start;           // C = scale * A B, C += A B, or C = C * rescale[n] + A B
-  float scale;           // with zero
-  const float* rescale;  // with rescale
+  float scale = 1.0f;              // C = scale * A B
+  bool add = false;                // C += scale * A B
+  const float* rescale = nullptr;  // with add: C = C * rescale[n] + scale * A B
 };
 
 constexpr int kBlockRows = 6;
 constexpr int kBlockVectors = BIGKERN_LEVEL >= 2 ? 4 : 2;
+constexpr int64_t kChunk =
+    32;  // steps of k in one sum: rounding errors grow with kChunk + K / kChunk
 
 // C[m .. m + R, n .. n + V * W].
 template <int R, int V, class E>
 ATTENTION_INLINE void block(const Product<E>& p, int64_t m, int64_t n) {
-  vf acc[R][V];
-  float* c = p.c + m * p.c_row + n;
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      acc[r][v] = p.start == Start::zero ? zero() : load(c + r * p.c_row + v * W);
-      if (p.start == Start::rescale) acc[r][v] = acc[r][v] * load(p.rescale + n + v * W);
-    }
-  }
+  vf acc[R][V] = {};
   const E* a = p.a + m * p.a_row;
   const E* b = p.b + n;
   for (int64_t k = 0; k < p.K; ++k, a += p.a_column, b += p.b_row) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[r][v] = multiply_add(a + r * p.a_row, b + v * W, acc[r][v]);
+      for (int v = 0; v < V; ++v) {
+        acc[r][v] = multiply_add(a + r * p.a_row, b + v * W, acc[r][v]);
+      }
     }
   }
-  const vf scale = set1(p.start == Start::zero ? p.scale : 1.0f);
+  float* c = p.c + m * p.c_row + n;
+  const vf scale = set1(p.scale);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(c + r * p.c_row + v * W, acc[r][v] * scale);
+    for (int v = 0; v < V; ++v) {
+      vf sum = acc[r][v] * scale;
+      if (p.rescale != nullptr) {
+        sum = fma(load(c + r * p.c_row + v * W), load(p.rescale + n + v * W), sum);
+      } else if (p.add) {
+        sum += load(c + r * p.c_row + v * W);
+      }
+      store(c + r * p.c_row + v * W, sum);
+    }
   }
 }
 
@@ -92,14 +94,24 @@ void panel(const Product<E>& p, int64_t n) {
 
 // Columns begin .. end of C, both multiples of W.
 template <class E>
-void multiply(const Product<E>& p, int64_t begin, int64_t end) {
-  int64_t n = begin;
-  for (; n + kBlockVectors * W <= end; n += kBlockVectors * W) panel<kBlockVectors>(p, n);
-  if (kBlockVectors > 2 && n + 2 * W <= end) {
-    panel<2>(p, n);
-    n += 2 * W;
-  }
-  if (n < end) panel<1>(p, n);
+void multiply(Product<E> p, int64_t begin, int64_t end) {
+  const int64_t K = p.K;
+  int64_t k = 0;
+  do {
+    p.K = K - k < 2 * kChunk ? K - k : kChunk;
+    int64_t n = begin;
+    for (; n + kBlockVectors * W <= end; n += kBlockVectors * W) panel<kBlockVectors>(p, n);
+    if (kBlockVectors > 2 && n + 2 * W <= end) {
+      panel<2>(p, n);
+      n += 2 * W;
+    }
+    if (n < end) panel<1>(p, n);
+    p.a += p.K * p.a_column;
+    p.b += p.K * p.b_row;
+    p.add = true;
+    p.rescale = nullptr;
+    k += p.K;
+  } while (k < K);
 }
 
 }  // namespace

@@ -36,18 +36,13 @@ ATTENTION_INLINE void for_each_entry(const Shape& s, const QueryTile& tile, cons
   }
 }
 
-// x [keys, 64] = log2(e) (scale q k^T + bias), -inf where causal or mask forbid; lanes block.lane
-// .. lanes.
+// Adds the bias to scores x [keys, 64]; -inf where causal or mask forbid.
 template <class T>
-void scores(const Shape& s, const QueryTile& tile, const Horizon& horizon, const KeyBlock& block,
-            int64_t lanes, const Left<Element<T>>& k, const float* q, float* x) {
-  multiply(Product<Element<T>>{block.keys, words_of<T>(s.D), k.data, k.row, k.column,
-                               reinterpret_cast<const Element<T>*>(q), kLanes, x, kLanes,
-                               Start::zero, s.scale * kLog2e, nullptr},
-           block.lane, lanes);
+void restrict_scores(const Shape& s, const QueryTile& tile, const Horizon& horizon,
+                     const KeyBlock& block, int64_t lanes, float* x) {
   if (s.bias.data != nullptr) {
     for_each_entry<T>(s, tile, s.bias, block, x, [&](T entry, float* at, int64_t count) BIGKERN_FN {
-      for (int64_t i = 0; i < count; ++i) at[i] += kLog2e * to_float(entry);
+      for (int64_t i = 0; i < count; ++i) at[i] += to_float(entry);
     });
   }
   if (s.mask.data != nullptr) {
@@ -58,6 +53,15 @@ void scores(const Shape& s, const QueryTile& tile, const Horizon& horizon, const
                          });
   }
   if (block.diagonal) forbid_future(horizon, block, lanes, x);
+}
+
+// x [keys, 64] = scale q k^T, for the lanes block.lane .. lanes.
+template <class T>
+void dot_lanes(const Shape& s, const KeyBlock& block, int64_t lanes, const Left<Element<T>>& k,
+               const float* q, float* x) {
+  multiply(Product<Element<T>>{block.keys, words_of<T>(s.D), k.data, k.row, k.column,
+                               reinterpret_cast<const Element<T>*>(q), kLanes, x, kLanes, s.scale},
+           block.lane, lanes);
 }
 
 }  // namespace

@@ -25,15 +25,18 @@ ATTENTION_INLINE void store_some(T* p, vf x, int64_t n) {
   n >= W ? store(p, x) : store_n(p, x, n);
 }
 
-// 2^x for x <= 1; flushes to 0 below 2^-126, keeps NaN. 1 ulp.
-ATTENTION_INLINE vf exp2_flush(vf x) {
-  constexpr float c[] = {6.931472029e-01f, 2.402264791e-01f, 5.550332470e-02f,
-                         9.618437366e-03f, 1.339887487e-03f, 1.535336061e-04f};
-  x = max(set1(-127.0f), x);
-  const vf shifted = x + round_magic;  // the low bits are round(x)
-  const vf r = x - (shifted - round_magic);
-  const vf power = vf((vi(shifted) << 23) + (127 << 23));  // 2^-127 comes out as 0
-  return fma(r, polynomial(r, c), set1(1.0f)) * power;
+// e^x for x <= 1; flushes to 0 below e^-87, keeps NaN. 1 ulp.
+ATTENTION_INLINE vf exp_flush(vf x) {
+  constexpr float c[] = {4.999999341e-01f, 1.666652011e-01f, 4.166839426e-02f, 8.368780623e-03f,
+                         1.381446476e-03f};
+  x = max(set1(-88.0f), x);
+  const vf shifted =
+      fma(x, set1(1.44269504f), set1(round_magic));  // the low bits are n = round(x / ln2)
+  const vf n = shifted - round_magic;
+  vf r = fma(n, set1(-0.693359375f), x);  // ln2 in two parts, the first exact in 10 bits
+  r = fma(n, set1(2.12194440e-4f), r);
+  const vf power = vf((vi(shifted) << 23) + (127 << 23));  // 2^n; 2^-127 comes out as 0
+  return (fma(r * r, polynomial(r, c), r) + 1.0f) * power;
 }
 
 // Keys as rows: element (key, d) for a product over d.
@@ -67,9 +70,8 @@ void pair_rows(int64_t n, int64_t D, int64_t row, float* out, const RowAt& row_a
     const bf16* even = row_at(r);
     const bf16* odd = r + 1 < n ? row_at(r + 1) : nullptr;
     for (int64_t d = 0; d < row; d += W) {
-      const int64_t left = D > d ? D - d : 0;
-      const vf high = odd != nullptr ? load_some(odd + d, left) : zero();
-      store_some(out + d, pair_across(load_some(even + d, left), high), row - d);
+      const vf words = d < D ? words_across(even + d, odd ? odd + d : nullptr, D - d) : zero();
+      store_some(out + d, words, row - d);
     }
   }
 }
@@ -104,7 +106,7 @@ struct TileRows {
 template <class T>
 void pack_lanes(const TileRows<const T>& tile, int64_t D, float* out) {
   pack_rows<kLanes, T>(tile.rows, 0, D, out, [&](int64_t lane, int64_t d, int64_t n) BIGKERN_FN {
-    return load_some(tile.row[lane] + d, n);
+    return words_along(tile.row[lane] + d, n);
   });
 }
 

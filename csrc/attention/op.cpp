@@ -47,7 +47,7 @@ Shape shape_of(const Tensor& q, const Tensor& k, const Tensor& v, const Optional
                const OptionalTensor& bias, double scale, const std::string& causal) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must be [B, H, S, D]");
   Shape s{dtype_of(q, "q"), q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), v.size(3),
-          static_cast<float>(scale), causal_of(causal), broadcast(mask), broadcast(bias)};
+          static_cast<float>(scale), causal_of(causal), {}, {}};
   STD_TORCH_CHECK(dtype_of(k, "k") == s.dtype && dtype_of(v, "v") == s.dtype,
                   "q, k and v must have one dtype");
   STD_TORCH_CHECK(k.size(0) == s.B && k.size(3) == s.D && v.size(0) == s.B && v.size(1) == s.Hkv &&
@@ -60,6 +60,8 @@ Shape shape_of(const Tensor& q, const Tensor& k, const Tensor& v, const Optional
   STD_TORCH_CHECK(!bias.has_value() || dtype_of(*bias, "bias") == s.dtype, "bias must have q's dtype");
   check_broadcast(mask, "mask", s);
   check_broadcast(bias, "bias", s);
+  s.mask = broadcast(mask);
+  s.bias = broadcast(bias);
   return s;
 }
 
