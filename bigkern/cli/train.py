@@ -25,7 +25,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "tokenizer": ("bytes", "bytes, or bpe: byte-pair encoding trained on the data"),
     "vocab_size": (4096, "size of the bpe vocabulary"),
     "steps": (240, "optimizer steps"),
-    "batch": (8, "sequences a step"),
+    "batch": (4, "sequences a step"),
     "context": (256, "tokens a sequence"),
     "layers": (4, "blocks"),
     "heads": (4, "attention heads"),
