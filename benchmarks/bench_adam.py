@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from bigkern.benchmarks.harness import Bench, Case, Contestant, Task
 
+from bigkern.benchmarks.harness import Bench, Case, Contestant, Task
 from bigkern.cli import problems
 from bigkern.cli.problems import Inputs
 from bigkern.optim import AdamW

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bigkern.benchmarks.harness import Bench, Case, Contestant, by_autograd, ours
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from bigkern.benchmarks.harness import Bench, Case, Contestant, by_autograd, ours
 from bigkern.cli import problems
 from bigkern.cli.problems import Inputs, Problem
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bigkern.benchmarks.harness import Bench, Case, by_autograd, compiled, ours
-
 from bigkern.cli import problems
 from bigkern.cli.problems import Problem
 

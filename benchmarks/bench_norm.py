@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bigkern.benchmarks.harness import Bench, Case, Contestant, by_autograd, compiled, ours
 from torch import Tensor
 
+from bigkern.benchmarks.harness import Bench, Case, Contestant, by_autograd, compiled, ours
 from bigkern.cli import problems
 from bigkern.cli.problems import Inputs, Problem
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from bigkern.benchmarks.harness import Bench, Case, Contestant, Task
 
 from bigkern import registry
+from bigkern.benchmarks.harness import Bench, Case, Contestant, Task
 from bigkern.cli import problems
 from bigkern.cli.problems import Inputs, Problem
 

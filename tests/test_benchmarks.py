@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from bigkern import registry
 from bigkern.benchmarks import (
     bench_adam,
     bench_attention,
@@ -18,8 +20,6 @@ from bigkern.benchmarks import (
     bench_overhead,
     harness,
 )
-
-from bigkern import registry
 from bigkern.cli import problems
 from bigkern.cli.console import Console
 from bigkern.cli.main import main
