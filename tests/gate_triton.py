@@ -1,0 +1,273 @@
+"""Compile every Triton kernel for sm_80 and sm_90 without a GPU, and hold it to limits.
+
+    python tests/gate_triton.py [--arch 90] [--only attention] [--csv FILE] [--json FILE]
+
+The public functions are called as a user calls them, on meta tensors. A stand-in for the GPU driver lets
+Triton's own launch path choose signature and specialization and compile; the launch itself is left out. So
+what is judged is what a GPU would run, in every configuration of the tables. The limits:
+
+    registers   255, and what the kernel's warps leave of the 65,536 of a processor
+    stack       0 bytes: nothing spills
+    shared      227 KiB on sm_90; 99 KiB for sm_80's configurations, which also serve sm_86, sm_89 and sm_120
+    wgmma       on sm_90, in attention's products of head dim 64 and 128 in 16-bit types
+
+Exits with 1 where a kernel breaks one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    sys.exit("gate_triton.py compiles: run it without TRITON_INTERPRET")
+
+from bigkern.triton_kernels import adam, attention, launch, layernorm_ffn
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}
+REGISTERS = 65536
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SENTENCE = 1031  # ragged: the masks at the end of rows are compiled in
+
+
+@dataclass(frozen=True)
+class Row:
+    """A compiled kernel in one configuration."""
+
+    arch: int
+    kernel: str
+    case: str
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+    wgmma: int
+    needs_wgmma: bool
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.stack > 0:
+            found.append(f"{self.stack} bytes of stack")
+        if self.registers * 32 * self.warps > REGISTERS:
+            found.append(f"{self.registers} registers x {self.warps} warps")
+        if self.shared > SHARED_LIMIT[self.arch]:
+            found.append(f"{self.shared} bytes of shared memory > {SHARED_LIMIT[self.arch]}")
+        if self.needs_wgmma and self.wgmma == 0:
+            found.append("no wgmma")
+        return found
+
+
+class NoGpu:
+    """What Triton asks of a driver in order to compile, answered for an architecture that is not here."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_only(arch: int) -> list[tuple[str, Any]]:
+    """Let launches compile for ``arch`` instead of running; the list returned collects (kernel name, compiled)."""
+    driver.set_active(NoGpu(arch))
+    compiled: list[tuple[str, Any]] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        compiled.append((self.fn.__name__, launch_path(self, *args, grid=grid, warmup=True, **options)))
+
+    JITFunction.run = run  # type: ignore[method-assign]
+    for module in (launch, attention):
+        module.architecture = lambda device: arch  # type: ignore[attr-defined]
+    for module in (launch, layernorm_ffn):
+        module.multiprocessors = lambda device: 132  # type: ignore[attr-defined]
+    return compiled
+
+
+launch_path = JITFunction.run
+
+
+def usage(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of stack and local memory a thread: 0 if and only if nothing spills."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    if found is None:
+        raise ValueError(f"cuobjdump -res-usage said: {text}")
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
+
+
+# ---- the cases: (description, call, whether its products must be wgmma) ------------------------------
+
+Case = tuple[str, Callable[[], object], bool]
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def attention_cases(arch: int) -> Iterator[Case]:
+    for architecture, size, D in attention.CONFIGURATIONS:
+        if architecture == arch:
+            name = {2: "bfloat16", 4: "float32"}[size]
+            for causal, extras in (("none", False), ("top_left", False), ("bottom_right", True)):
+                text = f"{name} D={D} {causal}{' mask bias' if extras else ''}"
+                yield text, attention_call(DTYPES[name], D, causal, extras), size == 2 and D <= 128
+
+
+def attention_call(dtype: torch.dtype, D: int, causal: str, extras: bool) -> Callable[[], object]:
+    def call() -> None:
+        B, H, S = 2, 8, SENTENCE
+        q, k, v, do = (meta(B, S, H, D, dtype=dtype).transpose(1, 2) for _ in range(4))
+        mask = meta(B, 1, S, S, dtype=torch.bool).expand(B, H, S, S) if extras else None
+        bias = meta(1, H, S, S, dtype=dtype).expand(B, H, S, S) if extras else None
+        o, lse = attention.attention(q, k, v, mask, bias, 0.125, causal)
+        attention.attention_backward(do, q, k, v, o, lse, mask, bias, 0.125, causal)
+
+    return call
+
+
+def norm_cases() -> Iterator[Case]:
+    for name, dtype in DTYPES.items():
+        for N in (64, 768, 1023, 4096, 8192, 16384, 65536):
+            for kind in ("layer", "rms"):
+                yield f"{name} N={N} {kind}", norm_call(dtype, N, kind), False
+
+
+def norm_call(dtype: torch.dtype, N: int, kind: str) -> Callable[[], object]:
+    def call() -> None:
+        x, residual, dy = (meta(4096, N, dtype=dtype) for _ in range(3))
+        weight, bias = meta(N, dtype=dtype), meta(N, dtype=dtype) if kind == "layer" else None
+        _, total, mean, rstd = layernorm_ffn.norm(x, residual, weight, bias, 1e-5, kind)
+        layernorm_ffn.norm_backward(dy, dy, total, weight, mean, rstd, kind, True, kind == "layer")
+
+    return call
+
+
+def activation_cases() -> Iterator[Case]:
+    for name, dtype in DTYPES.items():
+        for activation in ("relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu"):
+            yield f"{name} {activation}", activation_call(dtype, activation), False
+
+
+def activation_call(dtype: torch.dtype, activation: str) -> Callable[[], object]:
+    def call() -> None:
+        F = 3072
+        width = 2 * F if activation in layernorm_ffn.GATED else F
+        product, bias, dout = (
+            meta(512, width, dtype=dtype),
+            meta(width, dtype=dtype),
+            meta(512, F, dtype=dtype),
+        )
+        layernorm_ffn.bias_activation(product, bias, activation)
+        layernorm_ffn.bias_activation_backward(dout, product, activation, True, True)
+
+    return call
+
+
+def adam_cases() -> Iterator[Case]:
+    for name, dtype in DTYPES.items():
+        for decoupled, extras in ((True, False), (False, True)):
+            text = f"{name} {'AdamW' if decoupled else 'Adam amsgrad maximize scaled'}"
+            yield text, adam_call(dtype, decoupled, extras), False
+
+
+def adam_call(dtype: torch.dtype, decoupled: bool, extras: bool) -> Callable[[], object]:
+    def call() -> None:
+        p, g, m, v, vmax = ([meta(100_000, dtype=dtype)] for _ in range(5))
+        scalar = meta(1) if extras else None
+        hyper = (1e-3, 0.9, 0.999, 1e-8, 0.1, decoupled, extras, extras, scalar, scalar, scalar)
+        adam.adam(p, g, m, v, vmax if extras else [], [meta(1)], *hyper)
+
+    return call
+
+
+ROOMS: dict[str, Callable[[int], Iterator[Case]]] = {
+    "attention": attention_cases,
+    "norm": lambda arch: norm_cases(),
+    "activation": lambda arch: activation_cases(),
+    "adam": lambda arch: adam_cases(),
+}
+
+
+# ---- running them ----------------------------------------------------------------------------------
+
+
+def rows(arch: int, room: str) -> Iterator[Row]:
+    compiled = compile_only(arch)
+    seen: set[int] = set()
+    for case, call, wgmma in ROOMS[room](arch):
+        compiled.clear()
+        call()
+        for name, kernel in compiled:
+            if id(kernel) in seen:
+                continue
+            seen.add(id(kernel))
+            registers, stack = usage(kernel.asm["cubin"])
+            shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
+            found = kernel.asm["ptx"].count("wgmma.mma_async")
+            needed = wgmma and arch == 90 and name != "statistics_kernel"
+            yield Row(arch, name, case, warps, registers, stack, shared, found, needed)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--arch", type=int, choices=sorted(SHARED_LIMIT), action="append")
+    parser.add_argument("--only", choices=sorted(ROOMS), action="append")
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    print(f"triton {triton.__version__}")
+    print(
+        f"{'arch':>5}  {'kernel':<32} {'case':<38} {'warps':>5} {'regs':>5} {'stack':>5} {'shared':>7} {'wgmma':>5}"
+    )
+    results: list[Row] = []
+    for arch in options.arch or sorted(SHARED_LIMIT):
+        for room in options.only or list(ROOMS):
+            for row in rows(arch, room):
+                numbers = f"{row.warps:>5} {row.registers:>5} {row.stack:>5} {row.shared:>7} {row.wgmma:>5}"
+                verdict = "; ".join(row.problems())
+                print(f"sm_{arch}  {row.kernel:<32} {row.case:<38} {numbers}  {verdict}".rstrip(), flush=True)
+                results.append(row)
+    if options.csv:
+        with options.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(asdict(results[0])))
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in results)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in results], indent=2) + "\n")
+    broken = sum(bool(row.problems()) for row in results)
+    print(f"{len(results)} kernels compiled, {broken} beyond a limit")
+    return 1 if broken or not results else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Repairs to Triton's interpreter, without which bfloat16 kernels cannot be judged by it.
+
+The interpreter keeps a bfloat16 as a uint16. Its ``tl.dot`` multiplies those integers as if they were
+numbers, and its conversion from float32 truncates, where the hardware rounds to nearest even. Both are
+replaced here, for the tests; kernels do no bfloat16 arithmetic other than products (they widen at load).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def to_bfloat16(x: Any) -> Any:
+    """float32 -> the uint16 of the nearest bfloat16, ties to even; a NaN stays one."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
+
+
+def from_bfloat16(bits: Any) -> Any:
+    """The uint16 of a bfloat16 -> float32."""
+    return (np.ascontiguousarray(bits).astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def repair() -> None:
+    """Install the replacements; twice does no harm."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    if getattr(interpreter, "_bigkern_repaired", False):
+        return
+    convert_float = interpreter._convert_float
+
+    def convert(data: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if source == tl.float32 and target == tl.bfloat16:
+            return to_bfloat16(data)
+        if source == tl.bfloat16 and target == tl.float32:
+            return from_bfloat16(data)
+        return convert_float(data, source, target, rounding)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_imprecise: Any) -> Any:
+        x, y = (from_bfloat16(t.data) if t.dtype.scalar == tl.bfloat16 else t.data for t in (a, b))
+        return interpreter.TensorHandle(np.matmul(x, y, dtype=d.data.dtype) + d.data, d.dtype.scalar)
+
+    interpreter._convert_float = convert
+    interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter._bigkern_repaired = True
