@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigkern.nn.layer_norm import LayerNorm, RMSNorm
-from bigkern.ops.layernorm_ffn import Activation, Norm, Placement, layernorm_ffn, stock_activation
-from bigkern.reference.layernorm_ffn import GATED
+from bigkern.ops.layernorm_ffn import GATED, Activation, Norm, Placement, layernorm_ffn, stock_activation
 
 
 class LayerNormFFN(nn.Module):
@@ -79,7 +78,8 @@ class LayerNormFFN(nn.Module):
             raise ValueError(f"dropout must be between 0 and 1, not {dropout}")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         rows = 2 * dim_feedforward if activation in GATED else dim_feedforward
-        self.activation, self.placement, self.dropout = activation, placement, dropout
+        self.activation, self.placement = activation, placement
+        self.dropout, self.eps = dropout, eps
         self.norm: LayerNorm | RMSNorm
         if norm == "layer":
             self.norm = LayerNorm(d_model, eps, bias=bias, **factory)
@@ -109,7 +109,7 @@ class LayerNormFFN(nn.Module):
             activation=self.activation,
             placement=self.placement,
             residual=residual,
-            eps=self.norm.eps,
+            eps=self.eps,
         )
 
     def extra_repr(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -16,7 +17,7 @@ from bigkern.ops._library import KERNEL_DTYPES, LIBRARY, define, define_native, 
 from bigkern.ops.norm import MAX_COLUMNS, autocast
 from bigkern.ops.norm import stock as stock_norm
 from bigkern.reference import layernorm_ffn as reference
-from bigkern.reference.layernorm_ffn import GATED, Pieces
+from bigkern.reference.layernorm_ffn import Pieces
 
 define(
     "layernorm_ffn(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? norm_weight,"
@@ -35,6 +36,8 @@ define_native(
     "bias_activation_backward(Tensor dout, Tensor preactivation, str activation, bool want_bias,"
     " bool rebuild) -> (Tensor dpre, Tensor? out, Tensor? dbias)"
 )
+
+GATED = reference.GATED
 
 Norm = Literal["layer", "rms"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu"]
@@ -119,7 +122,7 @@ def layernorm_ffn(
     if backend.name == "torch":
         return stock(*arguments)
     if not plain(*arguments[:7]):
-        return torch.ops.bigkern.layernorm_ffn(*arguments)[0]
+        return cast(Tensor, torch.ops.bigkern.layernorm_ffn(*arguments)[0])
     save = arguments[-1]
     return cast(Tensor, _LayernormFfn.apply(backend, *arguments) if save else backend.forward(*arguments)[0])
 
@@ -216,13 +219,13 @@ def _fake_backward(dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, *rest: Any) ->
 
 
 def _forward(*arguments: Any) -> Result:
-    return LAYERNORM_FFN.resolve(*arguments).forward(*arguments)
+    return cast(Result, LAYERNORM_FFN.resolve(*arguments).forward(*arguments))
 
 
 def _backward(dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, *rest: Any) -> Gradients:
     norm_weight, norm_bias, _s, _mean, _rstd, _preactivation, *options, _wanted = rest
     backend = LAYERNORM_FFN.resolve(x, w1, None, w2, None, norm_weight, norm_bias, *options, True)
-    return cast(Any, backend.backward)(dy, x, w1, w2, *rest)
+    return cast(Gradients, cast(Any, backend.backward)(dy, x, w1, w2, *rest))
 
 
 for _key in ("CPU", "CUDA"):
@@ -238,7 +241,7 @@ class _LayernormFfn(torch.autograd.Function):
         result = backend.forward(*arguments)
         _save(ctx, arguments, result)
         ctx.backend = backend
-        return result[0]
+        return cast(Tensor, result[0])
 
     @staticmethod
     @once_differentiable
@@ -334,6 +337,14 @@ def _cpu_refuses(x: Tensor, w1: Tensor, *_: Any) -> registry.Reason:
     return kernel_refuses("cpu", x, w1) or (info.import_error and info.summary())
 
 
+FASTER_FROM = 512  # rows: below, repacking the weights costs our CPU kernels more than fusing saves
+
+
+def _cpu_declines(x: Tensor, *_: Any) -> registry.Reason:
+    rows = math.prod(x.shape[:-1])
+    return f"stock is faster below {FASTER_FROM} rows" if rows < FASTER_FROM else None
+
+
 def _triton_refuses(x: Tensor, w1: Tensor, *_: Any) -> registry.Reason:
     return _gpu_refuses("triton", x, w1)
 
@@ -350,8 +361,8 @@ def _declines_unproven(backend: str) -> Any:
 def block_of(pieces: Pieces) -> tuple[Callable[..., Result], Callable[..., Gradients]]:
     """The op's two functions: the reference's block with kernels for pieces."""
     return (
-        lambda *arguments: reference.layernorm_ffn(*arguments, pieces=pieces),
-        lambda *arguments: reference.layernorm_ffn_backward(*arguments, pieces=pieces),
+        partial(reference.layernorm_ffn, pieces=pieces),
+        partial(reference.layernorm_ffn_backward, pieces=pieces),
     )
 
 
@@ -401,9 +412,10 @@ LAYERNORM_FFN.register(
 LAYERNORM_FFN.register(
     registry.Backend(
         "cpu",
-        lambda *arguments: _native.layernorm_ffn(*arguments),
-        lambda *arguments: _native.layernorm_ffn_backward(*arguments),
+        lambda *arguments: _native.layernorm_ffn.default(*arguments),
+        lambda *arguments: _native.layernorm_ffn_backward.default(*arguments),
         _cpu_refuses,
+        _cpu_declines,
     )
 )
 LAYERNORM_FFN.register(registry.Backend("torch", reference.layernorm_ffn, reference.layernorm_ffn_backward))

@@ -15,8 +15,9 @@ the sign of a p near 0, and with it relu's gradient).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -56,10 +57,11 @@ def _act(u: Tensor, name: str) -> Tensor:
 
 def _act_derivative(u: Tensor, name: str) -> Tensor:
     if name == "gelu":  # d/du u Phi(u) = Phi(u) + u phi(u)
-        return 0.5 * (1 + torch.erf(u * 2**-0.5)) + u * torch.exp(-0.5 * u * u) * (2 * torch.pi) ** -0.5
+        phi = torch.exp(-0.5 * u * u) * math.sqrt(0.5 / math.pi)
+        return 0.5 * (1 + torch.erf(u * math.sqrt(0.5))) + u * phi
     if name == "gelu_tanh":
-        c, cubic = (2 / torch.pi) ** 0.5, 0.044715
-        t = torch.tanh(c * (u + cubic * u**3))
+        c, cubic = math.sqrt(2 / math.pi), 0.044715
+        t = torch.tanh(c * (u + cubic * u * u * u))
         return 0.5 * (1 + t) + 0.5 * u * (1 - t * t) * c * (1 + 3 * cubic * u * u)
     if name == "silu":
         sigmoid = torch.sigmoid(u)
@@ -185,7 +187,7 @@ def layernorm_ffn_backward(
     elif want_w2:
         _, a = pieces.bias_activation(preactivation, None, activation)
     if want_w2:
-        dw2 = ds.t() @ a
+        dw2 = ds.t() @ cast(Tensor, a)
     if want_w1:
         n = pieces.norm(rows, None, norm_weight, norm_bias, eps, norm)[0] if pre else rows
         dw1 = dp.t() @ n
