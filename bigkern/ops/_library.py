@@ -35,9 +35,14 @@ def plain(*tensors: Tensor | None) -> bool:
     """Whether eager autograd may call a backend directly: no subclass, no tracing, no functorch."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if in_functorch():
         return False
     return all(t is None or type(t) is Tensor or type(t) is Parameter for t in tensors)
+
+
+def in_functorch() -> bool:
+    """Whether a transform of torch.func (grad, vmap, ...) is in force."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def wrong_device(backend: str, tensor: Tensor) -> str | None:

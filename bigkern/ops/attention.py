@@ -8,10 +8,9 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bigkern import info, registry
-from bigkern.ops._library import KERNEL_DTYPES, LIBRARY, define, plain, wrong_device
+from bigkern.ops._library import KERNEL_DTYPES, LIBRARY, define, in_functorch, plain, triton_interpreted
 from bigkern.reference import attention as reference
 
 MAX_HEAD_DIM = 256
@@ -26,7 +25,13 @@ define(
 )
 
 Causal = Literal[False, True, "none", "top_left", "bottom_right"]
-_CAUSAL = {False: "none", True: "top_left", "none": "none", "top_left": "top_left", "bottom_right": "bottom_right"}
+_CAUSAL = {
+    False: "none",
+    True: "top_left",
+    "none": "none",
+    "top_left": "top_left",
+    "bottom_right": "bottom_right",
+}
 
 
 # ---- the public functions --------------------------------------------------------------------------
@@ -82,10 +87,12 @@ def attention(
     backend = ATTENTION.resolve(*arguments)
     if backend.name == "torch" and not return_lse:
         return stock(*arguments)
-    if plain(q, k, v, mask, bias):
+    if not plain(q, k, v, mask, bias):
+        o, lse = torch.ops.bigkern.attention(*arguments)
+    elif torch.is_grad_enabled() and _any_requires_grad(q, k, v, bias):
         o, lse = _Attention.apply(backend, *arguments)
     else:
-        o, lse = torch.ops.bigkern.attention(*arguments)
+        o, lse = backend.forward(*arguments)
     return (o, lse) if return_lse else o
 
 
@@ -115,14 +122,24 @@ def scaled_dot_product_attention(
         >>> bigkern.scaled_dot_product_attention(q, q, q, is_causal=True).shape
         torch.Size([1, 8, 128, 64])
     """
-    heads_differ = query.dim() == 4 and key.dim() == 4 and query.shape[1] != key.shape[1]
-    if dropout_p != 0.0 or query.dim() != 4 or (heads_differ and not enable_gqa) or (attn_mask is not None and is_causal):
+    grouped = enable_gqa or (query.dim() == 4 and key.dim() == 4 and query.shape[1] == key.shape[1])
+    both_masks = attn_mask is not None and is_causal
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        query, key, value, attn_mask = _autocast(torch.get_autocast_dtype(kind), query, key, value, attn_mask)
+    if dropout_p != 0.0 or query.dim() != 4 or not grouped or both_masks:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     boolean = attn_mask is not None and attn_mask.dtype == torch.bool
     mask, bias = (attn_mask, None) if boolean else (None, attn_mask)
     return cast(Tensor, attention(query, key, value, causal=is_causal, mask=mask, bias=bias, scale=scale))
+
+
+def _autocast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """As torch's autocast does for its own attention: floating point, but not float64, becomes ``dtype``."""
+    narrowed = (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(t.to(dtype) if t is not None and t.dtype in narrowed else t for t in tensors)
 
 
 # ---- checks ----------------------------------------------------------------------------------------
@@ -140,22 +157,13 @@ def bind(
     return_lse: bool = False,
 ) -> tuple[Any, ...]:
     """Check a public call and turn it into the op's arguments ``(q, k, v, mask, bias, scale, causal)``."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}")
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions [B, H, S, D], not shape {tuple(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, not {tensor.dtype}")
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"{name} must have q's dtype {q.dtype}, not {tensor.dtype}")
-        if tensor.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, not {tensor.device}")
-    B, Hq, Sq, D = q.shape
+    _check_tensors(q, k, v)
+    B, Hq, _Sq, D = q.shape
     Bk, Hkv, Sk, Dk = k.shape
+    Bv, Hv, Sv, _Dv = v.shape
     if Bk != B or Dk != D:
         raise ValueError(f"k must be [{B}, Hkv, Sk, {D}] to match q {tuple(q.shape)}, not {tuple(k.shape)}")
-    if v.shape[:3] != k.shape[:3]:
+    if Bv != Bk or Hv != Hkv or Sv != Sk:
         raise ValueError(f"v must be [{Bk}, {Hkv}, {Sk}, Dv] to match k, not {tuple(v.shape)}")
     if Hkv == 0 or Hq % Hkv != 0:
         raise ValueError(f"q's head count {Hq} must be a multiple of k's and v's, {Hkv}")
@@ -165,7 +173,7 @@ def bind(
         scale = 1.0 / math.sqrt(D)
     elif not math.isfinite(scale):
         raise ValueError(f"scale must be finite, not {scale}")
-    if causal not in _CAUSAL:
+    if not isinstance(causal, bool | str) or causal not in _CAUSAL:
         raise ValueError(f'causal must be False, True, "top_left" or "bottom_right", not {causal!r}')
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -180,14 +188,36 @@ def bind(
     return q, k, v, mask, bias, float(scale), _CAUSAL[causal]
 
 
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions [B, H, S, D], not shape {tuple(tensor.shape)}")
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's dtype {q.dtype}, not {tensor.dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, not {tensor.device}")
+    if not q.is_floating_point():
+        raise TypeError(f"q must be floating point, not {q.dtype}")
+
+
 def _expand(name: str, tensor: Tensor, q: Tensor, Sk: int) -> Tensor:
     shape = (*q.shape[:3], Sk)
     if tensor.device != q.device:
         raise ValueError(f"{name} must be on q's device {q.device}, not {tensor.device}")
-    matches = all(have in (1, want) for have, want in zip(reversed(tensor.shape), reversed(shape), strict=False))
+    matches = all(
+        have in (1, want) for have, want in zip(reversed(tensor.shape), reversed(shape), strict=False)
+    )
     if tensor.dim() > 4 or not matches:
-        raise ValueError(f"{name} of shape {tuple(tensor.shape)} does not broadcast to [B, Hq, Sq, Sk] = {list(shape)}")
+        raise ValueError(
+            f"{name} of shape {tuple(tensor.shape)} does not broadcast to [B, Hq, Sq, Sk] = {list(shape)}"
+        )
     return tensor.expand(shape)
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 # ---- the op: fake, kernel, autograd ----------------------------------------------------------------
@@ -219,7 +249,9 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return ATTENTION.resolve(*arguments).forward(*arguments)
 
 
-def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *options: Any) -> tuple[Tensor, ...]:
+def _backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
     return cast(Any, ATTENTION.resolve(q, k, v, *options).backward)(do, q, k, v, o, lse, *options)
 
 
@@ -242,16 +274,26 @@ class _Attention(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, do: Tensor | None, _dlse: None) -> tuple[Any, ...]:  # type: ignore[override]
         if do is None:
             return (None,) * 8
         q, k, v, o, lse, mask, bias = ctx.saved_tensors
         options = (mask, bias, ctx.scale, ctx.causal)
-        if ctx.needs_input_grad[5]:
-            grads = reference.attention_backward(do, q, k, v, o, lse, *options, bias_grad=True)
-            return None, *grads[:3], None, grads[3], None, None
-        return None, *ctx.backend.backward(do, q, k, v, o, lse, *options), None, None, None, None
+        twice = torch.is_grad_enabled()
+        with torch.no_grad():
+            if ctx.needs_input_grad[5]:
+                grads = reference.attention_backward(do, q, k, v, o, lse, *options, bias_grad=True)
+            else:
+                grads = (*ctx.backend.backward(do, q, k, v, o, lse, *options), None)
+        dq, dk, dv, dbias = _not_again(*grads) if twice else grads
+        return None, dq, dk, dv, None, dbias, None, None
+
+
+def _not_again(*grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients asked for with ``create_graph``: differentiating them once more raises, it is not ignored."""
+    message = b"bigkern.attention has no second derivative; run it with bigkern.use('torch')"
+    refuse = torch._C._functions.DelayedError(message, len(grads))
+    return cast(Any, refuse(*(None if x is None else x.detach().requires_grad_() for x in grads)))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -287,9 +329,8 @@ def stock(
         allowed, is_causal = None, causal != "none"
     else:
         allowed, is_causal = _additive(q, k, mask, bias, causal), False
-    return F.scaled_dot_product_attention(
-        q, k, v, allowed, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}  # a branch: a bool, never a SymBool
+    return F.scaled_dot_product_attention(q, k, v, allowed, is_causal=is_causal, scale=scale, **grouped)
 
 
 def _additive(q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None, causal: str) -> Tensor:
@@ -311,33 +352,41 @@ def _stock_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(_stored_bshd(grad) for grad in reference.attention_backward(*arguments)[:3])
 
 
-def kernel_refuses(backend: str, q: Tensor, v: Tensor, bias: Tensor | None) -> registry.Reason:
-    """What no kernel of ours does yet, in whatever language."""
-    if (reason := wrong_device(backend, q)) is not None:
-        return reason
+def kernel_refuses(q: Tensor, v: Tensor, bias: Tensor | None) -> registry.Reason:
+    """What no kernel of ours does yet, in whatever language and wherever the tensors are."""
     if q.dtype not in KERNEL_DTYPES:
         return f"dtype {q.dtype} is not float32, bfloat16 or float16"
     if q.shape[3] > MAX_HEAD_DIM or v.shape[3] > MAX_HEAD_DIM:
         return f"head_dim {max(q.shape[3], v.shape[3])} > {MAX_HEAD_DIM}"
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
         return "bias requires a gradient, which no kernel computes yet"
+    if in_functorch():
+        return "inside a torch.func transform, which cannot look into a kernel"
     return None
 
 
+# Read once: resolving a call must cost next to nothing, and be plain Python to torch.compile.
+_NOT_LOADED = None if info.import_error is None else info.summary()
+_NO_CUDA_KERNELS = None if info.has_cuda_kernels() else info.summary()
+_TRITON_ON_CPU = triton_interpreted()
+
+
 def _cpu_refuses(q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, *_: Any) -> registry.Reason:
-    if info.import_error is not None:
-        return info.summary()
-    return kernel_refuses("cpu", q, v, bias)
+    if not q.is_cpu:
+        return f"tensors are on {q.device.type}"
+    return _NOT_LOADED or kernel_refuses(q, v, bias)
 
 
 def _cuda_refuses(q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, *_: Any) -> registry.Reason:
-    if not info.has_cuda_kernels():
-        return info.summary()
-    return kernel_refuses("cuda", q, v, bias)
+    if not q.is_cuda:
+        return _NO_CUDA_KERNELS or f"tensors are on {q.device.type}"
+    return _NO_CUDA_KERNELS or kernel_refuses(q, v, bias)
 
 
 def _triton_refuses(q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, *_: Any) -> registry.Reason:
-    return kernel_refuses("triton", q, v, bias)
+    if not q.is_cuda and not (_TRITON_ON_CPU and q.is_cpu):
+        return f"tensors are on {q.device.type}"
+    return kernel_refuses(q, v, bias)
 
 
 def _declines_unproven(backend: str) -> Any:
@@ -364,12 +413,12 @@ def cuda_backend(native: Any, *, emulated: bool = False) -> registry.Backend:
     """The CUDA kernels in ``native``: the compiled ones, or, in the tests, those that the emulator runs."""
 
     def refuses(q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, *_: Any) -> registry.Reason:
-        return kernel_refuses("cpu", q, v, bias) if emulated else _cuda_refuses(q, k, v, mask, bias)
+        return kernel_refuses(q, v, bias) if emulated else _cuda_refuses(q, k, v, mask, bias)
 
     return registry.Backend(
         "cuda",
-        lambda *arguments: native.attention(*arguments),
-        lambda *arguments: native.attention_backward(*arguments),
+        native.attention,
+        native.attention_backward,
         refuses,
         _declines_unproven("cuda"),
     )
@@ -380,14 +429,18 @@ _native = torch.ops.bigkern_native
 ATTENTION.register(cuda_backend(_native))
 ATTENTION.register(
     registry.Backend(
-        "triton", _triton("attention"), _triton("attention_backward"), _triton_refuses, _declines_unproven("triton")
+        "triton",
+        _triton("attention"),
+        _triton("attention_backward"),
+        _triton_refuses,
+        _declines_unproven("triton"),
     )
 )
 ATTENTION.register(
     registry.Backend(
         "cpu",
-        lambda *arguments: _native.attention(*arguments),
-        lambda *arguments: _native.attention_backward(*arguments),
+        _native.attention,
+        _native.attention_backward,
         _cpu_refuses,
     )
 )
