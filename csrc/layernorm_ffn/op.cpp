@@ -227,6 +227,7 @@ struct Sizes {
   Sizes(const Tensor& x, const Tensor& w1, const Tensor& w2, Activation activation)
       : dtype(dtype_of(x, "x")) {
     const Rows of_x = rows_of(x, "x");
+    STD_TORCH_CHECK(of_x.M > 0, "x must have at least one row");
     STD_TORCH_CHECK(w1.dim() == 2 && w2.dim() == 2, "w1 and w2 must be matrices");
     M = of_x.M, D = of_x.N, F = w2.size(1), rows = is_gated(activation) ? 2 * F : F;
     STD_TORCH_CHECK(F > 0 && w1.size(0) == rows && w1.size(1) == D && w2.size(0) == D,
