@@ -246,13 +246,14 @@ def _stored_bshd(x: Tensor) -> Tensor:
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return ATTENTION.resolve(*arguments).forward(*arguments)
+    return cast(Any, ATTENTION.resolve(*arguments).forward(*arguments))
 
 
 def _backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
-    return cast(Any, ATTENTION.resolve(q, k, v, *options).backward)(do, q, k, v, o, lse, *options)
+    backward = cast(Any, ATTENTION.resolve(q, k, v, *options).backward)
+    return cast(Any, backward(do, q, k, v, o, lse, *options))
 
 
 for _key in ("CPU", "CUDA"):
@@ -292,8 +293,8 @@ class _Attention(torch.autograd.Function):
 def _not_again(*grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients asked for with ``create_graph``: differentiating them once more raises, it is not ignored."""
     message = b"bigkern.attention has no second derivative; run it with bigkern.use('torch')"
-    refuse = torch._C._functions.DelayedError(message, len(grads))
-    return cast(Any, refuse(*(None if x is None else x.detach().requires_grad_() for x in grads)))
+    refuse = cast(Any, torch._C._functions.DelayedError(message, len(grads)))
+    return tuple(refuse(*(None if x is None else x.detach().requires_grad_() for x in grads)))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -1,0 +1,662 @@
+"""Attention: every backend against float64, its gradients, its edges and its public face."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import BACKENDS, KERNEL_BACKENDS, assert_parity, device_of, poisoned_empty_memory, run_backend
+from torch import Tensor
+
+import bigkern
+from bigkern import info
+from bigkern.ops import attention as op
+from bigkern.reference import attention as reference
+
+NATIVE = [name for name in BACKENDS if name in ("cpu", "torch", "cuda")]  # fast enough for large tensors
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EVERY = pytest.mark.parametrize("backend", BACKENDS)
+KERNELS = pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+
+
+# ---- a call, as data -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """The arguments of one call; ``check(Case(...), backend)`` repeats it exactly."""
+
+    dtype: torch.dtype = torch.float32
+    B: int = 1
+    Hq: int = 2
+    Hkv: int = 2
+    Sq: int = 33
+    Sk: int = 33
+    D: int = 32
+    Dv: int = 32
+    causal: str = "none"
+    mask: str = ""  # "", "full", "keys" (one row for all queries) or "dead" (some rows see nothing)
+    bias: str = ""  # "", "full", "keys" or "heads" (one for all batches)
+    scale: float | None = None
+    layout: str = "bshd"  # "bhsd", "bshd", "sliced" (last stride 2) or "expanded" (k and v stride 0)
+    seed: int = 0
+
+    def tensors(self, device: torch.device) -> dict[str, Tensor | None]:
+        """q, k, v, mask, bias and do; the same numbers on every device."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def values(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(self.dtype)
+
+        def laid_out(H: int, S: int, D: int, keys: bool = False) -> Tensor:
+            if self.layout == "bhsd":
+                return values(self.B, H, S, D)
+            if self.layout == "sliced":
+                return values(self.B, H, S, 2 * D)[..., ::2]
+            if self.layout == "expanded" and keys:
+                return values(1, 1, S, D).expand(self.B, H, S, D)
+            return values(self.B, S, H, D).transpose(1, 2)
+
+        found: dict[str, Tensor | None] = {
+            "q": laid_out(self.Hq, self.Sq, self.D),
+            "k": laid_out(self.Hkv, self.Sk, self.D, keys=True),
+            "v": laid_out(self.Hkv, self.Sk, self.Dv, keys=True),
+            "do": laid_out(self.Hq, self.Sq, self.Dv),
+        }
+        shapes = {
+            "full": (self.B, self.Hq, self.Sq, self.Sk),
+            "dead": (self.B, 1, self.Sq, self.Sk),
+            "heads": (self.Hq, self.Sq, self.Sk),
+            "keys": (self.B, 1, 1, self.Sk),
+        }
+        found["mask"] = torch.rand(shapes[self.mask], generator=generator) < 0.8 if self.mask else None
+        if self.mask == "dead" and self.Sq > 0:
+            found["mask"][:, :, torch.rand(self.Sq, generator=generator) < 0.3] = False  # type: ignore[index]
+            found["mask"][:, :, 0] = False  # type: ignore[index]
+        found["bias"] = values(*shapes[self.bias]) if self.bias else None
+        return {name: None if x is None else x.to(device) for name, x in found.items()}
+
+
+@dataclass
+class Results:
+    o: Tensor
+    lse: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
+def leaves(tensors: dict[str, Any], *names: str) -> list[Tensor]:
+    return [tensors[name].detach().requires_grad_() for name in names]
+
+
+def ours(case: Case, backend: str) -> Results:
+    """Forward and backward by the public function, with NaN in all free memory."""
+    tensors = case.tensors(device_of(backend))
+    q, k, v = leaves(tensors, "q", "k", "v")
+    options: dict[str, Any] = {"causal": case.causal, "mask": tensors["mask"], "bias": tensors["bias"]}
+    with run_backend("attention", backend):
+        poisoned_empty_memory()
+        o, lse = bigkern.attention(q, k, v, **options, scale=case.scale, return_lse=True)
+        poisoned_empty_memory()
+        dq, dk, dv = torch.autograd.grad(o, (q, k, v), tensors["do"])
+    return Results(o, lse, dq, dk, dv)
+
+
+def arguments(case: Case, tensors: dict[str, Any], dtype: torch.dtype) -> tuple[Any, ...]:
+    """The op's arguments in another dtype."""
+
+    def cast(x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.dtype == torch.bool else x.to(dtype)
+
+    q, k, v, mask, bias = (cast(tensors[name]) for name in ("q", "k", "v", "mask", "bias"))
+    return op.bind(q, k, v, mask=mask, bias=bias, causal=case.causal, scale=case.scale)
+
+
+def exact(case: Case, backend: str) -> Results:
+    """The specification in float64."""
+    tensors = case.tensors(device_of(backend))
+    args = arguments(case, tensors, torch.float64)
+    o, lse = reference.attention(*args)
+    do = tensors["do"].double()  # type: ignore[union-attr]
+    dq, dk, dv, _ = reference.attention_backward(do, *args[:3], o, lse, *args[3:])
+    return Results(o, lse, dq, dk, dv)
+
+
+def stock(case: Case, backend: str) -> Results:
+    """Stock PyTorch in the case's own precision; where a row sees nothing, what it should have given."""
+    tensors = case.tensors(device_of(backend))
+    q, k, v, mask, bias, scale, causal = arguments(case, tensors, case.dtype)
+    allowed = torch.ones(case.B, case.Hq, case.Sq, case.Sk, dtype=torch.bool, device=q.device)
+    if mask is not None:
+        allowed = allowed & mask
+    if causal != "none":
+        allowed = allowed & reference.causal_mask(case.Sq, case.Sk, causal, q.device)
+    dead = ~allowed.any(-1, keepdim=True)
+    if bool(dead.any()):
+        mask, causal = allowed | dead, "none"
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    o = op.stock(q, k, v, mask, bias, scale, causal)
+    do = tensors["do"].masked_fill(dead, 0.0)  # type: ignore[union-attr]
+    dq, dk, dv = torch.autograd.grad(o, (q, k, v), do)
+    lse = reference.attention(*arguments(case, tensors, case.dtype))[1]
+    return Results(o.masked_fill(dead, 0.0), lse, dq, dk, dv)
+
+
+FEW = 8  # numbers: of so few, stock's may all be exact by luck, and the rule compares with their error
+
+
+def check(case: Case, backend: str) -> None:
+    """Hold a backend to the parity rule on one call: output, log-sum-exp and all gradients."""
+    mine, right, theirs = ours(case, backend), exact(case, backend), stock(case, backend)
+    for name in ("o", "lse", "dq", "dk", "dv"):
+        if name == "lse" and right.lse.numel() < FEW:
+            continue
+        results = [getattr(results, name) for results in (mine, right, theirs)]
+        if name in ("dq", "dk") and vanishes(right.dq):
+            assert_only_rounding(case, results[0])
+        else:
+            assert_parity("attention", backend, name, *results, grad=name.startswith("d"))
+
+
+def vanishes(dq: Tensor) -> bool:
+    """Where no row sees two keys, softmax is constant: dq and dk are 0, the difference of equal numbers."""
+    return dq.numel() > 0 and float(dq.abs().max()) < 1e-12
+
+
+def assert_only_rounding(case: Case, gradient: Tensor) -> None:
+    """Stock's error is 0 by luck there: hold the sums that cancel to fp32's rounding instead."""
+    tensors = case.tensors(torch.device("cpu"))
+    q, k, v, do = (float(tensors[name].abs().max()) for name in ("q", "k", "v", "do"))  # type: ignore[union-attr]
+    scale = abs(case.scale) if case.scale is not None else case.D**-0.5
+    rows = case.Sq * case.Hq // case.Hkv
+    terms = do * v * case.Dv * scale * max(k, rows * q)
+    assert float(gradient.abs().max()) <= torch.finfo(torch.float32).eps * terms
+
+
+# ---- parity ----------------------------------------------------------------------------------------
+
+SMALL = [
+    Case(Sq=64, Sk=64, D=64, Dv=64),
+    Case(Sq=7, Sk=63, D=40, Dv=40),
+    Case(Sq=1, Sk=70),
+    Case(Sq=5, Sk=1, D=1, Dv=1),
+    Case(Sq=65, Sk=70, causal="top_left"),
+    Case(Sq=70, Sk=33, causal="top_left"),
+    Case(Sq=33, Sk=70, causal="bottom_right"),
+    Case(Sq=70, Sk=33, causal="bottom_right"),  # the first rows see nothing
+    Case(Hq=4, Hkv=2, Sq=20, Sk=37, causal="bottom_right", layout="bhsd"),
+    Case(Hq=6, Hkv=1, Sq=3, Sk=50, mask="full"),
+    Case(mask="full"),
+    Case(B=2, mask="keys", bias="keys"),
+    Case(mask="dead", causal="top_left"),
+    Case(B=2, bias="heads"),
+    Case(bias="full", mask="full", causal="bottom_right", Sq=20, Sk=40),
+    Case(scale=0.5, D=24, Dv=56),
+    Case(scale=-0.1, D=128, Dv=128, Sq=17, Sk=20),
+    Case(D=256, Dv=256, Sq=9, Sk=40),
+    Case(B=2, layout="sliced"),
+    Case(B=2, Hq=4, Hkv=2, layout="expanded"),
+]
+
+LARGE = [
+    Case(B=2, Hq=3, Hkv=3, Sq=129, Sk=129, D=64, Dv=64, causal="top_left"),
+    Case(Sq=1023, Sk=1023, D=64, Dv=64),
+    Case(Sq=1023, Sk=1023, D=64, Dv=64, causal="top_left"),
+    Case(Sq=63, Sk=1023, D=128, Dv=128, causal="bottom_right"),
+    Case(Hq=4, Hkv=1, Sq=129, Sk=511, D=40, Dv=72, mask="dead", bias="heads"),
+    Case(B=2, Hq=8, Hkv=2, Sq=1, Sk=1023, D=64, Dv=64, mask="keys"),
+    Case(Sq=257, Sk=129, D=256, Dv=128, causal="bottom_right", layout="sliced"),
+    Case(B=8, Hq=4, Hkv=4, Sq=128, Sk=128, causal="top_left"),
+]
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_parity(case: Case, dtype: torch.dtype, backend: str) -> None:
+    check(replace(case, dtype=dtype), backend)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_parity_of_large_tensors(case: Case, dtype: torch.dtype, backend: str) -> None:
+    check(replace(case, dtype=dtype), backend)
+
+
+def random_case(seed: int, largest: int) -> Case:
+    """Anything the contract allows, with sizes up to ``largest``."""
+    draw = random.Random(seed)
+    size = lambda: draw.choice([1, draw.randint(1, 16), draw.randint(1, largest)])  # noqa: E731
+    Hkv = draw.choice([1, 2, 3])
+    D = draw.choice([1, 8, 40, 64, draw.randint(1, 96), 128])
+    return Case(
+        dtype=draw.choice(DTYPES),
+        B=draw.choice([1, 2]),
+        Hq=Hkv * draw.choice([1, 1, 2, 4]),
+        Hkv=Hkv,
+        Sq=size(),
+        Sk=size(),
+        D=D,
+        Dv=draw.choice([D, draw.randint(1, 96)]),
+        causal=draw.choice(["none", "top_left", "bottom_right"]),
+        mask=draw.choice(["", "", "full", "keys", "dead"]),
+        bias=draw.choice(["", "", "full", "keys", "heads"]),
+        scale=draw.choice([None, None, 0.3, -0.2]),
+        layout=draw.choice(["bhsd", "bshd", "sliced", "expanded"]),
+        seed=seed,
+    )
+
+
+SEEDS = {"cpu": 100, "torch": 20, "cuda": 60, "triton": 8, "simt": 6}
+FUZZ = [(backend, seed) for backend in BACKENDS for seed in range(SEEDS[backend])]
+
+
+@pytest.mark.parametrize(("backend", "seed"), FUZZ)
+def test_fuzz(backend: str, seed: int) -> None:
+    case = random_case(seed, largest=300 if backend in NATIVE else 40)
+    try:
+        check(case, backend)
+    except BaseException:
+        print(f"to repeat: from test_attention import *; check({case}, {backend!r})")
+        raise
+
+
+# ---- edges -----------------------------------------------------------------------------------------
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", ["none", "bottom_right"])
+def test_rows_that_see_nothing(dtype: torch.dtype, causal: str, backend: str) -> None:
+    case = Case(dtype=dtype, Sq=40, Sk=20, mask="dead", causal=causal)
+    mine, right = ours(case, backend), exact(case, backend)
+    dead = torch.isneginf(right.lse)
+    assert bool(dead.any())
+    assert not bool(dead.all())
+    assert torch.equal(torch.isneginf(mine.lse), dead)
+    assert not mine.o[dead].any()
+    assert not mine.dq[dead].any()
+    assert all(bool(x.isfinite().all()) for x in (mine.o, mine.dq, mine.dk, mine.dv))
+
+
+@EVERY
+def test_nothing_is_seen_at_all(backend: str) -> None:
+    device = device_of(backend)
+    q = torch.randn(1, 2, 9, 16, device=device, requires_grad=True)
+    mask = torch.zeros(9, 9, dtype=torch.bool, device=device)
+    with run_backend("attention", backend):
+        o = bigkern.attention(q, q, q, mask=mask)
+        (dq,) = torch.autograd.grad(o.sum(), q)
+    assert not o.any()
+    assert not dq.any()
+
+
+@EVERY
+@pytest.mark.parametrize(
+    "sizes", [(0, 2, 2, 5, 5), (2, 2, 2, 0, 5), (2, 2, 2, 5, 0), (1, 0, 1, 5, 5), (2, 4, 2, 0, 0)], ids=str
+)
+def test_empty_tensors(sizes: tuple[int, ...], backend: str) -> None:
+    B, Hq, Hkv, Sq, Sk = sizes
+    device = device_of(backend)
+    q = torch.randn(B, Hq, Sq, 8, device=device, requires_grad=True)
+    k = torch.randn(B, Hkv, Sk, 8, device=device, requires_grad=True)
+    v = torch.randn(B, Hkv, Sk, 4, device=device, requires_grad=True)
+    with run_backend("attention", backend):
+        poisoned_empty_memory()
+        o, lse = bigkern.attention(q, k, v, return_lse=True)
+        grads = torch.autograd.grad(o.sum(), (q, k, v))
+    assert o.shape == (B, Hq, Sq, 4)
+    assert lse.shape == (B, Hq, Sq)
+    assert not o.any()
+    assert all(not grad.any() for grad in grads)
+    assert [grad.shape for grad in grads] == [x.shape for x in (q, k, v)]
+    assert bool(torch.isneginf(lse).all())
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_extreme_scores(dtype: torch.dtype, backend: str) -> None:
+    """Scores in the tens of thousands, all scores equal, and a bias that shuts a key out: never NaN."""
+    device = device_of(backend)
+    big = torch.linspace(-1, 1, 40, device=device).view(1, 1, 40, 1).expand(1, 1, 40, 16) * 200
+    q = big.to(dtype).clone().requires_grad_()
+    v = torch.randn(1, 1, 40, 16, device=device).to(dtype)
+    bias = torch.zeros(40, device=device, dtype=dtype)
+    bias[7] = float("-inf")
+    bias[11] = torch.finfo(dtype).min
+    with run_backend("attention", backend):
+        for k, options in [(q, {"scale": 1.0}), (torch.zeros_like(q), {}), (q, {"bias": bias})]:
+            o, lse = bigkern.attention(q, k, v, **options, return_lse=True)  # type: ignore[arg-type]
+            (dq,) = torch.autograd.grad(o.float().sum(), q)
+            assert all(bool(x.isfinite().all()) for x in (o, lse, dq))
+        o = bigkern.attention(torch.zeros_like(q), q, v, bias=bias)
+    kept = [j for j in range(40) if j not in (7, 11)]
+    mean = v[:, :, kept].float().mean(2, keepdim=True).expand(1, 1, 40, 16)
+    assert_close = torch.testing.assert_close
+    assert_close(o.float(), mean, atol=4 * torch.finfo(dtype).eps, rtol=0)
+
+
+@EVERY
+def test_the_same_twice(backend: str) -> None:
+    case = Case(Hq=4, Hkv=2, Sq=50, Sk=60, causal="bottom_right")
+    first, again = ours(case, backend), ours(case, backend)
+    assert all(torch.equal(getattr(first, x), getattr(again, x)) for x in ("o", "lse", "dq", "dk", "dv"))
+
+
+@pytest.mark.skipif(info.import_error is not None, reason="the extension is not built")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_cpu_thread_counts(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(Case(Hq=2, Hkv=1, Sq=200, Sk=300, D=64, Dv=64, causal="bottom_right"), "cpu")
+        check(Case(Hq=2, Hkv=1, Sq=1, Sk=900, D=64, Dv=64), "cpu")
+    finally:
+        torch.set_num_threads(before)
+
+
+@EVERY
+def test_gradients_of_some_inputs(backend: str) -> None:
+    tensors = Case().tensors(device_of(backend))
+    q, k, v = (tensors[name] for name in ("q", "k", "v"))
+    k = k.detach().requires_grad_()  # type: ignore[union-attr]
+    with run_backend("attention", backend):
+        o, lse = bigkern.attention(q, k, v, causal=True, return_lse=True)
+        assert o.requires_grad
+        assert not lse.requires_grad
+        (dk,) = torch.autograd.grad(o, k, tensors["do"])
+        with torch.no_grad():
+            assert not bigkern.attention(q, k, v).requires_grad
+        assert not bigkern.attention(q, k.detach(), v).requires_grad
+    torch.testing.assert_close(dk, ours(Case(causal="top_left"), backend).dk)
+
+
+@KERNELS
+def test_second_derivatives_are_refused(backend: str) -> None:
+    q = torch.randn(1, 1, 4, 8, device=device_of(backend), requires_grad=True)
+    with run_backend("attention", backend):
+        (dq,) = torch.autograd.grad(bigkern.attention(q, q, q).sum(), q, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            dq.sum().backward()
+
+
+# ---- the reference ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", ["none", "top_left", "bottom_right"])
+def test_gradcheck(causal: str) -> None:
+    """The specification's own gradients, bias included, and those of float64 through the public function."""
+    q = torch.randn(2, 4, 5, 3, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(2, 2, 4, 3, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(2, 2, 4, 6, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, 1, 4, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(5, 4) < 0.7
+    mask[:, 0] = True
+
+    def by_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return bigkern.attention(q, k, v, causal=causal, mask=mask, bias=bias, return_lse=True)[0]  # type: ignore
+
+    def by_stock(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        o = bigkern.attention(q, k, v, causal=causal, mask=mask, bias=bias)
+        return o  # type: ignore[return-value]
+
+    torch.autograd.gradcheck(by_reference, (q, k, v, bias), fast_mode=True)
+    if causal != "bottom_right":  # there the first row sees nothing
+        torch.autograd.gradcheck(by_stock, (q, k, v, bias), fast_mode=True)
+
+
+@pytest.mark.parametrize("shape", [(33, 33), (2, 1, 33), (1, 2, 33, 33), (2, 1, 1, 33)], ids=str)
+def test_bias_gradient(shape: tuple[int, ...]) -> None:
+    """No kernel computes it yet: a call that needs it goes elsewhere, and says so."""
+    case = Case(B=2, causal="top_left")
+    tensors = case.tensors(torch.device("cpu"))
+    q, k, v = leaves(tensors, "q", "k", "v")
+    bias = torch.randn(shape, requires_grad=True)
+    explanation = bigkern.explain("attention", q, k, v, bias=bias)
+    assert explanation.chosen == "torch"
+    assert "bias requires a gradient" in str(explanation)
+    grads = torch.autograd.grad(
+        bigkern.attention(q, k, v, bias=bias, causal=True), (q, bias), tensors["do"], allow_unused=True
+    )
+    wide = [x.detach().double() for x in (q, k, v, bias)]
+    args = op.bind(*wide[:3], bias=wide[3], causal=True)
+    o, lse = reference.attention(*args)
+    do = tensors["do"].double()  # type: ignore[union-attr]
+    dq, _, _, dbias = reference.attention_backward(do, *args[:3], o, lse, *args[3:], bias_grad=True)
+    torch.testing.assert_close(grads[0], dq.float())
+    torch.testing.assert_close(grads[1], dbias.sum_to_size(shape).float())  # type: ignore[union-attr]
+
+
+# ---- torch's machinery -----------------------------------------------------------------------------
+
+
+@EVERY
+@pytest.mark.parametrize("features", ["plain", "all"])
+def test_opcheck(features: str, backend: str) -> None:
+    case = Case(Sq=9, Sk=12, D=16, Dv=8)
+    if features == "all":
+        case = replace(case, Hq=4, mask="full", bias="heads", causal="bottom_right", dtype=torch.bfloat16)
+    tensors = case.tensors(device_of(backend))
+    q, k, v = leaves(tensors, "q", "k", "v")
+    args = op.bind(q, k, v, mask=tensors["mask"], bias=tensors["bias"], causal=case.causal, scale=case.scale)  # type: ignore[arg-type]
+    with run_backend("attention", backend):
+        torch.library.opcheck(torch.ops.bigkern.attention.default, args)
+        o, lse = torch.ops.bigkern.attention(*args)
+        detached = [x.detach() if isinstance(x, Tensor) else x for x in args]
+        torch.library.opcheck(
+            torch.ops.bigkern.attention_backward.default,
+            (tensors["do"], *detached[:3], o.detach(), lse.detach(), *detached[3:]),
+        )
+
+
+@EVERY
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_compile(return_lse: bool, backend: str) -> None:
+    """One graph, the same results, and nothing compiled twice."""
+    tensors = Case(causal="top_left").tensors(device_of(backend))
+    q, k, v = leaves(tensors, "q", "k", "v")
+
+    def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        result = bigkern.attention(q, k, v, causal=True, return_lse=return_lse)
+        return result[0] * 2 + result[1].unsqueeze(-1) if return_lse else result * 2  # type: ignore[operator]
+
+    torch.compiler.reset()
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    with run_backend("attention", backend), torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            o = compiled(q, k, v)
+            grads = torch.autograd.grad(o, (q, k, v), tensors["do"])
+        expected = f(q, k, v)
+        right = torch.autograd.grad(expected, (q, k, v), tensors["do"])
+    torch.testing.assert_close(o, expected)
+    for mine, theirs in zip(grads, right, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@EVERY
+def test_compile_with_dynamic_shapes(backend: str) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda q, k: bigkern.attention(q, k, k, causal=True),
+        backend="aot_eager",
+        fullgraph=True,
+        dynamic=True,
+    )
+    device = device_of(backend)
+    with run_backend("attention", backend), torch._dynamo.config.patch(error_on_recompile=True):
+        for S in (8, 12, 20):
+            q, k = torch.randn(2, 4, S, 16, device=device), torch.randn(2, 2, S + 3, 16, device=device)
+            torch.testing.assert_close(compiled(q, k), bigkern.attention(q, k, k, causal=True))
+
+
+def test_functional_transforms_use_stock() -> None:
+    """torch.func cannot differentiate a kernel, so stock runs; ``explain`` says so."""
+    seen = []
+
+    def loss(q: Tensor) -> Tensor:
+        seen.append(bigkern.explain("attention", q, q, q))
+        return bigkern.attention(q, q, q, causal=True).sum()  # type: ignore[union-attr]
+
+    q = torch.randn(3, 1, 2, 9, 16)
+    mine = torch.func.vmap(torch.func.grad(loss))(q)
+    theirs = torch.func.vmap(
+        torch.func.grad(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True).sum())
+    )(q)
+    torch.testing.assert_close(mine, theirs)
+    assert seen[0].chosen == "torch"
+    assert "torch.func" in str(seen[0])
+
+
+# ---- errors, and the choice of a backend -----------------------------------------------------------
+
+Q = torch.zeros(2, 4, 5, 8)
+
+WRONG: list[tuple[str, type[Exception], dict[str, Any]]] = [
+    ("q", TypeError, {"q": [1.0]}),
+    ("k", TypeError, {"k": None}),
+    ("q", ValueError, {"q": torch.zeros(4, 5, 8)}),
+    ("v", ValueError, {"v": torch.zeros(5, 8)}),
+    ("q", TypeError, {"q": Q.int(), "k": Q.int(), "v": Q.int()}),
+    ("k", TypeError, {"k": Q.double()}),
+    ("v", TypeError, {"v": Q.half()}),
+    ("k", ValueError, {"k": Q.to("meta")}),
+    ("k", ValueError, {"k": torch.zeros(3, 4, 5, 8)}),
+    ("k", ValueError, {"k": torch.zeros(2, 4, 5, 7)}),
+    ("v", ValueError, {"v": torch.zeros(2, 4, 6, 8)}),
+    ("v", ValueError, {"v": torch.zeros(2, 2, 5, 8)}),
+    ("q", ValueError, {"k": torch.zeros(2, 3, 5, 8), "v": torch.zeros(2, 3, 5, 8)}),
+    ("q", ValueError, {"k": torch.zeros(2, 0, 5, 8), "v": torch.zeros(2, 0, 5, 8)}),
+    ("q", ValueError, {"q": torch.zeros(2, 4, 5, 0), "k": torch.zeros(2, 4, 5, 0)}),
+    ("scale", ValueError, {"scale": float("nan")}),
+    ("scale", ValueError, {"scale": float("inf")}),
+    ("causal", ValueError, {"causal": "upper"}),
+    ("causal", ValueError, {"causal": 2}),
+    ("causal", ValueError, {"causal": ["top_left"]}),
+    ("mask", TypeError, {"mask": torch.zeros(5, 5)}),
+    ("mask", TypeError, {"mask": True}),
+    ("mask", ValueError, {"mask": torch.ones(5, 4, dtype=torch.bool)}),
+    ("mask", ValueError, {"mask": torch.ones(1, 2, 4, 5, 5, dtype=torch.bool)}),
+    ("mask", ValueError, {"mask": torch.ones(5, 5, dtype=torch.bool, device="meta")}),
+    ("bias", TypeError, {"bias": torch.zeros(5, 5).half()}),
+    ("bias", TypeError, {"bias": 1.0}),
+    ("bias", ValueError, {"bias": torch.zeros(3, 5, 5)}),
+]
+
+
+@pytest.mark.parametrize(("name", "error", "change"), WRONG, ids=[str(i) for i in range(len(WRONG))])
+def test_wrong_arguments_are_named(name: str, error: type[Exception], change: dict[str, Any]) -> None:
+    call = {"q": Q, "k": Q, "v": Q, **change}
+    with pytest.raises(error, match=rf"^{name}\b"):
+        bigkern.attention(call.pop("q"), call.pop("k"), call.pop("v"), **call)
+
+
+@pytest.mark.skipif(info.import_error is not None, reason="the extension is not built")
+def test_native_op_checks_for_itself() -> None:
+    native = torch.ops.bigkern_native.attention
+    with pytest.raises(RuntimeError, match="one dtype"):
+        native(Q, Q.half(), Q, None, None, 1.0, "none")
+    with pytest.raises(RuntimeError, match="causal must be"):
+        native(Q, Q, Q, None, None, 1.0, "upper")
+    wide = torch.zeros(1, 1, 2, 257)
+    with pytest.raises(RuntimeError, match="head_dim must be at most 256"):
+        native(wide, wide, wide, None, None, 1.0, "none")
+    with pytest.raises(RuntimeError, match="mask must be expanded"):
+        native(Q, Q, Q, torch.ones(5, 5, dtype=torch.bool), None, 1.0, "none")
+
+
+def test_explain_gives_every_backend_a_reason() -> None:
+    explanation = bigkern.explain("attention", Q, Q, Q, causal=True)
+    assert [choice.backend for choice in explanation] == ["cuda", "triton", "cpu", "torch"]
+    assert explanation.chosen == ("cpu" if info.import_error is None else "torch")
+    assert all(choice.reason for choice in explanation)
+    wide = torch.zeros(1, 1, 2, 320)
+    assert "head_dim 320 > 256" in str(bigkern.explain("attention", wide, wide, wide))
+    assert bigkern.explain("attention", wide, wide, wide).chosen == "torch"
+    double = Q.double()
+    assert "float64 is not" in str(bigkern.explain("attention", double, double, double))
+
+
+def test_use_forces_or_refuses() -> None:
+    wide = torch.zeros(1, 1, 2, 320)
+    with bigkern.use("torch"):
+        assert bigkern.explain("attention", Q, Q, Q).chosen == "torch"
+        assert bigkern.attention(Q, Q, Q).shape == Q.shape
+    with bigkern.use(attention="cpu"), pytest.raises(bigkern.BackendRefused, match=r"320|did not load"):
+        bigkern.attention(wide, wide, wide)
+    if not torch.cuda.is_available():
+        with bigkern.use("cuda"), pytest.raises(bigkern.BackendRefused, match="cuda backend refuses"):
+            bigkern.attention(Q, Q, Q)
+
+
+# ---- torch's own function --------------------------------------------------------------------------
+
+
+def test_sdpa_has_torchs_signature() -> None:
+    ours = inspect.signature(bigkern.scaled_dot_product_attention)
+    torchs = torch.ops.aten.scaled_dot_product_attention.default._schema
+    assert list(ours.parameters) == [argument.name for argument in torchs.arguments]
+    for argument in torchs.arguments:
+        default = ours.parameters[argument.name].default
+        if argument.has_default_value():
+            assert default == argument.default_value, argument.name
+        else:
+            assert default is inspect.Parameter.empty, argument.name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"scale": 0.7},
+        {"attn_mask": torch.rand(5, 9) < 0.8},
+        {"attn_mask": torch.randn(2, 1, 5, 9)},
+        {"attn_mask": torch.randn(4, 5, 9)},
+        {"enable_gqa": True},
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)
+def test_sdpa_means_what_torchs_does(options: dict[str, Any]) -> None:
+    Hkv = 2 if "enable_gqa" in options else 4
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, Hkv, 9, 8), torch.randn(2, Hkv, 9, 6)
+    mine = bigkern.scaled_dot_product_attention(q, k, v, **options)
+    torch.testing.assert_close(mine, F.scaled_dot_product_attention(q, k, v, **options))
+
+
+def test_sdpa_of_what_the_kernels_do_not_cover() -> None:
+    ours, torchs = bigkern.scaled_dot_product_attention, F.scaled_dot_product_attention
+    for shape in [(5, 8), (3, 5, 8), (2, 1, 3, 5, 8)]:
+        x = torch.randn(shape)
+        torch.testing.assert_close(ours(x, x, x), torchs(x, x, x))
+    q = torch.randn(1, 2, 5, 8)
+    torch.manual_seed(1)
+    dropped = ours(q, q, q, dropout_p=0.5)
+    torch.manual_seed(1)
+    torch.testing.assert_close(dropped, torchs(q, q, q, dropout_p=0.5))
+    both = {"attn_mask": torch.rand(5, 5).round().bool() | torch.eye(5).bool(), "is_causal": True}
+    try:
+        expected = torchs(q, q, q, **both)
+    except RuntimeError:  # before torch 2.13
+        with pytest.raises(RuntimeError):
+            ours(q, q, q, **both)
+    else:
+        torch.testing.assert_close(ours(q, q, q, **both), expected)
+    one_head = q[:, :1]
+    torch.testing.assert_close(ours(q, one_head, one_head), torchs(q, one_head, one_head))
+
+
+@pytest.mark.parametrize("mask", [None, torch.zeros(5, 5)], ids=["", "mask"])
+def test_sdpa_under_autocast(mask: Tensor | None) -> None:
+    q = torch.randn(1, 2, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        mine = bigkern.scaled_dot_product_attention(q, q.bfloat16(), q, mask)
+        theirs = F.scaled_dot_product_attention(q, q.bfloat16(), q, mask)
+    assert mine.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(mine, theirs)
