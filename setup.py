@@ -13,6 +13,8 @@ Environment:
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -49,6 +51,16 @@ def want_cuda() -> tuple[bool, str]:
     if missing is not None and setting == "1":
         sys.exit(f"BIGKERN_CUDA=1, but no CUDA kernels can be built: {missing}")
     return missing is None, missing or ""
+
+
+def cuda_library_dirs() -> list[str]:
+    """Where libcudart is, when torch's guess of CUDA_HOME misses it: nvcc knows its own toolkit."""
+    nvcc = str(Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc")
+    said = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+    top = re.search(r"TOP=(\S+)", said)
+    homes = [Path(cpp_extension.CUDA_HOME), *([Path(top[1])] if top else [])]
+    folders = [home / name for home in homes for name in ("lib64", "lib", "targets/x86_64-linux/lib")]
+    return [str(folder) for folder in folders if (folder / "libcudart.so").exists()]
 
 
 def default_architectures() -> str:
@@ -100,6 +112,7 @@ def ops_extension() -> cpp_extension.Extension:
         "bigkern._ops",
         files + sources("*.cu", "*/*.cu"),
         include_dirs=[str(CSRC)],
+        library_dirs=cuda_library_dirs(),
         extra_compile_args={"cxx": [*host, *defines], "nvcc": [*device, *defines]},
         py_limited_api=True,
     )
