@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigkern import info, registry
-from bigkern.ops._library import KERNEL_DTYPES, LIBRARY, define, in_functorch, plain, triton_interpreted
+from bigkern import registry
+from bigkern.ops._library import (
+    KERNEL_DTYPES,
+    LIBRARY,
+    define,
+    in_functorch,
+    plain,
+    triton_kernel,
+    unavailable,
+    unproven,
+)
 from bigkern.reference import attention as reference
 
 MAX_HEAD_DIM = 256
@@ -246,14 +256,14 @@ def _stored_bshd(x: Tensor) -> Tensor:
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return cast(Any, ATTENTION.resolve(*arguments).forward(*arguments))
+    return cast(tuple[Tensor, Tensor], ATTENTION.resolve(*arguments).forward(*arguments))
 
 
 def _backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
     backward = cast(Any, ATTENTION.resolve(q, k, v, *options).backward)
-    return cast(Any, backward(do, q, k, v, o, lse, *options))
+    return cast(tuple[Tensor, ...], backward(do, q, k, v, o, lse, *options))
 
 
 for _key in ("CPU", "CUDA"):
@@ -366,62 +376,18 @@ def kernel_refuses(q: Tensor, v: Tensor, bias: Tensor | None) -> registry.Reason
     return None
 
 
-# Read once: resolving a call must cost next to nothing, and be plain Python to torch.compile.
-_NOT_LOADED = None if info.import_error is None else info.summary()
-_NO_CUDA_KERNELS = None if info.has_cuda_kernels() else info.summary()
-_TRITON_ON_CPU = triton_interpreted()
+def _refuses(backend: str) -> Callable[..., registry.Reason]:
+    def refuses(q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, *_: Any) -> registry.Reason:
+        return unavailable(backend, q) or kernel_refuses(q, v, bias)
 
-
-def _cpu_refuses(q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, *_: Any) -> registry.Reason:
-    if not q.is_cpu:
-        return f"tensors are on {q.device.type}"
-    return _NOT_LOADED or kernel_refuses(q, v, bias)
-
-
-def _cuda_refuses(q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, *_: Any) -> registry.Reason:
-    if not q.is_cuda:
-        return _NO_CUDA_KERNELS or f"tensors are on {q.device.type}"
-    return _NO_CUDA_KERNELS or kernel_refuses(q, v, bias)
-
-
-def _triton_refuses(q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, *_: Any) -> registry.Reason:
-    if not q.is_cuda and not (_TRITON_ON_CPU and q.is_cpu):
-        return f"tensors are on {q.device.type}"
-    return kernel_refuses(q, v, bias)
-
-
-def _declines_unproven(backend: str) -> Any:
-    def declines(q: Tensor, *_: Any) -> registry.Reason:
-        if q.device.type != "cuda":
-            return "Triton's interpreter is for tests"
-        return registry.unproven("attention", backend, q.device.index)
-
-    return declines
-
-
-def _triton(name: str) -> Any:
-    """A function of the Triton room, imported when it is first called."""
-
-    def call(*arguments: Any) -> Any:
-        from bigkern.triton_kernels import attention as kernels
-
-        return getattr(kernels, name)(*arguments)
-
-    return call
+    return refuses
 
 
 def cuda_backend(native: Any, *, emulated: bool = False) -> registry.Backend:
     """The CUDA kernels in ``native``: the compiled ones, or, in the tests, those that the emulator runs."""
-
-    def refuses(q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, *_: Any) -> registry.Reason:
-        return kernel_refuses(q, v, bias) if emulated else _cuda_refuses(q, k, v, mask, bias)
-
+    refuses = _refuses("cpu" if emulated else "cuda")
     return registry.Backend(
-        "cuda",
-        native.attention,
-        native.attention_backward,
-        refuses,
-        _declines_unproven("cuda"),
+        "cuda", native.attention, native.attention_backward, refuses, unproven("attention", "cuda")
     )
 
 
@@ -431,18 +397,11 @@ ATTENTION.register(cuda_backend(_native))
 ATTENTION.register(
     registry.Backend(
         "triton",
-        _triton("attention"),
-        _triton("attention_backward"),
-        _triton_refuses,
-        _declines_unproven("triton"),
+        triton_kernel("attention", "attention"),
+        triton_kernel("attention", "attention_backward"),
+        _refuses("triton"),
+        unproven("attention", "triton"),
     )
 )
-ATTENTION.register(
-    registry.Backend(
-        "cpu",
-        _native.attention,
-        _native.attention_backward,
-        _cpu_refuses,
-    )
-)
+ATTENTION.register(registry.Backend("cpu", _native.attention, _native.attention_backward, _refuses("cpu")))
 ATTENTION.register(registry.Backend("torch", _stock_forward, _stock_backward))
