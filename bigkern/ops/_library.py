@@ -7,9 +7,17 @@ its implementations there by dispatch key.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from bigkern import info, registry
 
 LIBRARY = torch.library.Library("bigkern", "FRAGMENT")
 NATIVE = torch.library.Library("bigkern_native", "FRAGMENT")
@@ -45,20 +53,42 @@ def in_functorch() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def wrong_device(backend: str, tensor: Tensor) -> str | None:
-    """Why a compiled or Triton backend cannot run on this tensor's device."""
-    kind = tensor.device.type
+# Read once: resolving a call must cost next to nothing, and be plain Python to torch.compile.
+_NOT_LOADED = None if info.import_error is None else info.summary()
+_NO_CUDA_KERNELS = None if info.has_cuda_kernels() else info.summary()
+_NO_TRITON = None if importlib.util.find_spec("triton") is not None else "triton is not installed"
+_TRITON_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter, for tests
+
+
+def unavailable(backend: str, tensor: Tensor) -> registry.Reason:
+    """Why a compiled or Triton backend cannot run anything here, or nothing on this tensor's device."""
     if backend == "cpu":
-        return None if kind == "cpu" else f"tensors are on {kind}"
-    if kind == "cuda":
+        return _NOT_LOADED if tensor.is_cpu else f"tensors are on {tensor.device.type}"
+    lacking = _NO_CUDA_KERNELS if backend == "cuda" else _NO_TRITON
+    if lacking is not None or tensor.is_cuda:
+        return lacking
+    if backend == "triton" and _TRITON_ON_CPU and tensor.is_cpu:
         return None
-    if backend == "triton" and kind == "cpu" and triton_interpreted():
-        return None
-    return f"tensors are on {kind}"
+    return f"tensors are on {tensor.device.type}"
 
 
-def triton_interpreted() -> bool:
-    """Whether Triton kernels run under Triton's interpreter, on CPU tensors (for tests)."""
-    import os
+def unproven(op: str, backend: str) -> Callable[..., registry.Reason]:
+    """What a GPU backend declines by: nothing has shown that it is right on the tensors' GPU."""
 
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    def declines(first: Tensor | list[Tensor], *_: Any) -> registry.Reason:
+        tensor = first[0] if isinstance(first, list) else first
+        if not tensor.is_cuda:
+            return "off a GPU it is for tests"
+        return registry.unproven(op, backend, tensor.device.index)
+
+    return declines
+
+
+def triton_kernel(room: str, name: str) -> Callable[..., Any]:
+    """A function of the Triton room, imported when it is first called."""
+
+    def call(*arguments: Any) -> Any:
+        module = importlib.import_module(f"bigkern.triton_kernels.{room}")
+        return getattr(module, name)(*arguments)
+
+    return call

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -13,8 +14,17 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.adam import adam as torch_adam
 
-from bigkern import info, registry
-from bigkern.ops._library import KERNEL_DTYPES, LIBRARY, define, define_native, plain, wrong_device
+from bigkern import registry
+from bigkern.ops._library import (
+    KERNEL_DTYPES,
+    LIBRARY,
+    define,
+    define_native,
+    plain,
+    triton_kernel,
+    unavailable,
+    unproven,
+)
 
 # Everything is updated in place, element i of each list belonging to parameter i:
 #   params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs  the update; the last is empty without amsgrad
@@ -343,7 +353,7 @@ def kernel_refuses(
     if not params:
         return None
     first = params[0]
-    if (reason := wrong_device(backend, first)) is not None:
+    if (reason := unavailable(backend, first)) is not None:
         return reason
     if first.dtype not in KERNEL_DTYPES:
         return f"dtype {first.dtype} is not float32, bfloat16 or float16"
@@ -365,31 +375,6 @@ def kernel_refuses(
     return None
 
 
-def _cpu_refuses(*arguments: Any) -> registry.Reason:
-    if info.import_error is not None:
-        return info.summary()
-    return kernel_refuses("cpu", *arguments)
-
-
-def _triton_refuses(*arguments: Any) -> registry.Reason:
-    return kernel_refuses("triton", *arguments)
-
-
-def _declines_unproven(backend: str) -> Any:
-    def declines(params: list[Tensor], *_: Any) -> registry.Reason:
-        if not params or params[0].device.type != "cuda":
-            return "Triton's interpreter is for tests"
-        return registry.unproven("adam", backend, params[0].device.index)
-
-    return declines
-
-
-def _triton(*arguments: Any) -> None:
-    from bigkern.triton_kernels import adam as kernels
-
-    kernels.adam(*arguments)
-
-
 def _counted(update: Any) -> Any:
     """``update``, after which autograd knows that the parameters changed, as after any in-place op."""
 
@@ -402,16 +387,9 @@ def _counted(update: Any) -> Any:
 
 def cuda_backend(native: Any, *, emulated: bool = False) -> registry.Backend:
     """The CUDA kernels in ``native``: the compiled ones, or, in the tests, those that the emulator runs."""
-
-    def refuses(*arguments: Any) -> registry.Reason:
-        if emulated:
-            return kernel_refuses("cpu", *arguments)
-        if not info.has_cuda_kernels():
-            return info.summary()
-        return kernel_refuses("cuda", *arguments)
-
     forward = _counted(lambda *arguments: native.adam(*arguments))
-    return registry.Backend("cuda", forward, None, refuses, _declines_unproven("cuda"))
+    refuses = partial(kernel_refuses, "cpu" if emulated else "cuda")
+    return registry.Backend("cuda", forward, None, refuses, unproven("adam", "cuda"))
 
 
 _native = torch.ops.bigkern_native
@@ -459,9 +437,17 @@ def _addresses(tensors: list[Tensor]) -> list[int]:
 
 ADAM.register(cuda_backend(_native))
 ADAM.register(
-    registry.Backend("triton", _counted(_triton), None, _triton_refuses, _declines_unproven("triton"))
+    registry.Backend(
+        "triton",
+        _counted(triton_kernel("adam", "adam")),
+        None,
+        partial(kernel_refuses, "triton"),
+        unproven("adam", "triton"),
+    )
 )
 ADAM.register(
-    registry.Backend("cpu", _counted(lambda *arguments: _native.adam(*arguments)), None, _cpu_refuses)
+    registry.Backend(
+        "cpu", _counted(lambda *arguments: _native.adam(*arguments)), None, partial(kernel_refuses, "cpu")
+    )
 )
 ADAM.register(registry.Backend("torch", _counted(stock)))

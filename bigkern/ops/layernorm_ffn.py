@@ -12,8 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bigkern import info, registry
-from bigkern.ops._library import KERNEL_DTYPES, LIBRARY, define, define_native, plain, wrong_device
+from bigkern import registry
+from bigkern.ops._library import (
+    KERNEL_DTYPES,
+    LIBRARY,
+    define,
+    define_native,
+    plain,
+    triton_kernel,
+    unavailable,
+    unproven,
+)
 from bigkern.ops.norm import MAX_COLUMNS, autocast
 from bigkern.ops.norm import stock as stock_norm
 from bigkern.reference import layernorm_ffn as reference
@@ -316,25 +325,19 @@ def stock_activation(p: Tensor, activation: str) -> Tensor:
     return cast(Tensor, getattr(F, activation)(p))
 
 
-def kernel_refuses(backend: str, x: Tensor, w1: Tensor) -> registry.Reason:
-    """What no kernel of ours does, in whatever language."""
-    if (reason := wrong_device(backend, x)) is not None:
-        return reason
-    if x.dtype not in KERNEL_DTYPES:
-        return f"dtype {x.dtype} is not float32, bfloat16 or float16"
-    if x.numel() == 0 or w1.numel() == 0:
-        return "x or the weights are empty"
-    return autocast(x)
+def _refuses(backend: str) -> Callable[..., registry.Reason]:
+    def refuses(x: Tensor, w1: Tensor, *_: Any) -> registry.Reason:
+        if (reason := unavailable(backend, x)) is not None:
+            return reason
+        if x.dtype not in KERNEL_DTYPES:
+            return f"dtype {x.dtype} is not float32, bfloat16 or float16"
+        if x.numel() == 0 or w1.numel() == 0:
+            return "x or the weights are empty"
+        if backend != "cpu" and x.shape[-1] > MAX_COLUMNS:
+            return f"rows of {x.shape[-1]} > {MAX_COLUMNS} elements"
+        return autocast(x)
 
-
-def _gpu_refuses(backend: str, x: Tensor, w1: Tensor) -> registry.Reason:
-    if (reason := kernel_refuses(backend, x, w1)) is not None:
-        return reason
-    return None if x.shape[-1] <= MAX_COLUMNS else f"rows of {x.shape[-1]} > {MAX_COLUMNS} elements"
-
-
-def _cpu_refuses(x: Tensor, w1: Tensor, *_: Any) -> registry.Reason:
-    return kernel_refuses("cpu", x, w1) or (info.import_error and info.summary())
+    return refuses
 
 
 FASTER_FROM = 512  # rows: below, repacking the weights costs our CPU kernels more than fusing saves
@@ -343,19 +346,6 @@ FASTER_FROM = 512  # rows: below, repacking the weights costs our CPU kernels mo
 def _cpu_declines(x: Tensor, *_: Any) -> registry.Reason:
     rows = math.prod(x.shape[:-1])
     return f"stock is faster below {FASTER_FROM} rows" if rows < FASTER_FROM else None
-
-
-def _triton_refuses(x: Tensor, w1: Tensor, *_: Any) -> registry.Reason:
-    return _gpu_refuses("triton", x, w1)
-
-
-def _declines_unproven(backend: str) -> Any:
-    def declines(x: Tensor, *_: Any) -> registry.Reason:
-        if x.device.type != "cuda":
-            return "Triton's interpreter is for tests"
-        return registry.unproven("layernorm_ffn", backend, x.device.index)
-
-    return declines
 
 
 def block_of(pieces: Pieces) -> tuple[Callable[..., Result], Callable[..., Gradients]]:
@@ -378,43 +368,31 @@ def native_pieces(native: Any) -> Pieces:
     )
 
 
-def _triton(name: str) -> Any:
-    """A function of the Triton room, imported when it is first called."""
-
-    def call(*arguments: Any) -> Any:
-        from bigkern.triton_kernels import layernorm_ffn as kernels
-
-        return getattr(kernels, name)(*arguments)
-
-    return call
-
-
-TRITON_PIECES = Pieces(*(_triton(name) for name in Pieces._fields))
+TRITON_PIECES = Pieces(*(triton_kernel("layernorm_ffn", name) for name in Pieces._fields))
 
 
 def cuda_backend(native: Any, *, emulated: bool = False) -> registry.Backend:
     """The CUDA kernels in ``native``: the compiled ones, or, in the tests, those that the emulator runs."""
-
-    def refuses(x: Tensor, w1: Tensor, *_: Any) -> registry.Reason:
-        if emulated:
-            return _gpu_refuses("cpu", x, w1)
-        return _gpu_refuses("cuda", x, w1) or (None if info.has_cuda_kernels() else info.summary())
-
-    return registry.Backend("cuda", *block_of(native_pieces(native)), refuses, _declines_unproven("cuda"))
+    refuses = _refuses("cpu" if emulated else "cuda")
+    return registry.Backend(
+        "cuda", *block_of(native_pieces(native)), refuses, unproven("layernorm_ffn", "cuda")
+    )
 
 
 _native = torch.ops.bigkern_native
 
 LAYERNORM_FFN.register(cuda_backend(_native))
 LAYERNORM_FFN.register(
-    registry.Backend("triton", *block_of(TRITON_PIECES), _triton_refuses, _declines_unproven("triton"))
+    registry.Backend(
+        "triton", *block_of(TRITON_PIECES), _refuses("triton"), unproven("layernorm_ffn", "triton")
+    )
 )
 LAYERNORM_FFN.register(
     registry.Backend(
         "cpu",
         lambda *arguments: _native.layernorm_ffn.default(*arguments),
         lambda *arguments: _native.layernorm_ffn_backward.default(*arguments),
-        _cpu_refuses,
+        _refuses("cpu"),
         _cpu_declines,
     )
 )

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bigkern import info, registry
-from bigkern.ops._library import KERNEL_DTYPES, LIBRARY, define, plain, wrong_device
+from bigkern import registry
+from bigkern.ops._library import KERNEL_DTYPES, LIBRARY, define, plain, triton_kernel, unavailable, unproven
 from bigkern.reference import norm as reference
 
 define(
@@ -321,28 +321,22 @@ def autocast(x: Tensor) -> registry.Reason:
     return None
 
 
-def kernel_refuses(backend: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> registry.Reason:
-    """What no kernel of ours does, in whatever language."""
-    if (reason := wrong_device(backend, x)) is not None:
-        return reason
-    if x.dtype not in KERNEL_DTYPES:
-        return f"dtype {x.dtype} is not float32, bfloat16 or float16"
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            return f"{name} has dtype {tensor.dtype}, x has {x.dtype}"
-    if x.shape[-1] == 0:
-        return "rows are empty"
-    return autocast(x)
+def _refuses(backend: str) -> Callable[..., registry.Reason]:
+    def refuses(x: Tensor, residual: Any, weight: Any, bias: Any, *_: Any) -> registry.Reason:
+        if (reason := unavailable(backend, x)) is not None:
+            return reason
+        if x.dtype not in KERNEL_DTYPES:
+            return f"dtype {x.dtype} is not float32, bfloat16 or float16"
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and tensor.dtype != x.dtype:
+                return f"{name} has dtype {tensor.dtype}, x has {x.dtype}"
+        if x.shape[-1] == 0:
+            return "rows are empty"
+        if backend != "cpu" and x.shape[-1] > MAX_COLUMNS:
+            return f"rows of {x.shape[-1]} > {MAX_COLUMNS} elements"
+        return autocast(x)
 
-
-def _gpu_refuses(backend: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> registry.Reason:
-    if (reason := kernel_refuses(backend, x, weight, bias)) is not None:
-        return reason
-    return None if x.shape[-1] <= MAX_COLUMNS else f"rows of {x.shape[-1]} > {MAX_COLUMNS} elements"
-
-
-def _cpu_refuses(x: Tensor, residual: Any, weight: Any, bias: Any, *_: Any) -> registry.Reason:
-    return kernel_refuses("cpu", x, weight, bias) or (info.import_error and info.summary())
+    return refuses
 
 
 # Where our CPU kernels start to win on two Zen 4 cores, in elements, measured with 768 columns.
@@ -358,44 +352,14 @@ def _cpu_declines(x: Tensor, residual: Any, weight: Any, bias: Any, eps: float, 
     return f"stock is faster below {least} elements" if x.numel() < least else None
 
 
-def _triton_refuses(x: Tensor, residual: Any, weight: Any, bias: Any, *_: Any) -> registry.Reason:
-    return _gpu_refuses("triton", x, weight, bias)
-
-
-def _declines_unproven(backend: str) -> Any:
-    def declines(x: Tensor, *_: Any) -> registry.Reason:
-        if x.device.type != "cuda":
-            return "Triton's interpreter is for tests"
-        return registry.unproven("norm", backend, x.device.index)
-
-    return declines
-
-
-def _triton(name: str) -> Any:
-    """A function of the Triton room, imported when it is first called."""
-
-    def call(*arguments: Any) -> Any:
-        from bigkern.triton_kernels import layernorm_ffn as kernels
-
-        return getattr(kernels, name)(*arguments)
-
-    return call
-
-
 def cuda_backend(native: Any, *, emulated: bool = False) -> registry.Backend:
     """The CUDA kernels in ``native``: the compiled ones, or, in the tests, those that the emulator runs."""
-
-    def refuses(x: Tensor, residual: Any, weight: Any, bias: Any, *_: Any) -> registry.Reason:
-        if emulated:
-            return _gpu_refuses("cpu", x, weight, bias)
-        return _gpu_refuses("cuda", x, weight, bias) or (None if info.has_cuda_kernels() else info.summary())
-
     return registry.Backend(
         "cuda",
         lambda *arguments: native.norm.default(*arguments),
         lambda *arguments: native.norm_backward.default(*arguments),
-        refuses,
-        _declines_unproven("cuda"),
+        _refuses("cpu" if emulated else "cuda"),
+        unproven("norm", "cuda"),
     )
 
 
@@ -405,9 +369,11 @@ NORM.register(cuda_backend(_native))
 NORM.register(
     registry.Backend(
         "triton",
-        *rows_backend(_triton("norm"), _triton("norm_backward")),
-        _triton_refuses,
-        _declines_unproven("triton"),
+        *rows_backend(
+            triton_kernel("layernorm_ffn", "norm"), triton_kernel("layernorm_ffn", "norm_backward")
+        ),
+        _refuses("triton"),
+        unproven("norm", "triton"),
     )
 )
 NORM.register(
@@ -415,7 +381,7 @@ NORM.register(
         "cpu",
         lambda *arguments: _native.norm.default(*arguments),
         lambda *arguments: _native.norm_backward.default(*arguments),
-        _cpu_refuses,
+        _refuses("cpu"),
         _cpu_declines,
     )
 )
