@@ -76,5 +76,7 @@ def compare(ours: Tensor, reference: Tensor, stock: Tensor, *, gradient: bool = 
         )
         worst = max(worst, ratio)
         if ratio > factor:
-            problem = problem or f"{name} error {e:.3g} > {factor:g} x stock's {allowed_error:.3g} + {floor:.3g}"
+            problem = (
+                problem or f"{name} error {e:.3g} > {factor:g} x stock's {allowed_error:.3g} + {floor:.3g}"
+            )
     return Verdict(worst, factor, float(error.amax()), float(stock_error.amax()), problem)

@@ -171,11 +171,8 @@ def _describe_norm(module: nn.Module) -> Description:
 def _describe_attention(module: nn.Module) -> Description:
     assert isinstance(module, ours.MultiheadAttention)
     x = _example(module, *((1, TOKENS) if module.batch_first else (TOKENS, 1)), module.embed_dim)
-    kv = [
-        x if width == module.embed_dim else x.new_empty(*x.shape[:2], width)
-        for width in (module.kdim, module.vdim)
-    ]
-    reason = module.stock_reason(x, *kv, need_weights=False)
+    k, v = (x.new_empty(*x.shape[:2], width) for width in (module.kdim, module.vdim))
+    reason = module.stock_reason(x, k, v, need_weights=False)
     if reason is not None:
         yield "attention", None, reason
         return

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from bigkern.nn.attention import MultiheadAttention
 from bigkern.nn.layer_norm import LayerNorm
-from bigkern.ops.layernorm_ffn import layernorm_ffn
+from bigkern.ops.layernorm_ffn import Activation, layernorm_ffn
 from bigkern.ops.norm import layer_norm
 
 
-def activation_name(activation: Any) -> str | None:
+def activation_name(activation: Any) -> Activation | None:
     """The op's name for an activation function or module, None if it has none."""
     if activation is F.relu or activation is torch.relu or type(activation) is nn.ReLU:
         return "relu"
@@ -68,7 +68,8 @@ def ffn_stock_reason(layer: nn.Module, norm: nn.Module, *dropouts: nn.Module) ->
 
 def feed_forward(layer: Any, x: Tensor, norm: nn.LayerNorm, dropout: nn.Module) -> Tensor:
     """The layer's second half, ``x + ffn(norm(x))`` or ``norm(x + ffn(x))``, as one op where it can be."""
-    if ffn_stock_reason(layer, norm, layer.dropout, dropout) is None:
+    activation = activation_name(layer.activation)
+    if activation is not None and ffn_stock_reason(layer, norm, layer.dropout, dropout) is None:
         return layernorm_ffn(
             x,
             layer.linear1.weight,
@@ -77,12 +78,12 @@ def feed_forward(layer: Any, x: Tensor, norm: nn.LayerNorm, dropout: nn.Module) 
             layer.linear2.bias,
             norm.weight,
             norm.bias,
-            activation=activation_name(layer.activation),
+            activation=activation,
             placement="pre" if layer.norm_first else "post",
             eps=norm.eps,
         )
     if layer.norm_first:
-        return x + layer._ff_block(norm(x))
+        return cast(Tensor, x + layer._ff_block(norm(x)))
     return add_norm(norm, layer._ff_block(x), x)
 
 
