@@ -1,6 +1,6 @@
 """Adam and AdamW over lists of tensors, in place, in one launch.
 
-    p, g, m, v [, vmax]  ->  p, m, v [, vmax]         every element read once and written once: bound by memory
+    p, g, m, v [, vmax]  ->  p, m, v [, vmax]      every element read once, written once: bound by memory
 
 The kernel finds its tensors through a table of addresses, and its share of the work through a list of chunks:
 
@@ -10,7 +10,7 @@ The kernel finds its tensors through a table of addresses, and its share of the 
 
 Both live on the device and are kept from step to step while the addresses stay the same. t is a device scalar
 too, and so can lr, the gradient scale and found_inf be: nothing waits for the device, and a step can be
-captured in a CUDA graph. t is advanced by a second, tiny kernel, after every program of the first has read it.
+captured in a CUDA graph. A second, tiny kernel advances t, after all programs of the first have read it.
 
 The math is fp32. The bias corrections 1 - beta^t are computed as -expm1(t log beta), because the difference
 itself has lost four digits at t = 1, beta = 0.999.
@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import LAUNCH
+from . import launch
 
 BLOCK = 1024  # elements that a program holds at once
 CHUNK = 8 * BLOCK  # elements that a program updates
@@ -62,10 +62,7 @@ def one_minus_exp(x):
 
 @triton.jit
 def load_wide(pointer, at, exists, MASKED: tl.constexpr):
-    if MASKED:
-        x = tl.load(pointer + at, mask=exists, other=0.0)
-    else:
-        x = tl.load(pointer + at)
+    x = tl.load(pointer + at, mask=exists, other=0.0) if MASKED else tl.load(pointer + at)
     return x.to(tl.float32)
 
 
@@ -120,7 +117,7 @@ def adam_kernel(
     POINTEE: tl.constexpr, ALIGNED: tl.constexpr, DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr,
     MAXIMIZE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    if found_inf is not None:
+    if found_inf is not None:  # noqa: SIM102, Triton does not cut an `and` short
         if tl.load(found_inf) != 0.0:
             return
     entry = chunks + tl.program_id(0).to(tl.int64) * 2
@@ -159,7 +156,7 @@ def adam_kernel(
 @triton.jit
 def advance_kernel(steps, found_inf, n, BLOCK: tl.constexpr):
     """t = t + 1 through the table's row of addresses."""
-    if found_inf is not None:
+    if found_inf is not None:  # noqa: SIM102, Triton does not cut an `and` short
         if tl.load(found_inf) != 0.0:
             return
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -217,9 +214,11 @@ def adam(
         adam_kernel[(len(work.chunks),)](
             work.table, work.sizes, work.chunks, n, hyper, grad_scale, found_inf, lr_tensor,
             POINTEE=POINTEES[params[0].dtype], ALIGNED=work.aligned, DECOUPLED=decoupled, AMSGRAD=amsgrad,
-            MAXIMIZE=maximize, BLOCK=BLOCK, CHUNK=CHUNK, num_warps=4, **LAUNCH,
+            MAXIMIZE=maximize, BLOCK=BLOCK, CHUNK=CHUNK, num_warps=4, **launch.OPTIONS,
         )  # fmt: skip
-    advance_kernel[(triton.cdiv(n, 256),)](work.table[5], found_inf, n, BLOCK=256, num_warps=4, **LAUNCH)
+    advance_kernel[(triton.cdiv(n, 256),)](
+        work.table[5], found_inf, n, BLOCK=256, num_warps=4, **launch.OPTIONS
+    )
 
 
 def prepare(*lists: list[Tensor]) -> Work:

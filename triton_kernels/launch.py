@@ -7,11 +7,11 @@ from functools import cache
 import torch
 import triton
 
-LAUNCH = {"enable_fp_fusion": True}  # Triton 3.10 turns a * b + c into one instruction only where asked
+OPTIONS = {"enable_fp_fusion": True}  # Triton 3.10 turns a * b + c into one instruction only where asked
 
 
 def architecture(device: torch.device) -> int:
-    """90 on an H100 or H200; 80 elsewhere, whose configurations fit into every GPU's 99 KiB of shared memory."""
+    """90 on an H100 or H200; 80 elsewhere: its configurations fit into any GPU's 99 KiB of shared memory."""
     return _architecture(device.index) if device.type == "cuda" else 80
 
 

@@ -1,0 +1,247 @@
+"""What only Triton's kernels have: their configurations, their long rows, their padded masks and kept tables.
+
+The ops' own tests run every backend through the public functions; here the kernels are called directly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import BACKENDS, assert_parity, device_of, poisoned_empty_memory
+from torch import Tensor
+
+from bigkern.reference import attention as attention_reference
+from bigkern.reference import layernorm_ffn as ffn_reference
+from bigkern.reference import norm as norm_reference
+
+if "triton" not in BACKENDS:
+    pytest.skip("neither a GPU nor TRITON_INTERPRET=1", allow_module_level=True)
+
+from bigkern.triton_kernels import adam, attention, attention_tiles, launch, layernorm_ffn
+from bigkern.triton_kernels.norm import LONGEST_BACKWARD, LONGEST_FORWARD
+
+DEVICE = device_of("triton")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape).to(DEVICE, dtype)
+
+
+def double(*tensors: Tensor | None) -> list[Any]:
+    return [None if t is None else t.double() for t in tensors]
+
+
+def check(op: str, names: str, ours: Any, exact: Any, low: Any, *, grad: bool = False) -> None:
+    for name, a, b, c in zip(names.split(), ours, exact, low, strict=True):
+        assert (a is None) == (b is None), name
+        if a is not None:
+            assert_parity(op, "triton", name, a, b, c, grad=grad)
+
+
+# ---- attention -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("D", [24, 96, 136])
+def test_attention_in_every_configuration(
+    monkeypatch: pytest.MonkeyPatch, arch: int, dtype: torch.dtype, D: int
+) -> None:
+    """Plain tiles, tiles on the diagonal and a ragged end, through every row of the table."""
+    monkeypatch.setattr(launch, "architecture", lambda device: arch)
+    q, do = (draw(1, 2, 150, D, dtype=dtype) for _ in range(2))
+    k, v = (draw(1, 1, 170, D, dtype=dtype) for _ in range(2))
+    options = (None, None, D**-0.5, "bottom_right")
+    poisoned_empty_memory()
+    o, lse = attention.attention(q, k, v, *options)
+    grads = attention.attention_backward(do, q, k, v, o, lse, *options)
+    o64, lse64 = attention_reference.attention(*double(q, k, v), *options)
+    grads64 = attention_reference.attention_backward(*double(do, q, k, v), o64, lse64, *options)[:3]
+    _, lse_low = attention_reference.attention(q, k, v, *options)
+    inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+    seen = attention_reference.causal_mask(150, 170, "bottom_right", q.device)
+    stock = F.scaled_dot_product_attention(*inputs, seen, scale=D**-0.5, enable_gqa=True)
+    check("attention", "o lse", (o, lse), (o64, lse64), (stock, lse_low))
+    check("attention", "dq dk dv", grads, grads64, torch.autograd.grad(stock, inputs, do), grad=True)
+
+
+def test_a_mask_is_padded_but_not_expanded() -> None:
+    mask = (torch.rand(2, 1, 5, 17) > 0.5).to(DEVICE).expand(2, 3, 5, 17)
+    seen = attention_tiles.broadcast(mask)
+    assert seen is not None
+    assert seen.head == 0
+    assert seen.row == 32
+    assert seen.data.untyped_storage().nbytes() == 2 * 5 * 32
+    torch.testing.assert_close(seen.data.bool(), mask)
+
+
+def test_a_mask_with_whole_vectors_is_not_copied() -> None:
+    mask = torch.ones(1, 1, 8, 32, dtype=torch.bool, device=DEVICE).expand(2, 3, 8, 32)
+    seen = attention_tiles.broadcast(mask)
+    assert seen is not None
+    assert seen.data.data_ptr() == mask.data_ptr()
+
+
+def test_rows_without_unit_stride_are_copied() -> None:
+    q = draw(1, 2, 16, 33).transpose(2, 3)
+    o, _ = attention.attention(q, q, q, None, None, 0.25, "none")
+    o_dense, _ = attention.attention(*[q.contiguous()] * 3, None, None, 0.25, "none")
+    torch.testing.assert_close(o, o_dense, rtol=0, atol=0)
+
+
+def test_gradients_are_the_same_in_every_run() -> None:
+    q, k, v, do = (draw(1, 4, 70, 32, dtype=torch.bfloat16) for _ in range(4))
+    options = (None, None, 0.2, "top_left")
+    o, lse = attention.attention(q, k, v, *options)
+    first, second = (attention.attention_backward(do, q, k, v, o, lse, *options) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# ---- norm ------------------------------------------------------------------------------------------
+
+
+def stock_norm(x: Tensor, weight: Any, bias: Any, kind: str) -> Tensor:
+    if kind == "layer":
+        return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
+    return F.rms_norm(x, x.shape[-1:], weight, 1e-5)
+
+
+def check_norm(x: Tensor, residual: Tensor | None, weight: Any, bias: Any, kind: str) -> None:
+    """Everything that the two functions return, residual and its gradient included."""
+    dy, dsum = torch.randn_like(x), None if residual is None else torch.randn_like(x)
+    wanted = (weight is not None, bias is not None)
+    poisoned_empty_memory()
+    y, total, mean, rstd = layernorm_ffn.norm(x, residual, weight, bias, 1e-5, kind)
+    s = x if total is None else total
+    grads = layernorm_ffn.norm_backward(dy, dsum, s, weight, mean, rstd, kind, *wanted)
+    if residual is not None:
+        torch.testing.assert_close(total, x + residual, rtol=0, atol=0)
+    y64, _, mean64, rstd64 = norm_reference.norm(s.double(), None, *double(weight, bias), 1e-5, kind)
+    grads64 = norm_reference.norm_backward(*double(dy, dsum, s, weight), mean64, rstd64, kind, *wanted)
+    _, _, mean_low, rstd_low = norm_reference.norm(s, None, weight, bias, 1e-5, kind)
+    inputs = [None if t is None else t.clone().requires_grad_() for t in (s, weight, bias)]
+    stock = stock_norm(*inputs, kind)
+    given = [t for t in inputs if t is not None]
+    low = iter(torch.autograd.grad(stock, given, dy))
+    grads_low = [None if t is None else next(low) for t in inputs]
+    if dsum is not None:
+        grads_low[0] = grads_low[0] + dsum
+    check("norm", "y mean rstd", (y, mean, rstd), (y64, mean64, rstd64), (stock, mean_low, rstd_low))
+    check("norm", "dx dweight dbias", grads, grads64, grads_low, grad=True)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("M", "N"), [(1, 7), (7, 1), (63, 129), (130, 64), (20, 1023), (3, LONGEST_BACKWARD + 5)]
+)
+def test_norm(kind: str, dtype: torch.dtype, M: int, N: int) -> None:
+    x, residual = draw(M, N, dtype=dtype) + 1, draw(M, N, dtype=dtype)
+    weight, bias = draw(N, dtype=dtype), draw(N, dtype=dtype) if kind == "layer" else None
+    check_norm(x, residual, weight, bias, kind)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_norm_of_rows_longer_than_registers(kind: str) -> None:
+    N = LONGEST_FORWARD + 3
+    check_norm(draw(2, N) + 1, draw(2, N), None, None, kind)
+    check_norm(draw(2, N) + 1, None, draw(N), draw(N) if kind == "layer" else None, kind)
+
+
+@pytest.mark.parametrize("N", [1000, LONGEST_FORWARD + 1000])
+def test_layer_norm_far_from_zero(N: int) -> None:
+    """A mean of 10,000 and a deviation of 0.1: E[x^2] - E[x]^2 would have no digit left."""
+    check_norm(draw(3, N) * 0.1 + 1e4, None, draw(N), draw(N), "layer")
+
+
+def test_norm_of_strided_rows() -> None:
+    check_norm(draw(65, 40).t(), draw(40, 130)[:, ::2], draw(65), draw(65), "layer")
+    check_norm(draw(40, 130)[:, :65] + 1, draw(40, 200)[:, 3:68], draw(65), None, "rms")
+
+
+def test_norm_of_no_rows() -> None:
+    x, weight = draw(0, 16), draw(16)
+    y, _, mean, rstd = layernorm_ffn.norm(x, None, weight, weight, 1e-5, "layer")
+    dx, dweight, dbias = layernorm_ffn.norm_backward(y, None, x, weight, mean, rstd, "layer", True, True)
+    assert dx.shape == (0, 16)
+    assert dweight is not None
+    assert dbias is not None
+    assert not dweight.any()
+    assert not dbias.any()
+
+
+# ---- bias and activation ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("M", "width"), [(65, 33), (3, 300)])
+def test_bias_activation(activation: str, dtype: torch.dtype, M: int, width: int) -> None:
+    product = draw(M, width * (2 if activation in layernorm_ffn.GATED else 1), dtype=dtype) * 3
+    product[0], product[1] = 100, -100
+    bias, dout = draw(product.shape[1], dtype=dtype), draw(M, width, dtype=dtype)
+    poisoned_empty_memory()
+    p, out = layernorm_ffn.bias_activation(product.clone(), bias, activation)
+    torch.testing.assert_close(p, product + bias, rtol=0, atol=0)
+    dp, rebuilt, dbias = layernorm_ffn.bias_activation_backward(dout, p, activation, True, True)
+    assert rebuilt is not None
+    assert torch.equal(rebuilt, out)
+    out64 = ffn_reference.activate(p.double(), activation)
+    dp64, _, dbias64 = ffn_reference.bias_activation_backward(*double(dout, p), activation, True, False)
+    p_low = p.clone().requires_grad_()
+    low = stock_activation(p_low, activation)
+    (dp_low,) = torch.autograd.grad(low, p_low, dout)
+    check("layernorm_ffn", "out", (out,), (out64,), (low,))
+    check("layernorm_ffn", "dp dbias", (dp, dbias), (dp64, dbias64), (dp_low, dp_low.sum(0)), grad=True)
+
+
+def stock_activation(p: Tensor, activation: str) -> Tensor:
+    if activation in layernorm_ffn.GATED:
+        gate, up = p.chunk(2, dim=-1)
+        return (F.silu(gate) if activation == "swiglu" else F.gelu(gate)) * up
+    if activation == "gelu_tanh":
+        return F.gelu(p, approximate="tanh")
+    return {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}[activation](p)
+
+
+def test_an_unsaved_preactivation_is_not_written() -> None:
+    product, bias = draw(5, 8), draw(8)
+    before = product.clone()
+    _, out = layernorm_ffn.bias_activation(product, bias, "relu", False)
+    assert torch.equal(product, before)
+    torch.testing.assert_close(out, F.relu(before + bias))
+
+
+# ---- adam ------------------------------------------------------------------------------------------
+
+
+def test_adam_keeps_its_tables_while_the_addresses_stay() -> None:
+    lists = [[draw(100), draw(3)] for _ in range(5)] + [[torch.zeros((), device=DEVICE) for _ in range(2)]]
+    first = adam.prepare(*lists)
+    assert adam.prepare(*lists) is first
+    assert first.chunks.tolist() == [[0, 0], [1, 0]]
+    lists[1] = [draw(100), draw(3)]
+    assert adam.prepare(*lists) is not first
+
+
+def test_adam_cuts_tensors_into_chunks() -> None:
+    sizes = [0, adam.CHUNK, adam.CHUNK + 1]
+    work = adam.build(DEVICE, [16 * i for i in range(18)], sizes)
+    assert work.chunks.tolist() == [[1, 0], [2, 0], [2, 1]]
+    assert work.aligned
+    assert not adam.build(DEVICE, [4, *range(0, 16 * 17, 16)], sizes).aligned
+
+
+@pytest.mark.parametrize("t", [1, 2, 10, 1000, 100_000])
+def test_adam_bias_correction_keeps_its_digits(t: int) -> None:
+    """One step from t - 1 with v = 0: p moves by lr / (1 - beta1^t) m / sqrt(v / (1 - beta2^t))."""
+    p, g, m, v = (torch.tensor([x], device=DEVICE) for x in (0.0, 1.0, 0.0, 0.0))
+    step = torch.tensor(float(t - 1), device=DEVICE)
+    adam.adam([p], [g], [m], [v], [], [step], 1.0, 0.9, 0.999, 0.0, 0.0, True, False, False)
+    expected = -(0.1 / (1 - 0.9**t)) / (0.001 / (1 - 0.999**t)) ** 0.5
+    torch.testing.assert_close(p.item(), expected, rtol=5e-7, atol=0)
+    assert step.item() == t
