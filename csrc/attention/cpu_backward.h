@@ -2,10 +2,9 @@
 // products that lead to dq, dk and dv. Compiled once per instruction set.
 //
 //   for each block of keys (a key is a row, a query a lane):
-//     p  [keys, 64] = e^(k q^T - lse)                  dv [keys, Dv] += p  dout      sums in the
-//     workspace ds [keys, 64] = p (v dout^T - delta)             dk [keys, D]  += ds q         sums
-//     in the workspace
-//                                                      dq^T [D, 64]  += k^T ds       stays in L1
+//     p  [keys, 64] = e^(k q^T - lse)            dv [keys, Dv] += p  dout     in the workspace
+//     ds [keys, 64] = p (v dout^T - delta)       dk [keys, D]  += ds q        in the workspace
+//                                                dq^T [D, 64]  += k^T ds      stays in L1
 //
 // delta = rowsum(dout o). A task goes through all tiles of a key head, or through every parts-th of
 // them: then the parts' sums are added in a second pass, always in the same order, without atomics.

@@ -2,9 +2,9 @@
 // time: a tile's 64 lanes would be mostly empty, so vectors run along the head dimension here.
 // Compiled once per instruction set.
 //
-//   for each block of keys        x [rows, keys] = q k^T      W keys at once, summed by one
-//   transposition in a span of the keys:        p = e^(x - max)             along the row
-//                                 o [rows, Dv] += p v
+//   for each block of keys     x [rows, keys] = q k^T     W keys at once, summed by a transposition
+//   in a span of the keys:     p = e^(x - max)            along the row
+//                              o [rows, Dv] += p v
 //
 // Where there are fewer heads than threads, the keys of a head are cut into spans; their results
 // are put together in a second pass, always in the same order (Flash-Decoding; Dao et al., 2023).
@@ -34,8 +34,7 @@ vf dot_keys(const float* q, const T* const (&rows)[W], int64_t D, float scale) {
   return x * scale;
 }
 
-// The scores of a backward block [keys, 64] by the same sums, so that e^(x - lse) is as exact as it
-// can be.
+// The scores of a backward block [keys, 64] by the same sums: lse then fits them to the last bit.
 inline void dot_rows(const Shape& s, const QueryTile& tile, const KeyBlock& block,
                      const Left<float>& k, const float* q, float* x) {
   std::fill_n(x, block.keys * kLanes, 0.0f);
@@ -49,8 +48,7 @@ inline void dot_rows(const Shape& s, const QueryTile& tile, const KeyBlock& bloc
   }
 }
 
-// Adds the bias to a row's scores x [n] of the keys from `first` on; -inf where mask or causal
-// forbid.
+// Adds the bias to a row's scores x [n], keys from `first` on; -inf where mask or causal forbid.
 template <class T>
 void restrict_row(const Shape& s, const QueryTile& tile, int64_t r, int64_t first, int64_t n,
                   int64_t last, float* x) {

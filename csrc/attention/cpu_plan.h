@@ -3,8 +3,8 @@
 //
 // The query heads that share a key head are stacked into rows: row r is query r % Sq of the group's
 // head r / Sq. A tile is up to 64 rows, and in a tile a row is a *lane*: every matrix is stored
-// transposed,
-// [.., 64], so that the softmax never crosses lanes and keys and values are read where they lie.
+// transposed, [.., 64], so that the softmax never crosses lanes and keys and values are read where
+// they lie.
 #pragma once
 
 #include <algorithm>
@@ -23,8 +23,7 @@ constexpr int64_t kDiagonalKeys = 16;  // keys of a block that the diagonal cros
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t padded(int64_t n) { return ceil_div(n, 16) * 16; }  // whole vectors on every level
 
-// ---- tiles of queries
-// ------------------------------------------------------------------------------
+// ---- tiles of queries ---------------------------------------------------------------------------
 
 inline int64_t rows_of_group(const Shape& s) { return s.Hq / s.Hkv * s.Sq; }
 
@@ -63,8 +62,7 @@ inline int64_t rows_per_tile(const Shape& s, int threads) {
   return rows;
 }
 
-// ---- blocks of keys
-// --------------------------------------------------------------------------------
+// ---- blocks of keys -----------------------------------------------------------------------------
 
 // Keys first .. first + keys, for the lanes from `lane` on; the lanes before it see none of them.
 struct KeyBlock {
@@ -101,8 +99,7 @@ struct Horizon {
   }
 };
 
-// ---- work and workspace
-// ----------------------------------------------------------------------------
+// ---- work and workspace -------------------------------------------------------------------------
 
 // Threads that are worth waking: each should have a few microseconds of arithmetic.
 inline Parallel worthwhile(const Shape& s, const Parallel& parallel) {

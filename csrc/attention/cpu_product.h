@@ -5,11 +5,9 @@
 // each step broadcasts one element from each row of A and multiplies it by one row of B. A is read
 // where it lies, rows or columns: no packing.
 //
-//            B[k, :]  v v v v                     an element is a float, or with vdpbf16ps a pair
-//            of
-//   A[:, k]  a        c c c c                     bf16 that lie next to each other along k: then
-//   one
-//            a        c c c c   6 x 4 registers   step advances k by two
+//            B[k, :]  v v v v                     an element is a float, or with vdpbf16ps a
+//   A[:, k]  a        c c c c                     pair of bf16 that are neighbours along k: then
+//            a        c c c c   6 x 4 registers   one step advances k by two
 //            ...      .......
 
 namespace bigkern::attention::BIGKERN_ISA {
