@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -path 'csrc/si
 .PHONY: demo test setup build bench lint types gates check cuda-build-check gpu-check clean
 
 demo: build
-	$(BIN)/bigkern train gpt --compare --out runs/demo
+	$(BIN)/bigkern train gpt --compare --seconds 150 --out runs/demo
 
 test: build
 	rm -rf build/parity

@@ -3,6 +3,7 @@
 The interpreter keeps a bfloat16 as a uint16. Its ``tl.dot`` multiplies those integers as if they were
 numbers, and its conversion from float32 truncates, where the hardware rounds to nearest even. Both are
 replaced here, for the tests; kernels do no bfloat16 arithmetic other than products (they widen at load).
+Triton 3.6 also cannot turn its scalars, arrays of one element, into loop bounds under numpy 2.4.
 """
 
 from __future__ import annotations
@@ -44,6 +45,13 @@ def repair() -> None:
         x, y = (from_bfloat16(t.data) if t.dtype.scalar == tl.bfloat16 else t.data for t in (a, b))
         return interpreter.TensorHandle(np.matmul(x, y, dtype=d.data.dtype) + d.data, d.dtype.scalar)
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, *scope: Any) -> None:
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
     interpreter._convert_float = convert
+    interpreter._patch_lang_tensor = patch
     interpreter.InterpreterBuilder.create_dot = create_dot
     interpreter._bigkern_repaired = True

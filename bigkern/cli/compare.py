@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from bigkern.cli.trainer import BETAS, Interruptible, Recipe, Trainer, parameter
 
 BLOCK = 5  # steps a turn
 WARM_UP = 5  # first steps that do not count in the timings
+TRIAL_STEPS = 5  # of each variant, to see how many steps fit into --seconds
+LEAST_STEPS = 40  # however slow the machine is: fewer show nothing
 
 Optimizer = Callable[..., torch.optim.Optimizer]
 
@@ -58,7 +61,9 @@ VARIANTS: dict[str, Callable[[Run], Trainer]] = {
 }
 
 
-def run(this: Run, console: Console) -> int:
+def run(this: Run, console: Console, seconds: float | None = None) -> int:
+    if seconds is not None:
+        this = _fitted(this, seconds)
     memory = measure_memory(this)
     trainers = {name: make(this) for name, make in VARIANTS.items()}
     describe(this, trainers["bigkern"].model, console)
@@ -86,6 +91,18 @@ def run(this: Run, console: Console) -> int:
     console.say(f"written to {this.out / 'compare.json'}")
     console.emit(report)
     return 0
+
+
+def _fitted(this: Run, seconds: float) -> Run:
+    """The same run with as many steps as train within ``seconds``, judged by a few steps thrown away."""
+    trials = [make(this) for make in VARIANTS.values()]
+    for _ in range(TRIAL_STEPS):
+        for trial in trials:
+            trial.train_step()
+    a_round = sum(statistics.median(trial.history.seconds) for trial in trials)
+    steps = min(this.recipe.steps, max(LEAST_STEPS, int(seconds / a_round)))
+    settings = {**this.settings, "steps": steps}
+    return replace(this, settings=settings, recipe=replace(this.recipe, steps=steps))
 
 
 def _rotated(names: list[str], by: int) -> list[str]:

@@ -69,11 +69,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     parser.add_argument("--compare", action="store_true", help="train stock PyTorch beside it, and time both")
+    parser.add_argument(
+        "--seconds", type=_positive, help="with --compare: train only as many steps as fit into this time"
+    )
     parser.add_argument("--eval-every", type=int, default=40, help="steps between validations (default: 40)")
     parser.add_argument(
         "--save-every", type=int, default=0, help="steps between checkpoints (default: the end)"
     )
     parser.add_argument("--sample", type=int, default=200, help="tokens to sample at the end (default: 200)")
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive and finite, not {text}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,9 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.compare:
         from bigkern.cli import compare
 
-        return compare.run(this, console)
+        return compare.run(this, console, arguments.seconds)
+    if arguments.seconds is not None:
+        raise Failure("--seconds goes with --compare; say --steps instead")
     if restored is None and checkpoint.folders(this.out):
         raise Failure(f"{this.out} holds a checkpoint; pass --resume to go on from it, or another --out")
     checkpoint.require_safetensors()

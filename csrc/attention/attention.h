@@ -1,9 +1,10 @@
 // The attention op's C++ contract: raw pointers, sizes, strides. No torch.
 //
-//   s = scale * q k^T + bias, -inf where mask or causal forbid     lse = log sum exp s     o = exp(s - lse) v
+//   s = scale * q k^T + bias, -inf where mask or causal forbid     lse = log sum exp s     o =
+//   exp(s - lse) v
 //
-// Launchers allocate nothing and check nothing but what they themselves cannot run; op.cpp has checked
-// the rest. A row with nothing to attend to gives o = 0, lse = -inf and zero gradients.
+// Launchers allocate nothing and check nothing but what they themselves cannot run; op.cpp has
+// checked the rest. A row with nothing to attend to gives o = 0, lse = -inf and zero gradients.
 #pragma once
 
 #include <cstddef>
@@ -54,7 +55,7 @@ struct Forward {
 struct Backward {
   Shape shape;
   View<const void*> dout, q, k, v, o;
-  const float* lse;     // [B, Hq, Sq]
+  const float* lse;  // [B, Hq, Sq]
   View<void*> dq, dk, dv;
   void* workspace;
 };

@@ -35,7 +35,7 @@ constexpr int NV = 2;
 constexpr int NR = NV * W;
 
 constexpr int64_t kChunk = 256;             // words of K summed in one accumulator
-constexpr int kAhead = 12;  // steps of K between a prefetch and its use
+constexpr int kAhead = 12;                  // steps of K between a prefetch and its use
 constexpr int64_t kBlockBytes = 512 << 10;  // of packed A: half of the L2 cache
 constexpr int64_t kMaxBlockPanels = 12;
 constexpr int64_t kLeastBlockPanels = 4;  // though they overflow it: B must be reused
