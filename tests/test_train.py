@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigkern.cli import checkpoint, corpus
+from bigkern.cli import checkpoint, compare, corpus
 from bigkern.cli.console import Failure
 from bigkern.cli.main import main
 from bigkern.cli.trainer import Recipe
@@ -232,3 +232,22 @@ def test_compare(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         low, middle, high = variant["step_ms"]
         assert 0 < low <= middle <= high
         assert variant["memory"]["saved_for_backward"] > 0
+
+
+def test_compare_fits_its_steps_into_the_time(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compare, "LEAST_STEPS", 3)
+    options = ("--compare", "--steps", "12", "--seconds", "1e-6", "--json")
+    assert train(text, tmp_path / "run", *options) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["settings"]["steps"] == 3
+    assert all(len(variant["train"]) == 3 for variant in report["variants"].values())
+
+
+def test_seconds_without_compare_is_refused(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(text, tmp_path / "run", "--seconds", "5") == 2
+    assert "--seconds goes with --compare" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

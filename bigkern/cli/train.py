@@ -102,6 +102,8 @@ class Run:
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
+    if arguments.seconds is not None and not arguments.compare:
+        raise Failure("--seconds goes with --compare; say --steps instead")
     folder = _newest(arguments) if arguments.resume else None
     restored = checkpoint.load(folder) if folder is not None else None
     settings = merge_settings(arguments, restored[2]["settings"] if restored else {})
@@ -110,8 +112,6 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         from bigkern.cli import compare
 
         return compare.run(this, console, arguments.seconds)
-    if arguments.seconds is not None:
-        raise Failure("--seconds goes with --compare; say --steps instead")
     if restored is None and checkpoint.folders(this.out):
         raise Failure(f"{this.out} holds a checkpoint; pass --resume to go on from it, or another --out")
     checkpoint.require_safetensors()
