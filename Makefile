@@ -6,6 +6,7 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 OUT    ?= build/gpu-check
+WORKERS ?= $(shell nproc)
 
 BIN     := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -path 'csrc/simt/*')
@@ -17,7 +18,7 @@ demo: build
 
 test: build
 	rm -rf build/parity
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal
 	$(BIN)/python tests/parity_table.py
 
 setup: $(VENV)/.ready
