@@ -21,7 +21,7 @@ if "triton" not in BACKENDS:
     pytest.skip("neither a GPU nor TRITON_INTERPRET=1", allow_module_level=True)
 
 from bigkern.triton_kernels import adam, attention, attention_tiles, launch, layernorm_ffn
-from bigkern.triton_kernels.norm import LONGEST_BACKWARD, LONGEST_FORWARD
+from bigkern.triton_kernels.norm import LONGEST_FORWARD
 
 DEVICE = device_of("triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -136,9 +136,7 @@ def check_norm(x: Tensor, residual: Tensor | None, weight: Any, bias: Any, kind:
 
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("M", "N"), [(1, 7), (7, 1), (63, 129), (130, 64), (20, 1023), (3, LONGEST_BACKWARD + 5)]
-)
+@pytest.mark.parametrize(("M", "N"), [(1, 7), (7, 1), (63, 129), (130, 64), (20, 1023), (3, 8200)])
 def test_norm(kind: str, dtype: torch.dtype, M: int, N: int) -> None:
     x, residual = draw(M, N, dtype=dtype) + 1, draw(M, N, dtype=dtype)
     weight, bias = draw(N, dtype=dtype), draw(N, dtype=dtype) if kind == "layer" else None

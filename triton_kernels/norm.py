@@ -12,7 +12,7 @@ from .norm_backward import norm_backward_kernel, norm_backward_long_kernel, norm
 from .rows import affine, column_sum, dense_rows, programs
 
 LONGEST_FORWARD = 16384  # columns that a program keeps in registers
-LONGEST_BACKWARD = 8192
+LONGEST_BACKWARD = {2: 8192, 4: 4096}  # by bytes an element: the inputs wait in registers as they are
 CHUNK = 4096  # columns that a program looks at together in longer rows
 
 
@@ -138,8 +138,9 @@ def norm_backward(
     dy, dsum, s, weight = dense_rows(dy), dense_rows(dsum), dense_rows(s), dense_rows(weight)
     mean = mean if kind == "layer" else None
     dx = s.new_empty(M, N)
-    long = N > LONGEST_BACKWARD
-    BM, BN, warps = (16, 64, 4) if long else row_tile(N, 2048)
+    longest = LONGEST_BACKWARD[s.element_size()]
+    long = longest < N
+    BM, BN, warps = (16, 64, 4) if long else row_tile(N, 1024)
     tiles = triton.cdiv(N, BN) if long else 1
     P = programs(s, M, BM, tiles, warps)
     dweight, dbias = (

@@ -52,15 +52,15 @@ def norm_backward_kernel(
         dy_tile, xhat, g, r, exists = load_normalized(
             dy, s, weight, mean, rstd, dy_row, s_row, rows, columns, M, N
         )
+        if dweight is not None:
+            sum_weight += dy_tile * xhat
+        if dbias is not None:
+            sum_bias += dy_tile
         mean_gx = (tl.sum(g * xhat, 1) / N)[:, None]
         mean_g = 0.0
         if mean is not None:
             mean_g = (tl.sum(g, 1) / N)[:, None]
         store_dx(dx, dsum, g, xhat, r, mean_g, mean_gx, dsum_row, rows, columns, N, exists)
-        if dweight is not None:
-            sum_weight += dy_tile * xhat
-        if dbias is not None:
-            sum_bias += dy_tile
     at = program.to(tl.int64) * N + columns
     if dweight is not None:
         tl.store(dweight + at, tl.sum(sum_weight, 0), mask=columns < N)
