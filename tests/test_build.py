@@ -1,0 +1,36 @@
+"""What setup.py says before it builds anything: wrong settings and missing tools are named."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def setup(**environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "--version"]
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def test_an_unknown_setting_is_named() -> None:
+    done = setup(BIGKERN_CUDA="maybe")
+    assert done.returncode != 0
+    assert "BIGKERN_CUDA must be auto, 0 or 1, not 'maybe'" in done.stderr
+
+
+def test_cuda_demanded_and_missing_is_an_error_that_names_it() -> None:
+    done = setup(BIGKERN_CUDA="1", CUDA_HOME="/nonexistent")
+    assert done.returncode != 0
+    missing = "built without CUDA" if torch.version.cuda is None else "there is no nvcc in /nonexistent/bin"
+    assert missing in done.stderr
+
+
+def test_without_cuda_the_settings_pass() -> None:
+    assert setup(BIGKERN_CUDA="0").returncode == 0
