@@ -45,7 +45,7 @@ export -f layouts
 step layouts 60 bash -c layouts
 step doctor 60 "$python" -m bigkern doctor --verify
 cp "$out/cache/bigkern/evidence.json" "$out/" 2>/dev/null
-step tests 200 "$python" -m pytest ../tests -x -q -p no:cacheprovider -k "not simt and not train and not gate"
+step tests 200 "$python" -m pytest ../tests -q -p no:cacheprovider -k "not simt and not train and not gate"
 "$python" ../tests/parity_table.py >"$out/parity.txt" 2>&1 && cp ../build/parity.csv "$out/"
 for tool in memcheck racecheck; do
   step "sanitizer-$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
