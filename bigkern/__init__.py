@@ -11,9 +11,11 @@ Every op falls back to stock PyTorch where that is faster, or where a kernel is 
 """
 
 from bigkern import nn, optim
-from bigkern.ops.attention import attention, scaled_dot_product_attention
+from bigkern.ops.attention import attention
 from bigkern.ops.layernorm_ffn import layernorm_ffn
 from bigkern.ops.norm import layer_norm, rms_norm
+from bigkern.ops.sdpa import scaled_dot_product_attention
+from bigkern.ops.varlen_attention import varlen_attention
 from bigkern.patch import patch, unpatch
 from bigkern.registry import BackendRefused, explain, use
 
@@ -32,4 +34,5 @@ __all__ = [
     "scaled_dot_product_attention",
     "unpatch",
     "use",
+    "varlen_attention",
 ]

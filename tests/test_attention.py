@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import random
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 import bigkern
 from bigkern import info
 from bigkern.ops import attention as op
+from bigkern.ops.attention_arguments import bind
 from bigkern.reference import attention as reference
 
 NATIVE = [name for name in BACKENDS if name in ("cpu", "torch", "cuda")]  # fast enough for large tensors
@@ -31,6 +33,10 @@ KERNELS = pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 class Case:
     """The arguments of one call; ``check(Case(...), backend)`` repeats it exactly."""
 
+    def __str__(self) -> str:
+        changed = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+        return "-".join(f"{name}={getattr(self, name)}" for name in changed) or "plain"
+
     dtype: torch.dtype = torch.float32
     B: int = 1
     Hq: int = 2
@@ -41,13 +47,32 @@ class Case:
     Dv: int = 32
     causal: str = "none"
     mask: str = ""  # "", "full", "keys" (one row for all queries) or "dead" (some rows see nothing)
-    bias: str = ""  # "", "full", "keys" or "heads" (one for all batches)
+    bias: str = ""  # "", "full", "keys", "heads" (one for all batches) or "rows" (one for all keys)
+    bias_grad: bool = False
+    window: tuple[int | None, int | None] | None = None
+    softcap: float = 0.0
+    alibi: str = ""  # "", "heads" or "batches" (slopes of their own)
+    sinks: bool = False
+    dropout: float = 0.0
+    lse_grad: bool = False
+    lengths: tuple[tuple[int, int], ...] = ()  # (Sq, Sk) of packed sequences; then B, Sq and Sk do not count
     scale: float | None = None
     layout: str = "bshd"  # "bhsd", "bshd", "sliced" (last stride 2) or "expanded" (k and v stride 0)
     seed: int = 0
 
     def tensors(self, device: torch.device) -> dict[str, Tensor | None]:
-        """q, k, v, mask, bias and do; the same numbers on every device."""
+        """Every tensor of the call, and the gradients of its results; the same numbers on every device."""
+        if self.lengths:
+            totals = [sum(lengths) for lengths in zip(*self.lengths, strict=True)]
+            found = replace(self, lengths=(), B=1, Sq=totals[0], Sk=totals[1], alibi="").tensors(device)
+            for name, lengths in zip(
+                ("cu_seqlens_q", "cu_seqlens_k"), zip(*self.lengths, strict=True), strict=True
+            ):
+                ends = torch.tensor([0, *lengths]).cumsum(0)
+                found[name] = ends.to(device, torch.int32)
+            if self.alibi:
+                found["alibi_slopes"] = self.slopes(len(self.lengths)).to(device)
+            return found
         generator = torch.Generator().manual_seed(self.seed)
 
         def values(*shape: int) -> Tensor:
@@ -73,79 +98,167 @@ class Case:
             "dead": (self.B, 1, self.Sq, self.Sk),
             "heads": (self.Hq, self.Sq, self.Sk),
             "keys": (self.B, 1, 1, self.Sk),
+            "rows": (self.Hq, self.Sq, 1),
         }
         found["mask"] = torch.rand(shapes[self.mask], generator=generator) < 0.8 if self.mask else None
         if self.mask == "dead" and self.Sq > 0:
             found["mask"][:, :, torch.rand(self.Sq, generator=generator) < 0.3] = False  # type: ignore[index]
             found["mask"][:, :, 0] = False  # type: ignore[index]
         found["bias"] = values(*shapes[self.bias]) if self.bias else None
+        found["alibi_slopes"] = self.slopes(self.B) if self.alibi else None
+        found["sinks"] = torch.randn(self.Hq, generator=generator) if self.sinks else None
+        found["dlse"] = torch.randn(self.B, self.Hq, self.Sq, generator=generator) if self.lse_grad else None
         return {name: None if x is None else x.to(device) for name, x in found.items()}
 
+    def slopes(self, B: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        shape = (B, self.Hq) if self.alibi == "batches" else (self.Hq,)
+        return torch.rand(shape, generator=generator)
 
-@dataclass
-class Results:
-    o: Tensor
-    lse: Tensor
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
+    def options(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """The public function's keyword arguments."""
+        given = {name: tensors[name] for name in ("mask", "bias") if not self.lengths}
+        given |= {name: tensors[name] for name in ("alibi_slopes", "sinks")}
+        numbers = {name: getattr(self, name) for name in ("causal", "window", "softcap", "scale")}
+        return given | numbers | {"dropout_p": self.dropout, "seed": self.seed, "offset": 3}
+
+
+Results = dict[str, Tensor]  # o, lse and the gradients
 
 
 def leaves(tensors: dict[str, Any], *names: str) -> list[Tensor]:
     return [tensors[name].detach().requires_grad_() for name in names]
 
 
+def with_gradients(case: Case) -> list[str]:
+    optional = [name for name, asked in (("bias", case.bias_grad), ("sinks", case.sinks)) if asked]
+    return ["q", "k", "v", *optional]
+
+
+def differentiate(case: Case, tensors: dict[str, Any], call: Callable[[dict[str, Any]], Any]) -> Results:
+    """o, lse and all gradients of ``call(tensors) -> (o, lse)``, with NaN in all free memory."""
+    names = with_gradients(case)
+    inputs = dict(zip(names, leaves(tensors, *names), strict=True))
+    poisoned_empty_memory()
+    o, lse = call(tensors | inputs)
+    poisoned_empty_memory()
+    results, upstream = (o,), (tensors["do"],)
+    if tensors["dlse"] is not None:
+        results, upstream = (o, lse), (tensors["do"], tensors["dlse"].to(lse))
+    grads = torch.autograd.grad(results, list(inputs.values()), upstream)
+    return {"o": o, "lse": lse} | {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
+
+
 def ours(case: Case, backend: str) -> Results:
-    """Forward and backward by the public function, with NaN in all free memory."""
-    tensors = case.tensors(device_of(backend))
-    q, k, v = leaves(tensors, "q", "k", "v")
-    options: dict[str, Any] = {"causal": case.causal, "mask": tensors["mask"], "bias": tensors["bias"]}
+    """Forward and backward by the public function."""
+
+    def call(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        q, k, v = (given[name] for name in ("q", "k", "v"))
+        if not case.lengths:
+            return bigkern.attention(q, k, v, **case.options(given), return_lse=True)  # type: ignore[return-value]
+        packed = [x.squeeze(0).transpose(0, 1) for x in (q, k, v)]
+        ends = (given["cu_seqlens_q"], given["cu_seqlens_k"])
+        o, lse = bigkern.varlen_attention(*packed, *ends, **case.options(given), return_lse=True)
+        return o.transpose(0, 1).unsqueeze(0), lse.unsqueeze(0)
+
     with run_backend("attention", backend):
-        poisoned_empty_memory()
-        o, lse = bigkern.attention(q, k, v, **options, scale=case.scale, return_lse=True)
-        poisoned_empty_memory()
-        dq, dk, dv = torch.autograd.grad(o, (q, k, v), tensors["do"])
-    return Results(o, lse, dq, dk, dv)
+        return differentiate(case, case.tensors(device_of(backend)), call)
 
 
-def arguments(case: Case, tensors: dict[str, Any], dtype: torch.dtype) -> tuple[Any, ...]:
-    """The op's arguments in another dtype."""
+def arguments(case: Case, tensors: dict[str, Any]) -> tuple[Any, ...]:
+    """The op's arguments."""
+    q, k, v = (tensors[name] for name in ("q", "k", "v"))
+    if not case.lengths:
+        return bind(q, k, v, **case.options(tensors))
+    packed = [x.squeeze(0).transpose(0, 1) for x in (q, k, v)]
+    return bind(*packed, tensors["cu_seqlens_q"], tensors["cu_seqlens_k"], **case.options(tensors))
 
-    def cast(x: Tensor | None) -> Tensor | None:
-        return x if x is None or x.dtype == torch.bool else x.to(dtype)
 
-    q, k, v, mask, bias = (cast(tensors[name]) for name in ("q", "k", "v", "mask", "bias"))
-    return op.bind(q, k, v, mask=mask, bias=bias, causal=case.causal, scale=case.scale)
+def by_reference(case: Case, dtype: torch.dtype, backend: str) -> Results:
+    """The specification in another dtype."""
+    tensors = case.tensors(device_of(backend))
+    for name in ("q", "k", "v", "bias", "do", "dlse"):
+        if tensors[name] is not None:
+            tensors[name] = tensors[name].to(dtype)  # type: ignore[union-attr]
+    args = arguments(case, tensors)
+    o, lse = reference.attention(*args)
+    do, dlse = tensors["do"], None if tensors["dlse"] is None else tensors["dlse"].to(lse)
+    dq, dk, dv, dbias = reference.attention_backward(do, dlse, *args[:3], o, lse, case.bias_grad, *args[3:])
+    results = {"o": o, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    if case.bias_grad:
+        results["dbias"] = dbias.view(tensors["bias"].shape)  # type: ignore[union-attr]
+    if case.sinks:
+        results["dsinks"] = reference.sinks_gradient(do, dlse, o, lse, args[6])  # type: ignore[arg-type]
+    return results
 
 
 def exact(case: Case, backend: str) -> Results:
-    """The specification in float64."""
-    tensors = case.tensors(device_of(backend))
-    args = arguments(case, tensors, torch.float64)
-    o, lse = reference.attention(*args)
-    do = tensors["do"].double()  # type: ignore[union-attr]
-    dq, dk, dv, _ = reference.attention_backward(do, *args[:3], o, lse, *args[3:])
-    return Results(o, lse, dq, dk, dv)
+    return by_reference(case, torch.float64, backend)
 
 
 def stock(case: Case, backend: str) -> Results:
-    """Stock PyTorch in the case's own precision; where a row sees nothing, what it should have given."""
+    """Stock PyTorch in the case's own precision: scores, softmax and products one by one.
+
+    Where torch's own function can do the call, its results; where a row sees nothing, what it should have
+    given. Beyond that, the math written in torch, storing what torch's modules would: in the case's dtype.
+    """
     tensors = case.tensors(device_of(backend))
-    q, k, v, mask, bias, scale, causal = arguments(case, tensors, case.dtype)
-    allowed = torch.ones(case.B, case.Hq, case.Sq, case.Sk, dtype=torch.bool, device=q.device)
-    if mask is not None:
-        allowed = allowed & mask
-    if causal != "none":
-        allowed = allowed & reference.causal_mask(case.Sq, case.Sk, causal, q.device)
+    args = arguments(case, tensors)
+    rules = reference.Rules(*args[3:])
+    beyond = case.softcap or case.sinks or case.dropout or case.lse_grad or case.lengths
+    if beyond:
+        return differentiate(case, tensors, lambda given: composed(case, given))
+    allowed = reference.visible(case.Sq, case.Sk, rules, args[0].device)
+    allowed = (
+        torch.ones(case.Sq, case.Sk, dtype=torch.bool, device=args[0].device) if allowed is None else allowed
+    )
+    allowed = allowed if rules.mask is None else allowed & rules.mask
     dead = ~allowed.any(-1, keepdim=True)
     if bool(dead.any()):
-        mask, causal = allowed | dead, "none"
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    o = op.stock(q, k, v, mask, bias, scale, causal)
-    do = tensors["do"].masked_fill(dead, 0.0)  # type: ignore[union-attr]
-    dq, dk, dv = torch.autograd.grad(o, (q, k, v), do)
-    lse = reference.attention(*arguments(case, tensors, case.dtype))[1]
-    return Results(o.masked_fill(dead, 0.0), lse, dq, dk, dv)
+        tensors["mask"] = allowed | dead
+        case = replace(case, causal="none", window=None)
+        tensors["do"] = tensors["do"].masked_fill(dead, 0.0)  # type: ignore[union-attr]
+
+    def call(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        bound = arguments(case, given)
+        return op.stock(*bound), reference.attention(*bound)[1]
+
+    lse = reference.attention(*args)[1]
+    results = differentiate(case, tensors, call)
+    return results | {"o": results["o"].masked_fill(dead, 0.0), "lse": lse}
+
+
+def composed(case: Case, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Attention as one would write it in torch in the case's dtype, sequence by sequence."""
+    q, k, v, *flat = arguments(case, given)
+    rules = reference.Rules(*flat)
+    if not case.lengths:
+        return composed_of(q, k, v, rules, 0)
+    parts = [
+        composed_of(q[..., rows, :], k[..., keys, :], v[..., keys, :], own, b)
+        for b, (rows, keys, own) in enumerate(reference.sequences(rules))
+    ]
+    o, lse = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+    return o, lse
+
+
+def composed_of(q: Tensor, k: Tensor, v: Tensor, rules: reference.Rules, first: int) -> tuple[Tensor, Tensor]:
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    x = q @ k.transpose(-1, -2) * rules.scale
+    if rules.softcap:
+        x = rules.softcap * torch.tanh(x / rules.softcap)
+    s = reference.restricted(x, rules).float()
+    if rules.sinks is not None:
+        s = torch.cat([s, rules.sinks.view(1, -1, 1, 1).expand(*s.shape[:3], 1)], -1)
+    lse = torch.logsumexp(s.detach(), -1) if s.shape[-1] else s.new_full(s.shape[:-1], float("-inf"))
+    dead = torch.isneginf(lse).unsqueeze(-1)
+    s = s.masked_fill(dead, 0.0)
+    p = torch.softmax(s, -1)[..., : k.shape[2]].masked_fill(dead, 0.0)
+    if s.requires_grad and s.shape[-1]:
+        lse = torch.where(dead.squeeze(-1), lse, torch.logsumexp(s, -1))
+    p = reference.drop(p, rules, first).to(q.dtype)
+    return p @ v, lse
 
 
 FEW = 8  # numbers: of so few, stock's may all be exact by luck, and the rule compares with their error
@@ -154,11 +267,12 @@ FEW = 8  # numbers: of so few, stock's may all be exact by luck, and the rule co
 def check(case: Case, backend: str) -> None:
     """Hold a backend to the parity rule on one call: output, log-sum-exp and all gradients."""
     mine, right, theirs = ours(case, backend), exact(case, backend), stock(case, backend)
-    for name in ("o", "lse", "dq", "dk", "dv"):
-        if name == "lse" and right.lse.numel() < FEW:
+    assert mine.keys() == right.keys()
+    for name in right:
+        if name in ("lse", "dsinks") and right[name].numel() < FEW:
             continue
-        results = [getattr(results, name) for results in (mine, right, theirs)]
-        if name in ("dq", "dk") and vanishes(right.dq):
+        results = [results[name] for results in (mine, right, theirs)]
+        if name in ("dq", "dk") and vanishes(right["dq"]):
             assert_only_rounding(case, results[0])
         else:
             assert_parity("attention", backend, name, *results, grad=name.startswith("d"))
@@ -202,7 +316,38 @@ SMALL = [
     Case(D=256, Dv=256, Sq=9, Sk=40),
     Case(B=2, layout="sliced"),
     Case(B=2, Hq=4, Hkv=2, layout="expanded"),
-]
+    # one feature beyond dot products at a time ...
+    Case(B=2, bias="heads", bias_grad=True),  # summed over batches
+    Case(Hq=4, Hkv=2, bias="full", bias_grad=True, causal="top_left", mask="dead"),
+    Case(B=2, bias="keys", bias_grad=True, Sq=70, Sk=40),
+    Case(bias="rows", bias_grad=True, sinks=True, Sq=20, Sk=70),  # without a sink its gradient is 0
+    Case(window=(5, 3)),
+    Case(window=(7, None), causal="bottom_right", Sq=40, Sk=70),
+    Case(window=(0, 0), Sq=70, Sk=70),
+    Case(window=(None, 4), Sq=33, Sk=20),  # the first rows see nothing
+    Case(window=(2, 0), causal="top_left", Sq=70, Sk=20),  # and here the last ones
+    Case(softcap=0.7),
+    Case(softcap=2.0, causal="top_left", scale=1.0, Sq=70, Sk=70),
+    Case(alibi="heads", causal="top_left"),
+    Case(B=2, alibi="batches", Sq=20, Sk=70),
+    Case(sinks=True, Hq=4, causal="bottom_right", Sq=40, Sk=20),  # rows with nothing but a sink
+    Case(sinks=True, B=2, Hq=8, Hkv=2, mask="dead"),
+    Case(dropout=0.3),
+    Case(B=2, Hq=4, Hkv=2, dropout=0.8, causal="bottom_right", Sq=20, Sk=70),
+    Case(lse_grad=True, causal="top_left", Sk=20),
+    Case(lengths=((5, 5), (0, 0), (40, 40), (1, 1))),
+    Case(lengths=((5, 9), (0, 7), (9, 0), (33, 70)), causal="bottom_right", Hq=4),
+    Case(lengths=((70, 30), (3, 3)), causal="top_left", window=(9, 0), layout="bhsd"),
+    # ... and all together
+    Case(
+        B=2, Hq=4, bias="heads", bias_grad=True, mask="full", window=(20, 10), softcap=1.5, alibi="batches",
+        sinks=True, dropout=0.2, lse_grad=True, Sq=40, Sk=50,
+    ),
+    Case(
+        lengths=((20, 30), (0, 4), (33, 33)), Hq=4, causal="bottom_right", window=(12, None), softcap=1.5,
+        alibi="batches", sinks=True, dropout=0.2, lse_grad=True,
+    ),
+]  # fmt: skip
 
 LARGE = [
     Case(B=2, Hq=3, Hkv=3, Sq=129, Sk=129, D=64, Dv=64, causal="top_left"),
@@ -234,8 +379,12 @@ def random_case(seed: int, largest: int) -> Case:
     """Anything the contract allows, with sizes up to ``largest``."""
     draw = random.Random(seed)
     size = lambda: draw.choice([1, draw.randint(1, 16), draw.randint(1, largest)])  # noqa: E731
+    side = lambda: draw.choice([None, 0, draw.randint(1, largest)])  # noqa: E731
     Hkv = draw.choice([1, 2, 3])
     D = draw.choice([1, 8, 40, 64, draw.randint(1, 96), 128])
+    packed = draw.random() < 0.2
+    lengths = tuple((draw.choice([0, size()]), draw.choice([0, size()])) for _ in range(draw.randint(1, 4)))
+    bias = "" if packed else draw.choice(["", "", "full", "keys", "heads", "rows"])
     return Case(
         dtype=draw.choice(DTYPES),
         B=draw.choice([1, 2]),
@@ -246,8 +395,16 @@ def random_case(seed: int, largest: int) -> Case:
         D=D,
         Dv=draw.choice([D, draw.randint(1, 96)]),
         causal=draw.choice(["none", "top_left", "bottom_right"]),
-        mask=draw.choice(["", "", "full", "keys", "dead"]),
-        bias=draw.choice(["", "", "full", "keys", "heads"]),
+        mask="" if packed else draw.choice(["", "", "full", "keys", "dead"]),
+        bias=bias,
+        bias_grad=bias not in ("", "rows") and draw.random() < 0.5,
+        window=draw.choice([None, None, (side(), side())]),
+        softcap=draw.choice([0.0, 0.0, 0.0, 1.5]),
+        alibi=draw.choice(["", "", "", "heads", "batches"]),
+        sinks=draw.random() < 0.2,
+        dropout=draw.choice([0.0, 0.0, 0.0, 0.1, 0.7]),
+        lse_grad=draw.random() < 0.2,
+        lengths=lengths if packed else (),
         scale=draw.choice([None, None, 0.3, -0.2]),
         layout=draw.choice(["bhsd", "bshd", "sliced", "expanded"]),
         seed=seed,
@@ -277,13 +434,13 @@ def test_fuzz(backend: str, seed: int) -> None:
 def test_rows_that_see_nothing(dtype: torch.dtype, causal: str, backend: str) -> None:
     case = Case(dtype=dtype, Sq=40, Sk=20, mask="dead", causal=causal)
     mine, right = ours(case, backend), exact(case, backend)
-    dead = torch.isneginf(right.lse)
+    dead = torch.isneginf(right["lse"])
     assert bool(dead.any())
     assert not bool(dead.all())
-    assert torch.equal(torch.isneginf(mine.lse), dead)
-    assert not mine.o[dead].any()
-    assert not mine.dq[dead].any()
-    assert all(bool(x.isfinite().all()) for x in (mine.o, mine.dq, mine.dk, mine.dv))
+    assert torch.equal(torch.isneginf(mine["lse"]), dead)
+    assert not mine["o"][dead].any()
+    assert not mine["dq"][dead].any()
+    assert all(bool(x.isfinite().all()) for x in (mine["o"], mine["dq"], mine["dk"], mine["dv"]))
 
 
 @EVERY
@@ -347,7 +504,7 @@ def test_extreme_scores(dtype: torch.dtype, backend: str) -> None:
 def test_the_same_twice(backend: str) -> None:
     case = Case(Hq=4, Hkv=2, Sq=50, Sk=60, causal="bottom_right")
     first, again = ours(case, backend), ours(case, backend)
-    assert all(torch.equal(getattr(first, x), getattr(again, x)) for x in ("o", "lse", "dq", "dk", "dv"))
+    assert all(torch.equal(first[x], again[x]) for x in first)
 
 
 @pytest.mark.skipif(info.import_error is not None, reason="the extension is not built")
@@ -375,7 +532,7 @@ def test_gradients_of_some_inputs(backend: str) -> None:
         with torch.no_grad():
             assert not bigkern.attention(q, k, v).requires_grad
         assert not bigkern.attention(q, k.detach(), v).requires_grad
-    torch.testing.assert_close(dk, ours(Case(causal="top_left"), backend).dk)
+    torch.testing.assert_close(dk, ours(Case(causal="top_left"), backend)["dk"])
 
 
 @KERNELS
@@ -426,7 +583,7 @@ def test_bias_gradient(shape: tuple[int, ...]) -> None:
         bigkern.attention(q, k, v, bias=bias, causal=True), (q, bias), tensors["do"], allow_unused=True
     )
     wide = [x.detach().double() for x in (q, k, v, bias)]
-    args = op.bind(*wide[:3], bias=wide[3], causal=True)
+    args = bind(*wide[:3], bias=wide[3], causal=True)
     o, lse = reference.attention(*args)
     do = tensors["do"].double()  # type: ignore[union-attr]
     dq, _, _, dbias = reference.attention_backward(do, *args[:3], o, lse, *args[3:], bias_grad=True)
@@ -445,7 +602,7 @@ def test_opcheck(features: str, backend: str) -> None:
         case = replace(case, Hq=4, mask="full", bias="heads", causal="bottom_right", dtype=torch.bfloat16)
     tensors = case.tensors(device_of(backend))
     q, k, v = leaves(tensors, "q", "k", "v")
-    args = op.bind(q, k, v, mask=tensors["mask"], bias=tensors["bias"], causal=case.causal, scale=case.scale)  # type: ignore[arg-type]
+    args = bind(q, k, v, mask=tensors["mask"], bias=tensors["bias"], causal=case.causal, scale=case.scale)  # type: ignore[arg-type]
     with run_backend("attention", backend):
         torch.library.opcheck(torch.ops.bigkern.attention.default, args)
         o, lse = torch.ops.bigkern.attention(*args)

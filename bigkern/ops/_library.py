@@ -35,6 +35,7 @@ def define(schema: str) -> None:
 
 def define_native(schema: str) -> None:
     """Define an op that only compiled kernels implement: a piece that a backend composes."""
+    schema = schema.replace("SymInt", "int")  # a kernel is given numbers
     NATIVE.define(schema)
     SCHEMAS.append(schema)
 
@@ -58,6 +59,7 @@ _NOT_LOADED = None if info.import_error is None else info.summary()
 _NO_CUDA_KERNELS = None if info.has_cuda_kernels() else info.summary()
 _NO_TRITON = None if importlib.util.find_spec("triton") is not None else "triton is not installed"
 _TRITON_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter, for tests
+DEBUG = os.environ.get("BIGKERN_DEBUG", "0") != "0"  # check what can only be seen by waiting for the GPU
 
 
 def unavailable(backend: str, tensor: Tensor) -> registry.Reason:

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kRowsPerBlock* kWarpSize)
       delta += to_float(dout.data[i * dout.stride + c]) * to_float(o.data[i * o.stride + c]);
     }
     delta = warp_sum(delta);
-    lse = call.lse[(b * shape.Hq + h) * shape.Sq + i];
+    lse = call.lse.data[(b * shape.Hq + h) * shape.Sq + i];
   }
   if (lane() == 0) {
     float* const statistics = static_cast<float*>(call.workspace);

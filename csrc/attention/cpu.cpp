@@ -17,7 +17,7 @@ constexpr ForwardKernel* forwards[] = BIGKERN_PER_ISA(forward);
 constexpr BackwardKernel* backwards[] = BIGKERN_PER_ISA(backward);
 
 size_t forward_workspace(const Shape& s, int threads) {
-  if (decodes(s)) return decode_workspace(s, threads);
+  if (decodes(s)) return spans_workspace(s, threads);
   return scratch_bytes<ForwardScratch>(s) * static_cast<size_t>(threads);
 }
 
@@ -35,5 +35,8 @@ void forward(const Forward& call, const Parallel& parallel) {
 void backward(const Backward& call, const Parallel& parallel) {
   backwards[static_cast<int>(isa())](call, worthwhile(call.shape, parallel));
 }
+
+size_t decode_workspace(const Shape&, int) { return 0; }
+void decode(const Decode&, const Parallel&) {}
 
 }  // namespace bigkern::attention::cpu

@@ -33,7 +33,7 @@ void load_lanes(const Backward& call, const QueryTile& tile, const BackwardScrat
   std::fill_n(f.delta, kLanes, 0.0f);
   for (int64_t lane = 0; lane < tile.rows; ++lane) {
     const Row row = row_of(s, tile, lane);
-    const float lse = call.lse[(tile.batch * s.Hq + row.head) * s.Sq + row.index];
+    const float lse = call.lse.data[(tile.batch * s.Hq + row.head) * s.Sq + row.index];
     f.lse[lane] = lse == -__builtin_inff() ? 0.0f : lse;  // and where nothing was seen
     vf delta = zero();
     for (int64_t d = 0; d < s.Dv; d += W) {

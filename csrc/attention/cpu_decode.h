@@ -166,7 +166,7 @@ void join_spans(const Forward& call, const QueryTile& tile, float* results, int6
       store_some(o.row[r] + d, sum == 0 ? zero() : x / sum, s.Dv - d);
     }
     const Row row = row_of(s, tile, r);
-    call.lse[(tile.batch * s.Hq + row.head) * s.Sq + row.index] = max + log(set1(sum))[0];
+    call.lse.data[(tile.batch * s.Hq + row.head) * s.Sq + row.index] = max + log(set1(sum))[0];
   }
 }
 

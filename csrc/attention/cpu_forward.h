@@ -53,7 +53,7 @@ void finish_tile(const Forward& call, const QueryTile& tile, const ForwardScratc
   unpack_lanes(f.o, f.rescale, s.Dv, TileRows<T>(call.o, s, tile));
   for (int64_t lane = 0; lane < tile.rows; ++lane) {
     const Row row = row_of(s, tile, lane);
-    call.lse[(tile.batch * s.Hq + row.head) * s.Sq + row.index] = f.max[lane];
+    call.lse.data[(tile.batch * s.Hq + row.head) * s.Sq + row.index] = f.max[lane];
   }
 }
 

@@ -51,7 +51,7 @@ T* row_at(const View<void*>& x, int64_t batch, const Row& at) {
   return static_cast<T*>(x.data) + batch * x.batch + at.head * x.head + at.index * x.row;
 }
 template <class T>
-const T* row_at(const Broadcast& x, int64_t batch, const Row& at) {
+const T* row_at(const Broadcast<const void*>& x, int64_t batch, const Row& at) {
   return static_cast<const T*>(x.data) + batch * x.batch + at.head * x.head + at.index * x.row;
 }
 
@@ -79,8 +79,8 @@ struct Horizon {
   Horizon(const Shape& s, const QueryTile& tile) : all(s.Sk), any(0) {
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       int64_t end = lane < tile.rows ? s.Sk : 0;
-      if (lane < tile.rows && s.causal != Causal::none) {
-        const int64_t visible = row_of(s, tile, lane).index + s.diagonal() + 1;
+      if (lane < tile.rows && s.right < kUnlimited) {
+        const int64_t visible = row_of(s, tile, lane).index + s.sequence(0).offset + s.right + 1;
         end = std::clamp<int64_t>(visible, 0, s.Sk);
       }
       if (lane < tile.rows) all = std::min(all, end);
@@ -177,7 +177,7 @@ inline int64_t decode_spans(const Shape& s, int threads) {
   return std::clamp<int64_t>(ceil_div(threads, heads), 1, std::max<int64_t>(1, s.Sk / kLeastKeys));
 }
 
-inline size_t decode_workspace(const Shape& s, int threads) {
+inline size_t spans_workspace(const Shape& s, int threads) {
   const int64_t results = std::max<int64_t>(threads, s.B * s.Hkv * decode_spans(s, threads));
   return scratch_bytes<DecodeScratch>(s) * static_cast<size_t>(threads) +
          static_cast<size_t>(results * rows_of_group(s) * DecodeRow::floats(s)) * sizeof(float);

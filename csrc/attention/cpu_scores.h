@@ -17,7 +17,7 @@ void forbid_future(const Horizon& horizon, const KeyBlock& block, int64_t lanes,
 }
 
 // Whether all lanes of the tile read the same row of a broadcast tensor.
-inline bool one_row(const Shape& s, const QueryTile& tile, const Broadcast& b) {
+inline bool one_row(const Shape& s, const QueryTile& tile, const Broadcast<const void*>& b) {
   const bool one_head = row_of(s, tile, 0).head == row_of(s, tile, tile.rows - 1).head;
   return b.row == 0 && (b.head == 0 || one_head);
 }
@@ -25,8 +25,9 @@ inline bool one_row(const Shape& s, const QueryTile& tile, const Broadcast& b) {
 // Calls f(value, scores, count) for each entry of a broadcast tensor and the scores [count] it
 // applies to.
 template <class T, class F>
-ATTENTION_INLINE void for_each_entry(const Shape& s, const QueryTile& tile, const Broadcast& b,
-                                     const KeyBlock& block, float* x, const F& f) {
+ATTENTION_INLINE void for_each_entry(const Shape& s, const QueryTile& tile,
+                                     const Broadcast<const void*>& b, const KeyBlock& block,
+                                     float* x, const F& f) {
   const bool shared = one_row(s, tile, b);
   for (int64_t lane = shared ? 0 : block.lane; lane < (shared ? 1 : tile.rows); ++lane) {
     const T* entry = row_at<T>(b, tile.batch, row_of(s, tile, lane)) + block.first * b.column;

@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(Tile<T, D>::THREADS, MASKED ? 1 : Tile<T, D>::
     inverse[half] = empty ? 0.0f : 1.0f / l;
     const int i = i_strip + row_of(2 * half);
     if (i < shape.Sq && lane() % 4 == 0 && column0 == 0) {
-      call.lse[(int64_t(b) * Hq + h) * shape.Sq + i] =
+      call.lse.data[(int64_t(b) * Hq + h) * shape.Sq + i] =
           empty ? -INFINITY : row.m[half] / kUnit<T> + logf(l);
     }
   }

@@ -10,7 +10,6 @@ namespace bigkern::attention::cuda {
 // Query i sees keys j <= i + diagonal. Lengths stay below kMaxLength, so that without a causal rule
 // a diagonal of kMaxLength lets every query see every key, and no sum of an index and a diagonal
 // overflows.
-constexpr int kMaxLength = 1 << 30;
 
 // Scores are kept times kUnit: log2(e) for 16-bit inputs, so that exp costs one instruction. For
 // float32 that is too rough: a score of 500 would be rounded a second time, and p with it by 3e-5.
@@ -110,7 +109,7 @@ struct Kernel {
 };
 
 inline int diagonal_of(const Shape& shape) {
-  return shape.causal == Causal::none ? kMaxLength : int(shape.diagonal());
+  return int(std::min(shape.sequence(0).offset + shape.right, kMaxLength));
 }
 
 // Launches the table's first kernel that can do this call, one block for each `rows` of the S rows

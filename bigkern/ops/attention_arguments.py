@@ -1,0 +1,257 @@
+"""What attention may be called with: the checks, and the op's own form of the arguments."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bigkern.ops._library import DEBUG
+
+Causal = Literal[False, True, "none", "top_left", "bottom_right"]
+Window = tuple[int | None, int | None]
+
+_CAUSAL = {
+    False: "none",
+    True: "top_left",
+    "none": "none",
+    "top_left": "top_left",
+    "bottom_right": "bottom_right",
+}
+
+
+def bind(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    causal: Causal = False,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    window: Window | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    offset: int = 0,
+    return_lse: bool = False,
+) -> tuple[Any, ...]:
+    """Check a public call and turn it into the op's arguments: q, k, v and :class:`Rules`, flat.
+
+    With cumulative lengths, q, k and v are packed, ``[total, H, D]``, and leave as ``[1, H, total, D]``.
+    """
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    if packed:
+        q, k, v = (_unpacked(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    check_tensors(q, k, v)
+    B, Hq, Sq, D = q.shape
+    Bk, Hkv, Sk, Dk = k.shape
+    Bv, Hv, Sv, _Dv = v.shape
+    if Bk != B or Dk != D:
+        raise ValueError(f"k must be [{B}, Hkv, Sk, {D}] to match q {tuple(q.shape)}, not {tuple(k.shape)}")
+    if Bv != Bk or Hv != Hkv or Sv != Sk:
+        raise ValueError(f"v must be [{Bk}, {Hkv}, {Sk}, Dv] to match k, not {tuple(v.shape)}")
+    if Hkv == 0 or Hq % Hkv != 0:
+        raise ValueError(f"q's head count {Hq} must be a multiple of k's and v's, {Hkv}")
+    if packed:
+        if mask is not None or bias is not None:
+            raise ValueError(f"{'bias' if mask is None else 'mask'} cannot be given for packed sequences")
+        cu_seqlens_q = cumulative("cu_seqlens_q", cu_seqlens_q, Sq, q.device)
+        cu_seqlens_k = cumulative("cu_seqlens_k", cu_seqlens_k, Sk, q.device)
+        if cu_seqlens_k.shape != cu_seqlens_q.shape:
+            wanted, have = cu_seqlens_q.shape[0], cu_seqlens_k.shape[0]
+            raise ValueError(f"cu_seqlens_k must have as many entries as cu_seqlens_q, {wanted}, not {have}")
+        B = cu_seqlens_q.shape[0] - 1
+        Sq = longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
+        Sk = longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a bool Tensor, not {kind(mask)}; an additive mask goes into bias")
+        mask = four_dimensional("mask", mask, (B, Hq, Sq, Sk), q.device)
+    if bias is not None:
+        if not isinstance(bias, Tensor) or bias.dtype != q.dtype:
+            raise TypeError(f"bias must be a Tensor of q's dtype {q.dtype}, not {kind(bias)}")
+        bias = four_dimensional("bias", bias, (B, Hq, Sq, Sk), q.device)
+    if alibi_slopes is not None:
+        alibi_slopes = check_slopes(alibi_slopes, B, Hq, q.device)
+    if sinks is not None:
+        sinks = per_head("sinks", sinks, [(Hq,)], q.device)
+    causal_rule, left, right = corner_and_window(causal, window)
+    key = dropout_key(dropout_p, seed, offset)
+    return (
+        q, k, v, mask, bias, alibi_slopes, sinks, key, cu_seqlens_q, cu_seqlens_k, check_scale(scale, D),
+        causal_rule, left, right, check_softcap(softcap), float(dropout_p), Sq, Sk,
+    )  # fmt: skip
+
+
+# ---- tensors ---------------------------------------------------------------------------------------
+
+
+def kind(x: object) -> object:
+    return x.dtype if isinstance(x, Tensor) else type(x).__name__
+
+
+def _unpacked(name: str, x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a Tensor, not {type(x).__name__}")
+    if x.dim() != 3:
+        raise ValueError(f"{name} must be packed, 3 dimensions [total, H, D], not shape {tuple(x.shape)}")
+    return x.transpose(0, 1).unsqueeze(0)
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions [B, H, S, D], not shape {tuple(tensor.shape)}")
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's dtype {q.dtype}, not {tensor.dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, not {tensor.device}")
+    if not q.is_floating_point():
+        raise TypeError(f"q must be floating point, not {q.dtype}")
+    if q.shape[3] == 0:
+        raise ValueError("q's head dimension must not be 0")
+
+
+def four_dimensional(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """A view with 4 dimensions, each 1 or that of ``shape`` = [B, Hq, Sq, Sk]."""
+    if x.device != device:
+        raise ValueError(f"{name} must be on q's device {device}, not {x.device}")
+    matches = all(have in (1, want) for have, want in zip(reversed(x.shape), reversed(shape), strict=False))
+    if x.dim() > 4 or not matches:
+        raise ValueError(
+            f"{name} of shape {tuple(x.shape)} does not broadcast to [B, Hq, Sq, Sk] = {list(shape)}"
+        )
+    return x if x.dim() == 4 else x[(None,) * (4 - x.dim())]
+
+
+def per_head(name: str, x: Tensor, shapes: list[tuple[int, ...]], device: torch.device) -> Tensor:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating point Tensor, not {kind(x)}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on q's device {device}, not {x.device}")
+    if tuple(x.shape) not in shapes:
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{name} must have shape {wanted}, one number a query head, not {list(x.shape)}")
+    return x.to(torch.float32).contiguous()
+
+
+def check_slopes(alibi_slopes: Tensor, B: int, Hq: int, device: torch.device) -> Tensor:
+    slopes = per_head("alibi_slopes", alibi_slopes, [(Hq,), (B, Hq)], device)
+    if slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError("alibi_slopes has no gradient: detach it, or write the slopes as a bias")
+    return slopes
+
+
+# ---- packed sequences ------------------------------------------------------------------------------
+
+
+def cumulative(name: str, x: Tensor | None, total: int, device: torch.device) -> Tensor:
+    """Cumulative lengths: from 0 to ``total``, never falling. On a GPU looked at only with BIGKERN_DEBUG."""
+    if not isinstance(x, Tensor) or x.dtype != torch.int32:
+        raise TypeError(f"{name} must be an int32 Tensor, not {kind(x)}")
+    if x.dim() != 1 or x.shape[0] == 0:
+        raise ValueError(f"{name} must have shape [sequences + 1], not {list(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on q's device {device}, not {x.device}")
+    if _may_look(x):
+        ends = x.tolist()
+        if ends[0] != 0 or ends[-1] != total:
+            raise ValueError(
+                f"{name} must run from 0 to {total}, the rows there are, not {ends[0]}..{ends[-1]}"
+            )
+        if any(b < a for a, b in pairwise(ends)):
+            raise ValueError(f"{name} must not fall, but it is {ends}")
+    return x.contiguous()
+
+
+def longest(name: str, given: int | None, cu_seqlens: Tensor) -> int:
+    """The longest sequence's length, read from the device if it is not given."""
+    if given is not None and not _may_look(cu_seqlens):
+        return given
+    found = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
+    if given is not None and given < found:
+        raise ValueError(f"{name} must be at least {found}, the longest sequence there is, not {given}")
+    return found if given is None else given
+
+
+def _may_look(x: Tensor) -> bool:
+    """Whether reading a tensor's values costs no synchronisation, or is asked for."""
+    return (x.is_cpu or DEBUG) and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
+# ---- numbers ---------------------------------------------------------------------------------------
+
+
+def check_scale(scale: float | None, D: int) -> float:
+    if scale is None:
+        return 1.0 / math.sqrt(D)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, not {scale}")
+    return float(scale)
+
+
+def check_softcap(softcap: float) -> float:
+    if not (math.isfinite(softcap) and softcap >= 0.0):
+        raise ValueError(f"softcap must be finite and not negative (0: none), not {softcap}")
+    return float(softcap)
+
+
+def corner_and_window(causal: Causal, window: Window | None) -> tuple[str, int, int]:
+    """The causal rule's name and the window (-1: unlimited); a causal window ends at the query's place."""
+    if not isinstance(causal, bool | str) or causal not in _CAUSAL:
+        raise ValueError(f'causal must be False, True, "top_left" or "bottom_right", not {causal!r}')
+    rule = _CAUSAL[causal]
+    left, right = (None, None) if window is None else _window(window)
+    if rule != "none":
+        right = 0
+    return rule, -1 if left is None else left, -1 if right is None else right
+
+
+def _window(window: Window) -> Window:
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        raise TypeError(f"window must be a pair (left, right) of numbers of keys, None: all; not {window!r}")
+    for side in window:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
+            raise TypeError(f"window must hold ints or None, not {side!r}")
+        if side is not None and side < 0:
+            raise ValueError(f"window must not be negative, but it is {tuple(window)}; None means unlimited")
+    return window[0], window[1]
+
+
+# ---- dropout ---------------------------------------------------------------------------------------
+
+
+def dropout_key(p: float, seed: int | None, offset: int) -> Tensor | None:
+    """Two random 32-bit numbers: from seed and offset, or from torch's default generator; None without p."""
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), not {p}")
+    if p == 0.0:
+        return None
+    if seed is None:
+        return torch.randint(0, 2**32, (2,), dtype=torch.int64, device="cpu")
+    for name, number in (("seed", seed), ("offset", offset)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise ValueError(f"{name} must be an int that is not negative, not {number!r}")
+    key = _splitmix64(_splitmix64(seed) + offset)
+    return torch.tensor([key & 0xFFFFFFFF, key >> 32], dtype=torch.int64, device="cpu")
+
+
+def _splitmix64(x: int) -> int:
+    """Vigna's SplitMix64: neighbouring numbers become unrelated ones."""
+    low64 = 0xFFFFFFFFFFFFFFFF
+    x = (x + 0x9E3779B97F4A7C15) & low64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & low64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & low64
+    return x ^ (x >> 31)

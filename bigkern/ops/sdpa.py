@@ -1,0 +1,57 @@
+"""``scaled_dot_product_attention``: torch's own function, with the attention op behind it."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bigkern.ops.attention import attention
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """:func:`torch.nn.functional.scaled_dot_product_attention` with bigkern's kernels behind it.
+
+    The same signature and meaning. What the kernels do not cover goes to torch's own function:
+    dropout, and tensors that are not four-dimensional ``[B, H, S, D]``.
+
+    Raises:
+        TypeError, ValueError: as :func:`bigkern.attention`; RuntimeError: as torch's function.
+
+    Source: :func:`torch.nn.functional.scaled_dot_product_attention`.
+
+    Example:
+        >>> import torch, bigkern
+        >>> q = torch.randn(1, 8, 128, 64)
+        >>> bigkern.scaled_dot_product_attention(q, q, q, is_causal=True).shape
+        torch.Size([1, 8, 128, 64])
+    """
+    grouped = enable_gqa or (query.dim() == 4 and key.dim() == 4 and query.shape[1] == key.shape[1])
+    both_masks = attn_mask is not None and is_causal
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        query, key, value, attn_mask = _autocast(torch.get_autocast_dtype(kind), query, key, value, attn_mask)
+    if dropout_p != 0.0 or query.dim() != 4 or not grouped or both_masks:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    boolean = attn_mask is not None and attn_mask.dtype == torch.bool
+    mask, bias = (attn_mask, None) if boolean else (None, attn_mask)
+    return cast(Tensor, attention(query, key, value, causal=is_causal, mask=mask, bias=bias, scale=scale))
+
+
+def _autocast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """As torch's autocast does for its own attention: floating point, but not float64, becomes ``dtype``."""
+    narrowed = (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(t.to(dtype) if t is not None and t.dtype in narrowed else t for t in tensors)
