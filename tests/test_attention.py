@@ -268,29 +268,32 @@ def check(case: Case, backend: str) -> None:
     """Hold a backend to the parity rule on one call: output, log-sum-exp and all gradients."""
     mine, right, theirs = ours(case, backend), exact(case, backend), stock(case, backend)
     assert mine.keys() == right.keys()
+    flat = vanishes(exact(replace(case, lse_grad=False), backend)["dq"] if case.lse_grad else right["dq"])
     for name in right:
         if name in ("lse", "dsinks") and right[name].numel() < FEW:
             continue
         results = [results[name] for results in (mine, right, theirs)]
-        if name in ("dq", "dk") and vanishes(right["dq"]):
-            assert_only_rounding(case, results[0])
+        if name in ("dq", "dk") and flat:
+            assert_only_rounding(case, results[0].double() - results[1])
         else:
             assert_parity("attention", backend, name, *results, grad=name.startswith("d"))
 
 
 def vanishes(dq: Tensor) -> bool:
-    """Where no row sees two keys, softmax is constant: dq and dk are 0, the difference of equal numbers."""
+    """Where no row sees two keys, softmax is constant: do reaches dq and dk as 0, a difference of equals."""
     return dq.numel() > 0 and float(dq.abs().max()) < 1e-12
 
 
-def assert_only_rounding(case: Case, gradient: Tensor) -> None:
+def assert_only_rounding(case: Case, error: Tensor) -> None:
     """Stock's error is 0 by luck there: hold the sums that cancel to fp32's rounding instead."""
     tensors = case.tensors(torch.device("cpu"))
     q, k, v, do = (float(tensors[name].abs().max()) for name in ("q", "k", "v", "do"))  # type: ignore[union-attr]
     scale = abs(case.scale) if case.scale is not None else case.D**-0.5
     rows = case.Sq * case.Hq // case.Hkv
     terms = do * v * case.Dv * scale * max(k, rows * q)
-    assert float(gradient.abs().max()) <= torch.finfo(torch.float32).eps * terms
+    exact_o = case.dropout == 0.0 and not case.sinks  # o is then v, else it was rounded to be stored
+    rounding = torch.finfo(torch.float32 if exact_o else case.dtype).eps
+    assert float(error.abs().max()) <= rounding * terms
 
 
 # ---- parity ----------------------------------------------------------------------------------------
@@ -411,7 +414,7 @@ def random_case(seed: int, largest: int) -> Case:
     )
 
 
-SEEDS = {"cpu": 100, "torch": 20, "cuda": 60, "triton": 8, "simt": 6}
+SEEDS = {"cpu": 100, "torch": 200, "cuda": 60, "triton": 8, "simt": 6}
 FUZZ = [(backend, seed) for backend in BACKENDS for seed in range(SEEDS[backend])]
 
 
@@ -421,7 +424,7 @@ def test_fuzz(backend: str, seed: int) -> None:
     try:
         check(case, backend)
     except BaseException:
-        print(f"to repeat: from test_attention import *; check({case}, {backend!r})")
+        print(f"to repeat: from test_attention import *; check({case!r}, {backend!r})")
         raise
 
 
