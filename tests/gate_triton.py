@@ -145,10 +145,11 @@ def attention_call(dtype: torch.dtype, D: int, causal: str, extras: bool) -> Cal
     def call() -> None:
         B, H, S = 2, 8, SENTENCE
         q, k, v, do = (meta(B, S, H, D, dtype=dtype).transpose(1, 2) for _ in range(4))
-        mask = meta(B, 1, S, S, dtype=torch.bool).expand(B, H, S, S) if extras else None
-        bias = meta(1, H, S, S, dtype=dtype).expand(B, H, S, S) if extras else None
-        o, lse = attention.attention(q, k, v, mask, bias, 0.125, causal)
-        attention.attention_backward(do, q, k, v, o, lse, mask, bias, 0.125, causal)
+        mask = meta(B, 1, S, S, dtype=torch.bool) if extras else None
+        bias = meta(1, H, S, S, dtype=dtype) if extras else None
+        rules = (mask, bias, *(None,) * 5, 0.125, causal, -1, 0 if causal != "none" else -1, 0.0, 0.0, S, S)
+        o, lse = attention.attention(q, k, v, *rules)
+        attention.attention_backward(do, None, q, k, v, o, lse, False, *rules)
 
     return call
 

@@ -45,6 +45,16 @@ def check(op: str, names: str, ours: Any, exact: Any, low: Any, *, grad: bool = 
 # ---- attention -------------------------------------------------------------------------------------
 
 
+def rules(q: Tensor, k: Tensor, scale: float, causal: str, **changes: Any) -> tuple[Any, ...]:
+    """The op's arguments after q, k and v."""
+    names = attention_reference.Rules._fields
+    plain = attention_reference.Rules(
+        *(None,) * names.index("scale"), scale, causal, -1, -1 if causal == "none" else 0, 0.0, 0.0,
+        q.shape[2], k.shape[2],
+    )  # fmt: skip
+    return plain._replace(**changes)
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("D", [24, 96, 136])
@@ -55,15 +65,17 @@ def test_attention_in_every_configuration(
     monkeypatch.setattr(launch, "architecture", lambda device: arch)
     q, do = (draw(1, 2, 150, D, dtype=dtype) for _ in range(2))
     k, v = (draw(1, 1, 170, D, dtype=dtype) for _ in range(2))
-    options = (None, None, D**-0.5, "bottom_right")
+    options = rules(q, k, D**-0.5, "bottom_right")
     poisoned_empty_memory()
     o, lse = attention.attention(q, k, v, *options)
-    grads = attention.attention_backward(do, q, k, v, o, lse, *options)
+    grads = attention.attention_backward(do, None, q, k, v, o, lse, False, *options)[:3]
     o64, lse64 = attention_reference.attention(*double(q, k, v), *options)
-    grads64 = attention_reference.attention_backward(*double(do, q, k, v), o64, lse64, *options)[:3]
+    grads64 = attention_reference.attention_backward(*double(do, None, q, k, v), o64, lse64, False, *options)[
+        :3
+    ]
     _, lse_low = attention_reference.attention(q, k, v, *options)
     inputs = [t.clone().requires_grad_() for t in (q, k, v)]
-    seen = attention_reference.causal_mask(150, 170, "bottom_right", q.device)
+    seen = attention_reference.visible(150, 170, options, q.device)
     stock = F.scaled_dot_product_attention(*inputs, seen, scale=D**-0.5, enable_gqa=True)
     check("attention", "o lse", (o, lse), (o64, lse64), (stock, lse_low))
     check("attention", "dq dk dv", grads, grads64, torch.autograd.grad(stock, inputs, do), grad=True)
@@ -88,16 +100,18 @@ def test_a_mask_with_whole_vectors_is_not_copied() -> None:
 
 def test_rows_without_unit_stride_are_copied() -> None:
     q = draw(1, 2, 16, 33).transpose(2, 3)
-    o, _ = attention.attention(q, q, q, None, None, 0.25, "none")
-    o_dense, _ = attention.attention(*[q.contiguous()] * 3, None, None, 0.25, "none")
+    o, _ = attention.attention(q, q, q, *rules(q, q, 0.25, "none"))
+    o_dense, _ = attention.attention(*[q.contiguous()] * 3, *rules(q, q, 0.25, "none"))
     torch.testing.assert_close(o, o_dense, rtol=0, atol=0)
 
 
 def test_gradients_are_the_same_in_every_run() -> None:
     q, k, v, do = (draw(1, 4, 70, 32, dtype=torch.bfloat16) for _ in range(4))
-    options = (None, None, 0.2, "top_left")
+    options = rules(q, k, 0.2, "top_left")
     o, lse = attention.attention(q, k, v, *options)
-    first, second = (attention.attention_backward(do, q, k, v, o, lse, *options) for _ in range(2))
+    first, second = (
+        attention.attention_backward(do, None, q, k, v, o, lse, False, *options) for _ in range(2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 

@@ -143,16 +143,36 @@ def attention_kernel(
 # ---- launchers -------------------------------------------------------------------------------------
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float, causal: str
-) -> tuple[Tensor, Tensor]:
+class Rules(NamedTuple):
+    """The op's arguments after q, k and v."""
+
+    mask: Tensor | None  # bool, [B, Hq, Sq, Sk] or 1 where it is broadcast, True where the query may look
+    bias: Tensor | None  # the same, in q's dtype
+    alibi_slopes: Tensor | None  # [Hq] or [B, Hq] fp32
+    sinks: Tensor | None  # [Hq] fp32
+    dropout_key: Tensor | None  # two numbers below 2^32, int64 on the CPU
+    cu_seqlens_q: Tensor | None  # [sequences + 1] int32
+    cu_seqlens_k: Tensor | None
+    scale: float
+    causal: str  # "none", "top_left" or "bottom_right"
+    window_left: int  # -1: unlimited
+    window_right: int
+    softcap: float  # 0: none
+    dropout_p: float
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *rules: object) -> tuple[Tensor, Tensor]:
     """``o [B, Hq, Sq, Dv]`` stored as ``[B, Sq, Hq, Dv]``, and ``lse [B, Hq, Sq]`` fp32.
 
-    q ``[B, Hq, Sq, D]``, k ``[B, Hkv, Sk, D]``, v ``[B, Hkv, Sk, Dv]``; mask and bias expanded to
-    ``[B, Hq, Sq, Sk]``; causal is ``"none"``, ``"top_left"`` or ``"bottom_right"``.
+    q ``[B, Hq, Sq, D]``, k ``[B, Hkv, Sk, D]``, v ``[B, Hkv, Sk, Dv]``; then what :class:`Rules` lists.
     """
+    parsed = Rules(*rules)  # type: ignore[arg-type]
+    causal, scale = parsed.causal, parsed.scale
     q, scale = (q, scale) if scale >= 0 else (-q, -scale)
     B, Hq, Sq, _ = q.shape
+    mask, bias = expanded(parsed, q, k)
     o = empty_bshd(q, Hq, Sq, v.shape[3])
     lse = torch.empty(B, Hq, Sq, dtype=torch.float32, device=q.device)
     if lse.numel() > 0:
@@ -166,17 +186,19 @@ def attention(
 
 def attention_backward(
     do: Tensor,
+    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    causal: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv, each stored as ``[B, S, H, D]``."""
+    bias_grad: bool,
+    *rules: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk and dv, each stored as ``[B, S, H, D]``, and an empty dbias."""
+    parsed = Rules(*rules)  # type: ignore[arg-type]
+    causal, scale = parsed.causal, parsed.scale
+    mask, bias = expanded(parsed, q, k)
     B, Hq, Sq, D = q.shape
     Hkv, Sk, DV = v.shape[1:]
     dq, dk, dv = empty_bshd(q, Hq, Sq, D), empty_bshd(k, Hkv, Sk, D), empty_bshd(v, Hkv, Sk, DV)
@@ -186,8 +208,8 @@ def attention_backward(
     scales = (scale, scale * LOG2_E.value)
     if lse.numel() > 0:
         statistics_kernel[(triton.cdiv(Sq, 32) * B * Hq,)](
-            view(do), view(o), lse.contiguous(), lse_log2, delta, shape,
-            DV=DV, BDV=sizes["BDV"], BR=32, num_warps=4, **launch.OPTIONS,
+            view(do), view(o), lse.contiguous(), None if dlse is None else dlse.contiguous(), lse_log2, delta,
+            shape, DV=DV, BDV=sizes["BDV"], BR=32, num_warps=4, **launch.OPTIONS,
         )  # fmt: skip
         query_gradient_kernel[(triton.cdiv(Sq, tiles.query.BR) * B * Hq,)](
             *inputs, view(dq), *scales, shape, **sizes, **options(tiles.query)
@@ -196,7 +218,16 @@ def attention_backward(
         key_value_gradient_kernel[(triton.cdiv(Sk, tiles.key_value.BC) * B * Hkv,)](
             *inputs, view(dk), view(dv), *scales, shape, **sizes, **options(tiles.key_value)
         )
-    return dq, dk, dv
+    return dq, dk, dv, q.new_empty(0)
+
+
+def expanded(rules: Rules, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """mask and bias as [B, Hq, Sq, Sk]."""
+    shape = (*q.shape[:3], k.shape[2])
+    return (
+        None if rules.mask is None else rules.mask.expand(shape),
+        None if rules.bias is None else rules.bias.expand(shape),
+    )
 
 
 def tiles_of(q: Tensor, v: Tensor) -> Tiles:

@@ -15,9 +15,9 @@ from .attention_tiles import LOG2_E, load_rows, logits, query_rows, store_rows, 
 
 @triton.jit
 def statistics_kernel(
-    do, o, lse, lse_log2, delta, shape, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr
+    do, o, lse, dlse, lse_log2, delta, shape, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr
 ):
-    """delta = rowsum(do * o), and lse in the log2 domain, +inf for a row that saw nothing so that p = 0."""
+    """delta = rowsum(do * o) - dlse, and lse in the log2 domain, +inf for a row that saw nothing."""
     start, bh, b, h = query_rows(shape, BR)
     do_tile = load_rows(do, b, h, start, shape.Sq, DV, BDV, BR, True).to(tl.float32)
     o_tile = load_rows(o, b, h, start, shape.Sq, DV, BDV, BR, True).to(tl.float32)
@@ -26,7 +26,10 @@ def statistics_kernel(
     row_lse = tl.load(lse + at, mask=exists, other=0.0)
     row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
     tl.store(lse_log2 + at, row_lse, mask=exists)
-    tl.store(delta + at, tl.sum(do_tile * o_tile, 1), mask=exists)
+    row_delta = tl.sum(do_tile * o_tile, 1)
+    if dlse is not None:
+        row_delta -= tl.load(dlse + at, mask=exists, other=0.0)
+    tl.store(delta + at, row_delta, mask=exists)
 
 
 @triton.jit
