@@ -12,6 +12,7 @@ Every op falls back to stock PyTorch where that is faster, or where a kernel is 
 
 from bigkern import nn, optim
 from bigkern.ops.attention import attention
+from bigkern.ops.decode_attention import decode_attention
 from bigkern.ops.layernorm_ffn import layernorm_ffn
 from bigkern.ops.norm import layer_norm, rms_norm
 from bigkern.ops.sdpa import scaled_dot_product_attention
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendRefused",
     "attention",
+    "decode_attention",
     "explain",
     "layer_norm",
     "layernorm_ffn",

@@ -20,7 +20,7 @@ from bigkern.ops._library import (
     unavailable,
     unproven,
 )
-from bigkern.ops.attention_arguments import Causal, Window, bind
+from bigkern.ops.attention_arguments import Causal, Window, bind, with_drawn_key
 from bigkern.reference import attention as reference
 from bigkern.reference.attention import Rules
 
@@ -123,6 +123,7 @@ def run(arguments: tuple[Any, ...], return_lse: bool) -> Tensor | tuple[Tensor, 
     backend = ATTENTION.resolve(*arguments)
     if backend.name == "torch" and not return_lse:
         return stock(*arguments)
+    arguments = with_drawn_key(arguments)
     q, k, v, mask, bias, slopes, sinks = arguments[:7]
     if not plain(q, k, v, mask, bias, slopes, sinks):
         o, lse = torch.ops.bigkern.attention(*arguments)
@@ -282,11 +283,11 @@ ATTENTION = registry.declare("attention", bind)
 def stock(q: Tensor, k: Tensor, v: Tensor, *rules: Any) -> Tensor:
     """The same attention by torch's own function, differentiable by torch's own autograd.
 
-    Torch has no softcap and no sinks, and its dropout draws other numbers: those run on the reference.
+    Torch has no softcap and no sinks, and its dropout has no seed: those run on the reference.
     """
     parsed = Rules(*rules)
     if parsed.softcap or parsed.sinks is not None or parsed.dropout_key is not None:
-        return reference.attention(q, k, v, *rules)[0]
+        return reference.attention(*with_drawn_key((q, k, v, *rules)))[0]
     if parsed.cu_seqlens_q is None:
         return _stock(q, k, v, parsed)
     parts = [q[..., :0, :] @ v.new_empty(q.shape[3], v.shape[3])]
@@ -301,7 +302,9 @@ def _stock(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Tensor:
     is_causal = is_causal and rules.mask is None and rules.bias is None and rules.alibi_slopes is None
     allowed = None if is_causal else _attn_mask(q, k, rules)
     grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}  # a branch: a bool, never a SymBool
-    return F.scaled_dot_product_attention(q, k, v, allowed, is_causal=is_causal, scale=rules.scale, **grouped)
+    return F.scaled_dot_product_attention(
+        q, k, v, allowed, rules.dropout_p, is_causal, scale=rules.scale, **grouped
+    )
 
 
 def _attn_mask(q: Tensor, k: Tensor, rules: Rules) -> Tensor | None:
@@ -355,7 +358,7 @@ def _not_yet(rules: Rules) -> registry.Reason:
         ("softcap", rules.softcap != 0.0),
         ("alibi_slopes", rules.alibi_slopes is not None),
         ("sinks", rules.sinks is not None),
-        ("dropout", rules.dropout_key is not None),
+        ("dropout", rules.dropout_p > 0.0),
         ("packed sequences", rules.cu_seqlens_q is not None),
     ):
         if given:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bigkern.ops._library import DEBUG
+from bigkern.reference.attention import Rules
 
 Causal = Literal[False, True, "none", "top_left", "bottom_right"]
 Window = tuple[int | None, int | None]
@@ -86,10 +87,10 @@ def bind(
     if sinks is not None:
         sinks = per_head("sinks", sinks, [(Hq,)], q.device)
     causal_rule, left, right = corner_and_window(causal, window)
-    key = dropout_key(dropout_p, seed, offset)
+    key = None if seed is None else dropout_key(dropout_p, seed, offset)
     return (
         q, k, v, mask, bias, alibi_slopes, sinks, key, cu_seqlens_q, cu_seqlens_k, check_scale(scale, D),
-        causal_rule, left, right, check_softcap(softcap), float(dropout_p), Sq, Sk,
+        causal_rule, left, right, check_softcap(softcap), check_dropout(dropout_p), Sq, Sk,
     )  # fmt: skip
 
 
@@ -108,8 +109,8 @@ def _unpacked(name: str, x: Tensor) -> Tensor:
     return x.transpose(0, 1).unsqueeze(0)
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = ("q", "k", "v")) -> None:
+    for name, tensor in zip(names, (q, k, v), strict=True):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}")
         if tensor.dim() != 4:
@@ -165,7 +166,7 @@ def cumulative(name: str, x: Tensor | None, total: int, device: torch.device) ->
         raise ValueError(f"{name} must have shape [sequences + 1], not {list(x.shape)}")
     if x.device != device:
         raise ValueError(f"{name} must be on q's device {device}, not {x.device}")
-    if _may_look(x):
+    if may_look(x):
         ends = x.tolist()
         if ends[0] != 0 or ends[-1] != total:
             raise ValueError(
@@ -178,7 +179,7 @@ def cumulative(name: str, x: Tensor | None, total: int, device: torch.device) ->
 
 def longest(name: str, given: int | None, cu_seqlens: Tensor) -> int:
     """The longest sequence's length, read from the device if it is not given."""
-    if given is not None and not _may_look(cu_seqlens):
+    if given is not None and not may_look(cu_seqlens):
         return given
     found = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
     if given is not None and given < found:
@@ -186,7 +187,7 @@ def longest(name: str, given: int | None, cu_seqlens: Tensor) -> int:
     return found if given is None else given
 
 
-def _may_look(x: Tensor) -> bool:
+def may_look(x: Tensor) -> bool:
     """Whether reading a tensor's values costs no synchronisation, or is asked for."""
     return (x.is_cpu or DEBUG) and type(x) is Tensor and not torch.compiler.is_compiling()
 
@@ -233,19 +234,31 @@ def _window(window: Window) -> Window:
 # ---- dropout ---------------------------------------------------------------------------------------
 
 
-def dropout_key(p: float, seed: int | None, offset: int) -> Tensor | None:
-    """Two random 32-bit numbers: from seed and offset, or from torch's default generator; None without p."""
+def check_dropout(p: float) -> float:
     if not 0.0 <= p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), not {p}")
-    if p == 0.0:
-        return None
-    if seed is None:
-        return torch.randint(0, 2**32, (2,), dtype=torch.int64, device="cpu")
+    return float(p)
+
+
+def dropout_key(p: float, seed: int, offset: int) -> Tensor | None:
+    """Two random 32-bit numbers from seed and offset; None without dropout."""
     for name, number in (("seed", seed), ("offset", offset)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise ValueError(f"{name} must be an int that is not negative, not {number!r}")
+    if p == 0.0:
+        return None
     key = _splitmix64(_splitmix64(seed) + offset)
     return torch.tensor([key & 0xFFFFFFFF, key >> 32], dtype=torch.int64, device="cpu")
+
+
+def with_drawn_key(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The op's arguments; if there is dropout and no seed was given, with a key from torch's generator."""
+    q, k, v, *flat = arguments
+    rules = Rules(*flat)
+    if rules.dropout_p == 0.0 or rules.dropout_key is not None:
+        return arguments
+    key = torch.randint(0, 2**32, (2,), dtype=torch.int64, device="cpu")
+    return q, k, v, *rules._replace(dropout_key=key)
 
 
 def _splitmix64(x: int) -> int:

@@ -93,9 +93,10 @@ def _nested(
             raise TypeError(f"{name} must be a nested Tensor of layout torch.jagged, as q")
         if x.dim() != 4 or not x.is_contiguous():
             raise ValueError(f"{name} must be contiguous [B, j, H, D] with jagged j, not {tuple(x.shape)}")
-    ends = [x.offsets().to(torch.int32) for x in (q, k)]
-    packed = [x.values() for x in (q, k, v)]
-    results = varlen_attention(*packed, *ends, **options, return_lse=return_lse)
+    offsets = [x.offsets() for x in (q, k)]  # type: ignore[attr-defined]
+    q_ends, k_ends = (x.to(torch.int32) for x in offsets)
+    q, k, v = (x.values() for x in (q, k, v))
+    results = varlen_attention(q, k, v, q_ends, k_ends, **options, return_lse=return_lse)
     o = results if isinstance(results, Tensor) else results[0]
-    nested = torch.nested.nested_tensor_from_jagged(o, q.offsets())
+    nested = torch.nested.nested_tensor_from_jagged(o, offsets[0])
     return nested if isinstance(results, Tensor) else (nested, results[1])
