@@ -543,7 +543,7 @@ def test_gradients_of_some_inputs(backend: str) -> None:
     with run_backend("attention", backend):
         o, lse = bigkern.attention(q, k, v, causal=True, return_lse=True)
         assert o.requires_grad
-        assert not lse.requires_grad
+        assert lse.requires_grad
         (dk,) = torch.autograd.grad(o, k, tensors["do"])
         with torch.no_grad():
             assert not bigkern.attention(q, k, v).requires_grad
@@ -552,80 +552,121 @@ def test_gradients_of_some_inputs(backend: str) -> None:
 
 
 @KERNELS
-def test_second_derivatives_are_refused(backend: str) -> None:
-    q = torch.randn(1, 1, 4, 8, device=device_of(backend), requires_grad=True)
+@pytest.mark.parametrize(
+    "options", [{"causal": True}, {"softcap": 1.5, "dropout_p": 0.3, "seed": 1}], ids=str
+)
+def test_second_derivatives(options: dict[str, Any], backend: str) -> None:
+    """They run on the reference: a gradient penalty in float32 is that of float64."""
+
+    def penalty(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        o = bigkern.attention(q, k, v, **options)
+        (dq,) = torch.autograd.grad(o.sin().sum(), q, create_graph=True)  # type: ignore[union-attr]
+        return torch.autograd.grad(dq.square().sum(), (q, k, v))
+
+    inputs = [torch.randn(1, 2, 6, 8, device=device_of(backend), requires_grad=True) for _ in "qkv"]
+    right = penalty(*(x.detach().double().requires_grad_() for x in inputs))
     with run_backend("attention", backend):
-        (dq,) = torch.autograd.grad(bigkern.attention(q, q, q).sum(), q, create_graph=True)
-        with pytest.raises(RuntimeError, match="no second derivative"):
-            dq.sum().backward()
+        mine = penalty(*inputs)
+    for a, b in zip(mine, right, strict=True):
+        torch.testing.assert_close(a, b.float(), atol=1e-5, rtol=1e-4)
 
 
 # ---- the reference ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("causal", ["none", "top_left", "bottom_right"])
-def test_gradcheck(causal: str) -> None:
-    """The specification's own gradients, bias included, and those of float64 through the public function."""
-    q = torch.randn(2, 4, 5, 3, dtype=torch.float64, requires_grad=True)
-    k = torch.randn(2, 2, 4, 3, dtype=torch.float64, requires_grad=True)
-    v = torch.randn(2, 2, 4, 6, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(4, 1, 4, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("features", ["mask", "all"])
+def test_gradcheck(features: str, causal: str) -> None:
+    """The specification's own gradients, first and second, and those of stock through the public function."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    inputs = (draw(2, 4, 5, 3), draw(2, 2, 4, 3), draw(2, 2, 4, 6), draw(4, 1, 4), draw(4))
     mask = torch.rand(5, 4) < 0.7
     mask[:, 0] = True
+    options: dict[str, Any] = {"causal": causal, "mask": mask}
+    if features == "all":
+        options |= {
+            "softcap": 1.3,
+            "window": (2, 2),
+            "dropout_p": 0.3,
+            "seed": 7,
+            "alibi_slopes": torch.rand(4),
+        }
 
-    def by_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        return bigkern.attention(q, k, v, causal=causal, mask=mask, bias=bias, return_lse=True)[0]  # type: ignore
+    def by_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sinks: Tensor) -> Any:
+        return bigkern.attention(q, k, v, bias=bias, sinks=sinks, **options, return_lse=True)
 
-    def by_stock(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        o = bigkern.attention(q, k, v, causal=causal, mask=mask, bias=bias)
-        return o  # type: ignore[return-value]
+    def by_stock(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Any:
+        return bigkern.attention(q, k, v, bias=bias, **options)
 
-    torch.autograd.gradcheck(by_reference, (q, k, v, bias), fast_mode=True)
-    if causal != "bottom_right":  # there the first row sees nothing
-        torch.autograd.gradcheck(by_stock, (q, k, v, bias), fast_mode=True)
+    torch.autograd.gradcheck(by_reference, inputs, fast_mode=True)
+    torch.autograd.gradgradcheck(by_reference, inputs, fast_mode=True)
+    if causal != "bottom_right":  # there the first row sees nothing, and stock has no gradient
+        torch.autograd.gradcheck(by_stock, inputs[:4], fast_mode=True)
 
 
-@pytest.mark.parametrize("shape", [(33, 33), (2, 1, 33), (1, 2, 33, 33), (2, 1, 1, 33)], ids=str)
-def test_bias_gradient(shape: tuple[int, ...]) -> None:
-    """No kernel computes it yet: a call that needs it goes elsewhere, and says so."""
-    case = Case(B=2, causal="top_left")
-    tensors = case.tensors(torch.device("cpu"))
-    q, k, v = leaves(tensors, "q", "k", "v")
-    bias = torch.randn(shape, requires_grad=True)
-    explanation = bigkern.explain("attention", q, k, v, bias=bias)
-    assert explanation.chosen == "torch"
-    assert "bias requires a gradient" in str(explanation)
-    grads = torch.autograd.grad(
-        bigkern.attention(q, k, v, bias=bias, causal=True), (q, bias), tensors["do"], allow_unused=True
-    )
-    wide = [x.detach().double() for x in (q, k, v, bias)]
-    args = bind(*wide[:3], bias=wide[3], causal=True)
-    o, lse = reference.attention(*args)
-    do = tensors["do"].double()  # type: ignore[union-attr]
-    dq, _, _, dbias = reference.attention_backward(do, *args[:3], o, lse, *args[3:], bias_grad=True)
-    torch.testing.assert_close(grads[0], dq.float())
-    torch.testing.assert_close(grads[1], dbias.sum_to_size(shape).float())  # type: ignore[union-attr]
+def test_gradcheck_of_packed_sequences() -> None:
+    q, k = (torch.randn(n, 2, 3, dtype=torch.float64, requires_grad=True) for n in (7, 9))
+    ends_q, ends_k = (torch.tensor(ends, dtype=torch.int32) for ends in ([0, 3, 3, 7], [0, 4, 5, 9]))
+
+    def packed(q: Tensor, k: Tensor) -> Any:
+        return bigkern.varlen_attention(
+            q, k, k, ends_q, ends_k, causal="bottom_right", dropout_p=0.2, seed=3, return_lse=True
+        )
+
+    torch.autograd.gradcheck(packed, (q, k), fast_mode=True)
+
+
+def test_dropout_draws_what_it_says() -> None:
+    """The kept share is 1 - p within three sigma; heads, queries, seeds and offsets are unrelated."""
+    ones = torch.ones(2, 4, 300, 8)
+    eye = torch.eye(300).expand(2, 4, 300, 300)
+
+    def kept(**options: Any) -> Tensor:
+        o = bigkern.attention(ones, ones, eye, **options)  # uniform weights, seen one by one
+        return o != 0  # type: ignore[return-value, comparison-overlap]
+
+    with bigkern.use("torch"):
+        for p in (0.1, 0.5, 0.9):
+            mask = kept(dropout_p=p, seed=1)
+            sigma = (p * (1 - p) / mask.numel()) ** 0.5
+            assert abs(mask.double().mean() - (1 - p)) < 3 * sigma
+        half = kept(dropout_p=0.5, seed=1)
+        assert torch.equal(half, kept(dropout_p=0.5, seed=1, offset=0))
+        others = [kept(dropout_p=0.5, seed=2), kept(dropout_p=0.5, seed=1, offset=1)]
+        others += [half.roll(1, dims=dim) for dim in range(4)]
+        for other in others:
+            assert abs((half == other).double().mean() - 0.5) < 3 * 0.5 / half.numel() ** 0.5
+        torch.manual_seed(0)
+        first = kept(dropout_p=0.5)
+        assert not torch.equal(first, kept(dropout_p=0.5))
 
 
 # ---- torch's machinery -----------------------------------------------------------------------------
 
 
 @EVERY
-@pytest.mark.parametrize("features", ["plain", "all"])
+@pytest.mark.parametrize("features", ["plain", "all", "packed"])
 def test_opcheck(features: str, backend: str) -> None:
-    case = Case(Sq=9, Sk=12, D=16, Dv=8)
+    case = Case(Sq=9, Sk=12, D=16, Dv=8, causal="bottom_right")
     if features == "all":
-        case = replace(case, Hq=4, mask="full", bias="heads", causal="bottom_right", dtype=torch.bfloat16)
+        case = replace(case, Hq=4, mask="full", bias="heads", bias_grad=True, dtype=torch.bfloat16)
+        case = replace(case, sinks=True, alibi="heads", dropout=0.2, lse_grad=True)
+    if features == "packed":
+        case = replace(case, lengths=((3, 4), (0, 2), (6, 6)))
     tensors = case.tensors(device_of(backend))
-    q, k, v = leaves(tensors, "q", "k", "v")
-    args = bind(q, k, v, mask=tensors["mask"], bias=tensors["bias"], causal=case.causal, scale=case.scale)  # type: ignore[arg-type]
+    names = with_gradients(case)
+    tensors |= dict(zip(names, leaves(tensors, *names), strict=True))
+    args = arguments(case, tensors)
     with run_backend("attention", backend):
         torch.library.opcheck(torch.ops.bigkern.attention.default, args)
         o, lse = torch.ops.bigkern.attention(*args)
         detached = [x.detach() if isinstance(x, Tensor) else x for x in args]
+        saved = (*detached[:3], o.detach(), lse.detach(), case.bias_grad, *detached[3:])
         torch.library.opcheck(
-            torch.ops.bigkern.attention_backward.default,
-            (tensors["do"], *detached[:3], o.detach(), lse.detach(), *detached[3:]),
+            torch.ops.bigkern.attention_backward.default, (tensors["do"], tensors["dlse"], *saved)
         )
 
 
@@ -720,6 +761,22 @@ WRONG: list[tuple[str, type[Exception], dict[str, Any]]] = [
     ("bias", TypeError, {"bias": torch.zeros(5, 5).half()}),
     ("bias", TypeError, {"bias": 1.0}),
     ("bias", ValueError, {"bias": torch.zeros(3, 5, 5)}),
+    ("window", TypeError, {"window": 5}),
+    ("window", TypeError, {"window": (1.0, None)}),
+    ("window", ValueError, {"window": (-1, 0)}),
+    ("softcap", ValueError, {"softcap": -1.0}),
+    ("softcap", ValueError, {"softcap": float("inf")}),
+    ("alibi_slopes", TypeError, {"alibi_slopes": [0.5] * 4}),
+    ("alibi_slopes", ValueError, {"alibi_slopes": torch.ones(2)}),
+    ("alibi_slopes", ValueError, {"alibi_slopes": torch.ones(4, requires_grad=True)}),
+    ("sinks", TypeError, {"sinks": torch.ones(4, dtype=torch.int32)}),
+    ("sinks", ValueError, {"sinks": torch.ones(2, 4)}),
+    ("sinks", ValueError, {"sinks": torch.ones(4, device="meta")}),
+    ("dropout_p", ValueError, {"dropout_p": 1.0}),
+    ("dropout_p", ValueError, {"dropout_p": -0.1}),
+    ("dropout_p", ValueError, {"dropout_p": float("nan")}),
+    ("seed", ValueError, {"dropout_p": 0.5, "seed": -1}),
+    ("offset", ValueError, {"dropout_p": 0.5, "seed": 1, "offset": 0.5}),
 ]
 
 

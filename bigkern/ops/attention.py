@@ -95,9 +95,9 @@ def attention(
         ``lse [B, Hq, Sq]`` in fp32, differentiable. A row with nothing to attend to gives o = 0, lse = -inf
         (its sink, if it has one) and zero gradients.
 
-    Saved for backward: the arguments, o and lse: nothing of size Sq x Sk. The backward can itself be
-    differentiated, by way of plain torch operations and with all scores in memory. Every backend's backward
-    is deterministic: each gradient has one owner, nothing is summed by atomics.
+    Saved for backward: the arguments, o and lse: nothing of size Sq x Sk. A kernel's backward can itself
+    be differentiated, by way of plain torch operations and with all scores in memory. It is deterministic:
+    each gradient has one owner, nothing is summed by atomics.
 
     Raises:
         TypeError: an argument is not a tensor, or its dtype does not fit.
@@ -121,7 +121,8 @@ def attention(
 def run(arguments: tuple[Any, ...], return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of arguments that :func:`bind` has made, by the backend that they resolve to."""
     backend = ATTENTION.resolve(*arguments)
-    if backend.name == "torch" and not return_lse:
+    untraceable = arguments[8] is not None and torch.compiler.is_compiling()  # lengths that only data know
+    if backend.name == "torch" and not return_lse and not untraceable:
         return stock(*arguments)
     arguments = with_drawn_key(arguments)
     q, k, v, mask, bias, slopes, sinks = arguments[:7]

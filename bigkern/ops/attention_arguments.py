@@ -83,9 +83,9 @@ def bind(
             raise TypeError(f"bias must be a Tensor of q's dtype {q.dtype}, not {kind(bias)}")
         bias = four_dimensional("bias", bias, (B, Hq, Sq, Sk), q.device)
     if alibi_slopes is not None:
-        alibi_slopes = check_slopes(alibi_slopes, B, Hq, q.device)
+        alibi_slopes = check_slopes(alibi_slopes, B, q)
     if sinks is not None:
-        sinks = per_head("sinks", sinks, [(Hq,)], q.device)
+        sinks = per_head("sinks", sinks, [(Hq,)], q)
     causal_rule, left, right = corner_and_window(causal, window)
     key = None if seed is None else dropout_key(dropout_p, seed, offset)
     return (
@@ -137,19 +137,21 @@ def four_dimensional(name: str, x: Tensor, shape: tuple[int, ...], device: torch
     return x if x.dim() == 4 else x[(None,) * (4 - x.dim())]
 
 
-def per_head(name: str, x: Tensor, shapes: list[tuple[int, ...]], device: torch.device) -> Tensor:
+def per_head(name: str, x: Tensor, shapes: list[tuple[int, ...]], q: Tensor) -> Tensor:
+    """Numbers of each query head, in float32 (float64 if q is)."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"{name} must be a floating point Tensor, not {kind(x)}")
-    if x.device != device:
-        raise ValueError(f"{name} must be on q's device {device}, not {x.device}")
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on q's device {q.device}, not {x.device}")
     if tuple(x.shape) not in shapes:
         wanted = " or ".join(str(list(shape)) for shape in shapes)
         raise ValueError(f"{name} must have shape {wanted}, one number a query head, not {list(x.shape)}")
-    return x.to(torch.float32).contiguous()
+    return x.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
 
 
-def check_slopes(alibi_slopes: Tensor, B: int, Hq: int, device: torch.device) -> Tensor:
-    slopes = per_head("alibi_slopes", alibi_slopes, [(Hq,), (B, Hq)], device)
+def check_slopes(alibi_slopes: Tensor, B: int, q: Tensor) -> Tensor:
+    Hq = q.shape[1]
+    slopes = per_head("alibi_slopes", alibi_slopes, [(Hq,), (B, Hq)], q)
     if slopes.requires_grad and torch.is_grad_enabled():
         raise ValueError("alibi_slopes has no gradient: detach it, or write the slopes as a bias")
     return slopes
@@ -198,13 +200,13 @@ def may_look(x: Tensor) -> bool:
 def check_scale(scale: float | None, D: int) -> float:
     if scale is None:
         return 1.0 / math.sqrt(D)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, not {scale}")
     return float(scale)
 
 
 def check_softcap(softcap: float) -> float:
-    if not (math.isfinite(softcap) and softcap >= 0.0):
+    if not 0.0 <= softcap < math.inf:
         raise ValueError(f"softcap must be finite and not negative (0: none), not {softcap}")
     return float(softcap)
 

@@ -168,9 +168,9 @@ def bind(
     added = 0 if k is None else Sq
     _check_values(cache_seqlens, added, capacity, page_table, first, S)
     if alibi_slopes is not None:
-        alibi_slopes = check_slopes(alibi_slopes, B, Hq, q.device)
+        alibi_slopes = check_slopes(alibi_slopes, B, q)
     if sinks is not None:
-        sinks = per_head("sinks", sinks, [(Hq,)], q.device)
+        sinks = per_head("sinks", sinks, [(Hq,)], q)
     if not isinstance(causal, bool):
         raise ValueError(f"causal must be True or False, not {causal!r}: queries are the last of a sequence")
     rule, left, right = corner_and_window("bottom_right" if causal else False, window)
