@@ -1,4 +1,4 @@
-// From tensors to the contract's structs: checks, views, strides.
+// From tensors to the contract's structs: checks, views, strides. A part of op.cpp.
 #pragma once
 
 #include <algorithm>
@@ -8,6 +8,7 @@
 #include "common/op.h"
 
 namespace bigkern::attention {
+namespace {
 
 // The batch stride is 0 where there is one batch only, which packed sequences share.
 template <class Pointer>
@@ -15,8 +16,8 @@ View<Pointer> view(const Tensor& x, Pointer data) {
   return {data, x.size(0) == 1 ? 0 : x.stride(0), x.stride(1), x.stride(2)};
 }
 
-inline View<const void*> in(const Tensor& x) { return view<const void*>(x, x.const_data_ptr()); }
-inline View<void*> out(const Tensor& x) { return view<void*>(x, x.mutable_data_ptr()); }
+View<const void*> in(const Tensor& x) { return view<const void*>(x, x.const_data_ptr()); }
+View<void*> out(const Tensor& x) { return view<void*>(x, x.mutable_data_ptr()); }
 
 // The strides of a tensor that broadcasts to [B, Hq, Sq, Sk].
 template <class Pointer>
@@ -38,14 +39,14 @@ Statistic<Pointer> statistic(const Tensor& x, Pointer data) {
 }
 
 // The kernels read rows as vectors: the last stride must be 1 (or the row a single element).
-inline Tensor with_dense_rows(const Tensor& x) {
+Tensor with_dense_rows(const Tensor& x) {
   return x.size(3) <= 1 || x.stride(3) == 1 ? x : torch::stable::contiguous(x);
 }
 
 // An uninitialised [B, H, S, D] stored as [B, S, H, D]: merging heads afterwards needs no copy.
 // Straight from the allocator: through the dispatcher, allocating would cost small calls more than
 // their kernel.
-inline Tensor empty_bshd(const Tensor& like, int64_t H, int64_t S, int64_t D) {
+Tensor empty_bshd(const Tensor& like, int64_t H, int64_t S, int64_t D) {
   const int64_t B = like.size(0);
   const int64_t sizes[] = {B, H, S, D};
   const int64_t strides[] = {S * H * D, D, H * D, 1};
@@ -58,14 +59,14 @@ inline Tensor empty_bshd(const Tensor& like, int64_t H, int64_t S, int64_t D) {
   return Tensor(handle);
 }
 
-inline void check_broadcast(const OptionalTensor& x, const char* name, const Shape& s) {
+void check_broadcast(const OptionalTensor& x, const char* name, const Shape& s) {
   if (!x.has_value()) return;
   const auto fits = [&](int d, int64_t size) { return x->size(d) == 1 || x->size(d) == size; };
   STD_TORCH_CHECK(x->dim() == 4 && fits(0, s.B) && fits(1, s.Hq) && fits(2, s.Sq) && fits(3, s.Sk),
                   name, " must have four dimensions that broadcast to [B, Hq, Sq, Sk]");
 }
 
-inline PerHead per_head(const OptionalTensor& x, const char* name, const Shape& s) {
+PerHead per_head(const OptionalTensor& x, const char* name, const Shape& s) {
   if (!x.has_value()) return {nullptr, 0};
   STD_TORCH_CHECK(dtype_of(*x, name) == Dtype::f32 && x->is_contiguous() &&
                       x->size(x->dim() - 1) == s.Hq &&
@@ -74,7 +75,7 @@ inline PerHead per_head(const OptionalTensor& x, const char* name, const Shape& 
   return {data_of<float>(x), x->dim() == 2 ? s.Hq : 0};
 }
 
-inline Dropout dropout_of(const OptionalTensor& key, double p) {
+Dropout dropout_of(const OptionalTensor& key, double p) {
   STD_TORCH_CHECK(key.has_value() || p == 0, "dropout needs a dropout_key");
   if (!key.has_value()) return {0, 0, 0, 1.0f};
   STD_TORCH_CHECK(key->scalar_type() == torch::headeronly::ScalarType::Long && key->is_cpu() &&
@@ -87,11 +88,11 @@ inline Dropout dropout_of(const OptionalTensor& key, double p) {
           static_cast<uint32_t>(threshold), static_cast<float>(1 / (1 - p))};
 }
 
-inline bool is_int32(const Tensor& x) {
+bool is_int32(const Tensor& x) {
   return x.scalar_type() == torch::headeronly::ScalarType::Int && x.is_contiguous();
 }
 
-inline const int32_t* begins_of(const OptionalTensor& x, const char* name) {
+const int32_t* begins_of(const OptionalTensor& x, const char* name) {
   if (!x.has_value()) return nullptr;
   STD_TORCH_CHECK(is_int32(*x) && x->dim() == 1 && x->size(0) > 0, name,
                   " must be contiguous int32, [sequences + 1]");
@@ -110,7 +111,7 @@ struct Rules {
 };
 
 // The rules' part of a shape whose sizes are known.
-inline void set_rules(Shape& s, const Rules& rules) {
+void set_rules(Shape& s, const Rules& rules) {
   STD_TORCH_CHECK(s.Sq < kMaxLength && s.Sk < kMaxLength, "sequences must be shorter than 2^30");
   STD_TORCH_CHECK(s.Hkv > 0 && s.Hq % s.Hkv == 0, "q's heads must be a multiple of k's");
   STD_TORCH_CHECK(s.D <= kMaxHeadDim && s.Dv <= kMaxHeadDim, "head_dim must be at most ",
@@ -137,7 +138,7 @@ inline void set_rules(Shape& s, const Rules& rules) {
 }
 
 // q's, k's and v's part; k and v may be a cache, whose first and third sizes are its own.
-inline Shape sizes_of(const Tensor& q, const Tensor& k, const Tensor& v) {
+Shape sizes_of(const Tensor& q, const Tensor& k, const Tensor& v) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must be [B, H, S, D]");
   Shape s{};
   s.dtype = dtype_of(q, "q");
@@ -151,7 +152,7 @@ inline Shape sizes_of(const Tensor& q, const Tensor& k, const Tensor& v) {
   return s;
 }
 
-inline Shape shape_of(const Tensor& q, const Tensor& k, const Tensor& v, const Rules& rules) {
+Shape shape_of(const Tensor& q, const Tensor& k, const Tensor& v, const Rules& rules) {
   Shape s = sizes_of(q, k, v);
   STD_TORCH_CHECK(k.size(0) == s.B, "q and k must have one batch size");
   s.q_begins = begins_of(rules.cu_seqlens_q, "cu_seqlens_q");
@@ -171,8 +172,8 @@ inline Shape shape_of(const Tensor& q, const Tensor& k, const Tensor& v, const R
 }
 
 // The cache's keys and values: contiguous, [B, Hkv, S, D], or pages [pages, Hkv, page_size, D].
-inline Shape decode_shape_of(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                             const OptionalTensor& page_table, const Rules& rules) {
+Shape decode_shape_of(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                      const OptionalTensor& page_table, const Rules& rules) {
   Shape s = sizes_of(q, k_cache, v_cache);
   if (page_table.has_value()) {
     STD_TORCH_CHECK(is_int32(*page_table) && page_table->dim() == 2 && page_table->size(0) == s.B,
@@ -185,4 +186,5 @@ inline Shape decode_shape_of(const Tensor& q, const Tensor& k_cache, const Tenso
   return s;
 }
 
+}  // namespace
 }  // namespace bigkern::attention
