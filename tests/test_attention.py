@@ -710,22 +710,90 @@ def test_compile_with_dynamic_shapes(backend: str) -> None:
             torch.testing.assert_close(compiled(q, k), bigkern.attention(q, k, k, causal=True))
 
 
-def test_functional_transforms_use_stock() -> None:
-    """torch.func cannot differentiate a kernel, so stock runs; ``explain`` says so."""
+def by_torch(q: Tensor, k: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, k, is_causal=True).sin().sum()
+
+
+@EVERY
+def test_functional_transforms(backend: str) -> None:
+    """Kernels run under vmap and grad, mapped over some or all of q, k and v."""
+    q, k = torch.randn(3, 1, 2, 9, 16, device=device_of(backend)), torch.randn(1, 2, 9, 16)
+    k = k.to(q)
+
+    def by_us(q: Tensor, k: Tensor) -> Tensor:
+        return bigkern.attention(q, k, k, causal=True).sin().sum()  # type: ignore[union-attr]
+
+    both = lambda f: torch.func.grad(f, argnums=(0, 1))  # noqa: E731
+    with run_backend("attention", backend):
+        mine = [
+            torch.func.vmap(by_us, in_dims=(0, None))(q, k),
+            *both(by_us)(q[0], k),
+            *torch.func.vmap(both(by_us), in_dims=(0, None))(q, k),
+            *torch.func.vmap(both(by_us), in_dims=(2, None), out_dims=2)(q.permute(1, 2, 0, 3, 4), k),
+        ]
+    per_sample = [both(by_torch)(x, k) for x in q]
+    dq, dk = (torch.stack(grads) for grads in zip(*per_sample, strict=True))
+    theirs = [torch.stack([by_torch(x, k) for x in q]), *per_sample[0], dq, dk]
+    theirs += [dq.movedim(0, 2), dk.movedim(0, 2)]
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_functional_transforms_that_need_stock() -> None:
+    """A kernel has no forward derivative and no second one there, so stock runs; ``explain`` says so."""
     seen = []
 
     def loss(q: Tensor) -> Tensor:
         seen.append(bigkern.explain("attention", q, q, q))
-        return bigkern.attention(q, q, q, causal=True).sum()  # type: ignore[union-attr]
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return bigkern.attention(q, q, q, causal=True).sin().sum()  # type: ignore[union-attr]
 
-    q = torch.randn(3, 1, 2, 9, 16)
-    mine = torch.func.vmap(torch.func.grad(loss))(q)
-    theirs = torch.func.vmap(
-        torch.func.grad(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True).sum())
-    )(q)
-    torch.testing.assert_close(mine, theirs)
-    assert seen[0].chosen == "torch"
-    assert "torch.func" in str(seen[0])
+    q = torch.randn(1, 2, 9, 16, dtype=torch.float64)
+    with bigkern.use("torch"):
+        right = torch.func.hessian(loss)(q)
+    torch.testing.assert_close(torch.func.hessian(loss)(q.float()), right.float(), atol=1e-5, rtol=1e-4)
+    assert seen[-1].chosen == "torch"
+    assert "torch.func" in str(seen[-1])
+
+
+def test_export() -> None:
+    """One opaque node in an exported program, with the batch left open."""
+
+    class Model(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor) -> Any:
+            return bigkern.attention(q, k, k, causal=True, window=(5, 0))
+
+    q, k = torch.randn(2, 4, 12, 16), torch.randn(2, 2, 12, 16)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(Model(), (q, k), dynamic_shapes={"q": {0: batch}, "k": {0: batch}})
+    if bigkern.explain("attention", q, k, k, window=(5, 0)).chosen != "torch":
+        assert "torch.ops.bigkern.attention" in exported.graph_module.code
+    q, k = torch.randn(5, 4, 12, 16), torch.randn(5, 2, 12, 16)
+    torch.testing.assert_close(exported.module()(q, k), Model()(q, k))
+
+
+def test_meta_tensors() -> None:
+    q = torch.empty(2, 4, 12, 16, device="meta", requires_grad=True)
+    k = torch.empty(2, 2, 20, 16, device="meta")
+    o, lse = bigkern.attention(q, k, k, causal=True, sinks=torch.empty(4, device="meta"), return_lse=True)
+    assert o.shape == q.shape
+    assert lse.shape == (2, 4, 12)
+    (dq,) = torch.autograd.grad(o.sum(), q)
+    assert dq.shape == q.shape
+
+
+@EVERY
+def test_autocast(backend: str) -> None:
+    """As torch's own function: inputs are narrowed, except float64, and gradients come back wide."""
+    device = device_of(backend)
+    q = torch.randn(1, 2, 8, 16, device=device, requires_grad=True)
+    bias = torch.zeros(8, 8, device=device)
+    with run_backend("attention", backend):
+        with torch.autocast(device.type, torch.bfloat16):
+            o = bigkern.attention(q, q.bfloat16(), q, bias=bias)
+        (dq,) = torch.autograd.grad(o.float().sum(), q)  # type: ignore[union-attr]
+    assert o.dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert dq.dtype == torch.float32
 
 
 # ---- errors, and the choice of a backend -----------------------------------------------------------

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigkern import registry
+from bigkern.ops import attention_transforms as transforms
 from bigkern.ops._library import (
     KERNEL_DTYPES,
     LIBRARY,
@@ -126,7 +127,10 @@ def run(arguments: tuple[Any, ...], return_lse: bool) -> Tensor | tuple[Tensor, 
         return stock(*arguments)
     arguments = with_drawn_key(arguments)
     q, k, v, mask, bias, slopes, sinks = arguments[:7]
-    if not plain(q, k, v, mask, bias, slopes, sinks):
+    if in_functorch():
+        call = reference.attention if backend.name == "torch" else _Transformed.apply
+        o, lse = call(*arguments)
+    elif not plain(q, k, v, mask, bias, slopes, sinks):
         o, lse = torch.ops.bigkern.attention(*arguments)
     elif torch.is_grad_enabled() and _any_requires_grad(q, k, v, bias, sinks):
         o, lse = _Attention.apply(backend, *arguments)
@@ -276,6 +280,22 @@ def _autograd(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ..
 torch.library.register_autograd("bigkern::attention", _autograd, setup_context=_setup_context, lib=LIBRARY)
 
 
+class _Transformed(torch.autograd.Function):
+    """The op as torch.func wants it."""
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_autograd)
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        o, lse = torch.ops.bigkern.attention(*arguments)
+        return o, lse
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, ...]:
+        return transforms.vmapped(_Transformed.apply, info, in_dims, *arguments)
+
+
 # ---- backends --------------------------------------------------------------------------------------
 
 ATTENTION = registry.declare("attention", bind)
@@ -334,19 +354,19 @@ def _stock_backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def kernel_refuses(q: Tensor, v: Tensor) -> registry.Reason:
-    """What no kernel of ours does, in whatever language and wherever the tensors are."""
+    """What no kernel of ours does to tensors, in whatever language and wherever they are."""
     if q.dtype not in KERNEL_DTYPES:
         return f"dtype {q.dtype} is not float32, bfloat16 or float16"
     if q.shape[3] > MAX_HEAD_DIM or v.shape[3] > MAX_HEAD_DIM:
         return f"head_dim {max(q.shape[3], v.shape[3])} > {MAX_HEAD_DIM}"
-    if in_functorch():
-        return "inside a torch.func transform, which cannot look into a kernel"
     return None
 
 
 def _refuses(backend: str, lacking: Callable[[Rules], registry.Reason]) -> Callable[..., registry.Reason]:
     def refuses(q: Tensor, k: Tensor, v: Tensor, *rules: Any) -> registry.Reason:
-        return unavailable(backend, q) or kernel_refuses(q, v) or lacking(Rules(*rules))
+        parsed = Rules(*rules)
+        reason = unavailable(backend, q) or kernel_refuses(q, v)
+        return reason or transforms.refuses(parsed) or lacking(parsed)
 
     return refuses
 

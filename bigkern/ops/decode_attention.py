@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bigkern import registry
-from bigkern.ops._library import LIBRARY, define, plain, triton_kernel, unavailable, unproven
+from bigkern.ops._library import LIBRARY, define, in_functorch, plain, triton_kernel, unavailable, unproven
 from bigkern.ops.attention import kernel_refuses, stock
 from bigkern.ops.attention_arguments import (
     Window,
@@ -251,7 +251,8 @@ def _stock_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _refuses(backend: str) -> Any:
     def refuses(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) -> registry.Reason:
-        return unavailable(backend, q) or kernel_refuses(q, v_cache)
+        transformed = "inside a torch.func transform" if in_functorch() else None
+        return unavailable(backend, q) or kernel_refuses(q, v_cache) or transformed
 
     return refuses
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +39,6 @@ def scaled_dot_product_attention(
         >>> bigkern.scaled_dot_product_attention(q, q, q, is_causal=True).shape
         torch.Size([1, 8, 128, 64])
     """
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):
-        query, key, value, attn_mask = _autocast(torch.get_autocast_dtype(kind), query, key, value, attn_mask)
     nested = query.is_nested and query.layout == torch.jagged and attn_mask is None
     if nested and query.dim() == key.dim() == value.dim() == 4:
         rows = [x.transpose(1, 2) for x in (query, key, value)]
@@ -57,9 +54,3 @@ def scaled_dot_product_attention(
     mask, bias = (attn_mask, None) if boolean else (None, attn_mask)
     o = attention(query, key, value, causal=is_causal, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p)
     return cast(Tensor, o)
-
-
-def _autocast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """As torch's autocast does for its own attention: floating point, but not float64, becomes ``dtype``."""
-    narrowed = (torch.float32, torch.bfloat16, torch.float16)
-    return tuple(t.to(dtype) if t is not None and t.dtype in narrowed else t for t in tensors)
