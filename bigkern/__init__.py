@@ -1,6 +1,7 @@
 """bigkern: fused attention, LayerNorm + FFN and Adam for PyTorch, on CPUs and GPUs.
 
     bigkern.attention, bigkern.scaled_dot_product_attention     softmax attention
+    bigkern.varlen_attention, bigkern.decode_attention          of packed sequences, and from a cache
     bigkern.layer_norm, bigkern.rms_norm                        norms, fused with a residual
     bigkern.layernorm_ffn                                       the second half of a Transformer block
     bigkern.nn, bigkern.optim                                   drop-in layers and optimizers
@@ -14,6 +15,7 @@ from bigkern import nn, optim
 from bigkern.ops.attention import attention
 from bigkern.ops.decode_attention import decode_attention
 from bigkern.ops.layernorm_ffn import layernorm_ffn
+from bigkern.ops.merge_attention import merge_attention
 from bigkern.ops.norm import layer_norm, rms_norm
 from bigkern.ops.sdpa import scaled_dot_product_attention
 from bigkern.ops.varlen_attention import varlen_attention
@@ -29,6 +31,7 @@ __all__ = [
     "explain",
     "layer_norm",
     "layernorm_ffn",
+    "merge_attention",
     "nn",
     "optim",
     "patch",

@@ -178,7 +178,9 @@ class TestMultiheadAttention:
         x = torch.randn(2, 6, E)
         ours = bigkern.nn.MultiheadAttention(E, H, dropout=0.5, batch_first=True)
         assert "need_weights" in str(ours.stock_reason(x, x, x))
-        assert "dropout" in str(ours.stock_reason(x, x, x, need_weights=False))
+        assert ours.stock_reason(x, x, x, need_weights=False) is None
+        certain = bigkern.nn.MultiheadAttention(E, H, dropout=1.0, batch_first=True)
+        assert "dropout" in str(certain.stock_reason(x, x, x, need_weights=False))
         assert ours.eval().stock_reason(x, x, x, need_weights=False) is None
         assert "batch" in str(ours.stock_reason(x[0], x[0], x[0], need_weights=False))
         extra = bigkern.nn.MultiheadAttention(E, H, add_bias_kv=True)
@@ -191,6 +193,18 @@ class TestMultiheadAttention:
         theirs = stock(x, x, x, need_weights=False)[0]
         torch.manual_seed(3)
         torch.testing.assert_close(ours(x, x, x, need_weights=False)[0], theirs)
+
+
+    def test_dropout_is_unbiased(self) -> None:
+        """Over many draws the mean is the undropped output, and each draw differs."""
+        layer = bigkern.nn.MultiheadAttention(E, H, dropout=0.3, batch_first=True)
+        x = torch.randn(1, 6, E)
+        with torch.no_grad():
+            right = layer.eval()(x, x, x, need_weights=False)[0]
+            draws = layer.train()(*[x.expand(4000, 6, E)] * 3, need_weights=False)[0]
+        error = draws.std(0) / 4000**0.5
+        assert bool((draws.std(0) > 0).all())
+        assert bool(((draws.mean(0) - right[0]).abs() < 5 * error).all())
 
 
 LAYERS = ["TransformerEncoderLayer", "TransformerDecoderLayer"]

@@ -16,8 +16,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     The op runs when no attention weights are asked for (``need_weights=False``), which is what torch's own
     Transformer layers do. :meth:`stock_reason` says, for a call that the op does not cover, why torch's
-    own code runs it: weights are asked for, dropout is active, ``bias_k``/``add_zero_attn``, nested or
-    unbatched input. A query with nothing to attend to gives 0 before the output projection, never NaN.
+    own code runs it: weights are asked for, ``bias_k``/``add_zero_attn``, nested or unbatched input.
+    Dropout draws other numbers than torch's. A query with nothing to attend to gives 0 before the output projection, never NaN.
 
     Saved for backward: the input, the projected q, k, v, the attention output and one number a row.
 
@@ -46,8 +46,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         """Why torch's own forward runs this call, or None if the attention op does."""
         if need_weights:
             return "attention weights are asked for (need_weights=True)"
-        if self.training and self.dropout > 0.0:
-            return f"dropout {self.dropout} in training"
+        if self.training and self.dropout >= 1.0:
+            return f"dropout {self.dropout}"
         if self.bias_k is not None or self.add_zero_attn:
             return "bias_k, bias_v or add_zero_attn is set"
         if query.is_nested or key.is_nested or value.is_nested:
@@ -104,7 +104,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         q, k, v = (self._split_heads(x) for x in (q, k, v))
         causal = is_causal and key_padding_mask is None
         mask, bias = (None, None) if causal else self._masks(attn_mask, key_padding_mask, q.shape[0])
-        o = attention(q, k, v, causal=causal, mask=mask, bias=bias)
+        dropout_p = self.dropout if self.training else 0.0
+        o = attention(q, k, v, causal=causal, mask=mask, bias=bias, dropout_p=dropout_p)
         assert isinstance(o, Tensor)
         o = o.permute(0, 2, 1, 3) if self.batch_first else o.permute(2, 0, 1, 3)
         return self.out_proj(o.flatten(2)), None
