@@ -6,8 +6,11 @@
 //     ds [keys, 64] = p (v dout^T - delta)       dk [keys, D]  += ds q        in the workspace
 //                                                dq^T [D, 64]  += k^T ds      stays in L1
 //
-// delta = rowsum(dout o). A task goes through all tiles of a key head, or through every parts-th of
-// them: then the parts' sums are added in a second pass, always in the same order, without atomics.
+// delta = rowsum(dout o) - dlse. With dropout p and v dout^T are dropped alike, but ds keeps its p;
+// with a softcap ds is multiplied by its slope.
+//
+// A task goes through all tiles of a key head, or through every parts-th of them: then the parts'
+// sums are added in a second pass, always in the same order, without atomics.
 
 namespace bigkern::attention::BIGKERN_ISA {
 namespace {
@@ -16,57 +19,32 @@ namespace {
 struct KeySums {
   float *dk, *dv;
 
-  KeySums(const Shape& s, float* sums) : dk(sums), dv(sums + s.Sk * padded(s.D)) {}
+  KeySums(const Shape& s, int64_t Sk, float* sums) : dk(sums), dv(sums + Sk * padded(s.D)) {}
 };
 
-// What the lanes bring: q and dout both ways, lse, delta.
+// p and ds in place of x and dp. With pairs both become rows of bf16, and ds is also kept as pairs
+// of neighbouring keys. kept and slope are null without dropout and softcap.
 template <class T>
-void load_lanes(const Backward& call, const QueryTile& tile, const BackwardScratch& f) {
-  const Shape& s = call.shape;
-  const TileRows<const T> q(call.q, s, tile), dout(call.dout, s, tile), o(call.o, s, tile);
-  pack_lanes(q, s.D, f.q);
-  pack_lanes(dout, s.Dv, f.dout);
-  pack_lane_rows(q, s.D, f.q_rows);
-  pack_lane_rows(dout, s.Dv, f.dout_rows);
-  std::fill_n(f.dq, padded(s.D) * kLanes, 0.0f);
-  std::fill_n(f.lse, kLanes, __builtin_inff());  // p = 0 in lanes without a row
-  std::fill_n(f.delta, kLanes, 0.0f);
-  for (int64_t lane = 0; lane < tile.rows; ++lane) {
-    const Row row = row_of(s, tile, lane);
-    const float lse = call.lse.data[(tile.batch * s.Hq + row.head) * s.Sq + row.index];
-    f.lse[lane] = lse == -__builtin_inff() ? 0.0f : lse;  // and where nothing was seen
-    vf delta = zero();
-    for (int64_t d = 0; d < s.Dv; d += W) {
-      delta =
-          fma(load_some(dout.row[lane] + d, s.Dv - d), load_some(o.row[lane] + d, s.Dv - d), delta);
-    }
-    f.delta[lane] = reduce_add(delta);
-  }
-}
-
-// p = e^(x - lse) and ds = p (dp - delta), in place of x and dp. With pairs both become rows of
-// bf16, and ds is also kept as pairs of neighbouring keys.
-template <class T>
-void weigh(const KeyBlock& block, int64_t lanes, const BackwardScratch& f) {
-  for (int64_t lane = block.lane; lane < lanes; lane += W) {
+void weigh_block(const KeyBlock& block, const BackwardScratch& f, const float* kept,
+                 const float* slope) {
+  for (int64_t lane = block.lane; lane < block.lane_end; lane += W) {
     const vf lse = load(f.lse + lane), delta = load(f.delta + lane);
     vf even = zero();
     for (int64_t j = 0; j < block.keys; ++j) {
-      float* x = f.p + j * kLanes;
-      float* dp = f.ds + j * kLanes;
-      const vf p = exp_flush(load(x + lane) - lse);
-      const vf ds = p * (load(dp + lane) - delta);
+      const int64_t row = j * kLanes;
+      auto [p, ds] = weigh(f, kept, row + lane, lse, delta);
+      if (slope != nullptr) ds *= load(slope + row + lane);
       if constexpr (paired<T>) {
-        store(reinterpret_cast<bf16*>(x) + lane, p);
-        store(reinterpret_cast<bf16*>(dp) + lane, ds);
+        store(reinterpret_cast<bf16*>(f.p + row) + lane, p);
+        store(reinterpret_cast<bf16*>(f.ds + row) + lane, ds);
         if (j % 2 == 0) even = ds;
         const bool last = j + 1 == block.keys;
         if (j % 2 == 1 || last) {
           store(f.ds_pairs + j / 2 * kLanes + lane, pair_across(even, j % 2 == 1 ? ds : zero()));
         }
       } else {
-        store(x + lane, p);
-        store(dp + lane, ds);
+        store(f.p + row + lane, p);
+        store(f.ds + row + lane, ds);
       }
     }
   }
@@ -74,11 +52,10 @@ void weigh(const KeyBlock& block, int64_t lanes, const BackwardScratch& f) {
 
 // sums [keys, padded(D)] += p [keys, lanes] x [lanes, padded(D)]
 template <class T>
-void add_over_lanes(const KeyBlock& block, int64_t lanes, const float* p, const float* x, int64_t D,
-                    float* sums) {
+void add_over_lanes(const KeyBlock& block, const float* p, const float* x, int64_t D, float* sums) {
   using E = Element<T>;
   const int64_t row = padded(D), first = words_of<T>(block.lane);
-  multiply(Product<E>{block.keys, words_of<T>(lanes - block.lane),
+  multiply(Product<E>{block.keys, words_of<T>(block.lane_end - block.lane),
                       reinterpret_cast<const E*>(p) + first, kLanes, 1,
                       reinterpret_cast<const E*>(x) + first * row, row, sums, row, 1.0f, true},
            0, row);
@@ -89,39 +66,28 @@ void backpropagate(const Backward& call, const QueryTile& tile, const BackwardSc
                    const KeySums& sums) {
   using E = Element<T>;
   const Shape& s = call.shape;
-  const int64_t lanes = padded(tile.rows);
+  const Horizon horizon(s, tile);
+  const LaneRules rules(s, tile);
   load_lanes<T>(call, tile, f);
 
-  const Horizon horizon(s, tile);
-  for (int64_t key = 0; key < horizon.any;) {
-    const KeyBlock block = horizon.block(key);
-    const T* keys = row_at<T>(call.k, tile.batch, {tile.kv_head, key});
-    const T* values = row_at<T>(call.v, tile.batch, {tile.kv_head, key});
-    const Left<E> k = key_rows(keys, call.k.row, block.keys, s.D, f.k);
-    if constexpr (paired<T>) {
-      dot_lanes<T>(s, block, lanes, k, f.q, f.p);
-    } else {
-      decodes(s) ? dot_rows(s, tile, block, k, f.q_rows, f.p)
-                 : dot_lanes<T>(s, block, lanes, k, f.q, f.p);
-    }
-    restrict_scores<T>(s, tile, horizon, block, lanes, f.p);
-    const Left<E> v = key_rows(values, call.v.row, block.keys, s.Dv, f.v);
-    multiply(Product<E>{block.keys, words_of<T>(s.Dv), v.data, v.row, v.column,
-                        reinterpret_cast<const E*>(f.dout), kLanes, f.ds, kLanes},
-             block.lane, lanes);
-    weigh<T>(block, lanes, f);
-    add_over_lanes<T>(block, lanes, f.p, f.dout_rows, s.Dv, sums.dv + key * padded(s.Dv));
-    add_over_lanes<T>(block, lanes, f.ds, f.q_rows, s.D, sums.dk + key * padded(s.D));
+  for (int64_t key = horizon.begin; key < horizon.end;) {
+    const KeyBlock block = horizon.block(key, horizon.end);
+    key += block.keys;
+    if (block.lane == block.lane_end) continue;
+    const auto [keys, k] = compute_terms<T>(call, tile, horizon, rules, block, f);
+    weigh_block<T>(block, f, s.dropout.active() ? f.kept : nullptr,
+                   s.softcap != 0 ? f.slope : nullptr);
+    add_over_lanes<T>(block, f.p, f.dout_rows, s.Dv, sums.dv + block.first * padded(s.Dv));
+    add_over_lanes<T>(block, f.ds, f.q_rows, s.D, sums.dk + block.first * padded(s.D));
     const Left<E> kt = paired<T> ? key_columns(keys, call.k.row, block.keys, s.D, f.k_columns)
                                  : Left<E>{k.data, k.column, k.row};
     multiply(Product<E>{s.D, words_of<T>(block.keys), kt.data, kt.row, kt.column,
                         reinterpret_cast<const E*>(paired<T> ? f.ds_pairs : f.ds), kLanes, f.dq,
                         kLanes, 1.0f, true},
-             block.lane, lanes);
-    key += block.keys;
+             block.lane, block.lane_end);
   }
   std::fill_n(f.delta, kLanes, s.scale);
-  unpack_lanes(f.dq, f.delta, s.D, TileRows<T>(call.dq, s, tile));
+  unpack_lanes(f.dq, f.delta, s.D, tile_rows<T>(call.dq, tile));
 }
 
 // Rows of keys: out [.., D] = scale * the sum of `parts` arrays, `stride` floats apart.
@@ -134,51 +100,65 @@ void store_sums(const float* sums, int64_t parts, int64_t stride, int64_t D, flo
   }
 }
 
+// dk and dv of the keys begin .. end of a key head from the sums of its parts.
 template <class T>
-void store_keys(const Backward& call, int64_t head, int64_t begin, int64_t end, float* sums,
-                int64_t parts) {
+void store_keys(const Backward& call, int64_t b, int64_t kv_head, int64_t begin, int64_t end,
+                float* sums, int64_t parts, int64_t stride) {
   const Shape& s = call.shape;
-  const KeySums first(s, sums);
-  const int64_t stride = sums_floats(s), b = head / s.Hkv, h = head % s.Hkv;
+  const Sequence sequence = s.sequence(b);
+  const KeySums first(s, sequence.Sk, sums);
   for (int64_t key = begin; key < end; ++key) {
     store_sums(first.dk + key * padded(s.D), parts, stride, s.D, s.scale,
-               row_at<T>(call.dk, b, {h, key}));
+               row_at<T>(call.dk, b, kv_head, sequence.k_begin + key));
     store_sums(first.dv + key * padded(s.Dv), parts, stride, s.Dv, 1.0f,
-               row_at<T>(call.dv, b, {h, key}));
+               row_at<T>(call.dv, b, kv_head, sequence.k_begin + key));
   }
+}
+
+// dq, and a part of dk and dv; a whole key head also writes those.
+template <class T>
+void backward_task(const Backward& call, const Task& task, int64_t parts,
+                   const BackwardScratch& scratch, float* sums) {
+  const Shape& s = call.shape;
+  const Sequence sequence = s.sequence(task.batch);
+  std::fill_n(sums, sums_floats(s, sequence.Sk), 0.0f);
+  for (int64_t first = task.part * kLanes; first < rows_of(s, sequence); first += parts * kLanes) {
+    const QueryTile tile(s, task.batch, task.kv_head, sequence, first, kLanes);
+    backpropagate<T>(call, tile, scratch, KeySums(s, sequence.Sk, sums));
+  }
+  if (parts == 1) store_keys<T>(call, task.batch, task.kv_head, 0, sequence.Sk, sums, 1, 0);
 }
 
 template <class T>
 void backward_all(const Backward& call, const Parallel& parallel) {
   const Shape& s = call.shape;
-  const int64_t rows = rows_of_group(s), tiles = ceil_div(rows, kLanes), heads = s.B * s.Hkv;
-  const int64_t parts = backward_parts(s, parallel.threads), sums_size = sums_floats(s);
-  const size_t bytes = scratch_bytes<BackwardScratch>(s);
-  char* workspace = static_cast<char*>(call.workspace);
-  float* all_sums =
-      reinterpret_cast<float*>(workspace + bytes * static_cast<size_t>(parallel.threads));
+  const BackwardWorkspace work(call.workspace, s, parallel.threads);
+  share_backward(s, parallel.threads, work.shares);
 
-  run_tasks(heads * parts, parallel, [&](int64_t task, int worker) BIGKERN_FN {
-    Arena arena(workspace + bytes * static_cast<size_t>(worker));
+  run_tasks(work.shares[s.B].task, parallel, [&](int64_t index, int worker) BIGKERN_FN {
+    Arena arena = work.of_worker(worker);
     const BackwardScratch scratch(arena, s);
-    const int64_t head = task / parts;
-    float* sums = all_sums + (parts == 1 ? worker : task) * sums_size;
-    std::fill_n(sums, sums_size, 0.0f);
-    for (int64_t tile = task % parts; tile < tiles; tile += parts) {
-      const int64_t first = tile * kLanes;
-      backpropagate<T>(call, {head / s.Hkv, head % s.Hkv, first, at_most(rows - first, kLanes)},
-                       scratch, KeySums(s, sums));
-    }
-    if (parts == 1) store_keys<T>(call, head, 0, s.Sk, sums, 1);
+    const Task task = task_at(s, work.shares, index);
+    const int64_t parts = work.shares[task.batch].parts;
+    float* sums =
+        parts == 1 ? work.worker_sums + worker * work.sums : work.results + task.result * work.sums;
+    backward_task<T>(call, task, parts, scratch, sums);
   });
-  if (parts == 1) return;
 
-  parallel.for_range(0, heads * s.Sk, 64, [&](int64_t begin, int64_t end) BIGKERN_FN {
-    for (int64_t at = begin; at < end; ++at) {
-      const int64_t head = at / s.Sk, key = at % s.Sk;
-      store_keys<T>(call, head, key, key + 1, all_sums + head * parts * sums_size, parts);
-    }
-  });
+  for (int64_t b = 0; b < s.B; ++b) {
+    const Share& share = work.shares[b];
+    const int64_t Sk = s.sequence(b).Sk;
+    if (share.parts == 1) continue;
+    parallel.for_range(0, s.Hkv * Sk, 64, [&](int64_t begin, int64_t end) BIGKERN_FN {
+      for (int64_t at = begin; at < end; ++at) {
+        const int64_t head = at / Sk, key = at % Sk;
+        store_keys<T>(call, b, head, key, key + 1,
+                      work.results + (share.result + head * share.parts) * work.sums, share.parts,
+                      work.sums);
+      }
+    });
+  }
+  if (call.dbias.data != nullptr) bias_gradient<T>(call, parallel);
 }
 
 }  // namespace

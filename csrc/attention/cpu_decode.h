@@ -3,18 +3,20 @@
 // Compiled once per instruction set.
 //
 //   for each block of keys     x [rows, keys] = q k^T     W keys at once, summed by a transposition
-//   in a span of the keys:     p = e^(x - max)            along the row
+//   in a part of the keys:     p = e^(x - max)            along the row
 //                              o [rows, Dv] += p v
 //
-// Where there are fewer heads than threads, the keys of a head are cut into spans; their results
+// Where there are fewer heads than threads, the keys of a head are cut into parts; their results
 // are put together in a second pass, always in the same order (Flash-Decoding; Dao et al., 2023).
 
 namespace bigkern::attention::BIGKERN_ISA {
 namespace {
 
+// ---- scores -------------------------------------------------------------------------------------
+
 // Scores of the W keys at `rows`: scale q k^T, one lane a key.
 template <class T>
-vf dot_keys(const float* q, const T* const (&rows)[W], int64_t D, float scale) {
+vf dot_keys(const float* q, const T* const* rows, int64_t D, float scale) {
   vf sums[W] = {};
   int64_t d = 0;
   for (; d + W <= D; d += W) {
@@ -48,61 +50,78 @@ inline void dot_rows(const Shape& s, const QueryTile& tile, const KeyBlock& bloc
   }
 }
 
-// Adds the bias to a row's scores x [n], keys from `first` on; -inf where mask or causal forbid.
+// Where the rows of k or v lie that belong to a block of keys; behind the last key, the last again.
 template <class T>
-void restrict_row(const Shape& s, const QueryTile& tile, int64_t r, int64_t first, int64_t n,
-                  int64_t last, float* x) {
-  const Row row = row_of(s, tile, r);
-  if (s.bias.data != nullptr) {
-    const T* bias = row_at<T>(s.bias, tile.batch, row) + first * s.bias.column;
-    for (int64_t j = 0; j < n; ++j) x[j] += to_float(bias[j * s.bias.column]);
+struct BlockRows {
+  const T* row[kKeys];
+
+  BlockRows(const Decode& call, const View<const void*>& x, const QueryTile& tile, int64_t first,
+            int64_t n) {
+    for (int64_t j = 0, end = 0; j < n; ++j) {
+      const bool continues = first + j < end;
+      if (!continues) end = array_end(call.pages, first + j);
+      row[j] = continues ? row[j - 1] + x.row : key_at<T>(call, x, tile, first + j);
+    }
+    for (int64_t j = n; j < padded(n); ++j) row[j] = row[n - 1];
   }
-  if (s.mask.data != nullptr) {
-    const bool* mask = row_at<bool>(s.mask, tile.batch, row) + first * s.mask.column;
-    for (int64_t j = 0; j < n; ++j) x[j] = mask[j * s.mask.column] ? x[j] : -__builtin_inff();
+};
+
+// Everything that happens to a row's dot products x with n keys from `first` on; behind them x is
+// padding, which nobody sees.
+template <class T>
+void restrict_row(const Shape& s, const QueryTile& tile, const Horizon& horizon,
+                  const LaneRules& rules, int64_t r, int64_t first, int64_t n, float* x) {
+  const T* bias = s.bias.data ? entries_at<const T>(s.bias, tile.batch, tile.row[r]) : nullptr;
+  const bool* mask =
+      s.mask.data ? entries_at<const bool>(s.mask, tile.batch, tile.row[r]) : nullptr;
+  const vf forbidden = set1(-__builtin_inff());
+  for (int64_t j = 0; j < n; j += W) {
+    const vi key = lanes() + static_cast<int32_t>(first + j);
+    vf score = load(x + j);
+    if (s.softcap != 0) score = s.softcap * tanh(score * (1.0f / s.softcap));
+    if (bias) {
+      score += load_strided(bias + (first + j) * s.bias.column, s.bias.column, n - j);
+    }
+    if (s.slopes.data) {
+      score -= rules.slope[r] * abs(__builtin_convertvector(rules.place[r] - key, vf));
+    }
+    if (mask) {
+      const vf allowed = load_strided(mask + (first + j) * s.mask.column, s.mask.column, n - j);
+      score = select(allowed != 0.0f, score, forbidden);
+    }
+    const vi seen = (key >= horizon.first[r]) & (key <= horizon.last[r]);
+    store(x + j, select(seen & (key < static_cast<int32_t>(first + n)), score, forbidden));
   }
-  for (int64_t j = std::max<int64_t>(0, last + 1 - first); j < n; ++j) x[j] = -__builtin_inff();
 }
 
-// o [Dv] = o * rescale + p [n] v [n, Dv]
+// ---- one row ------------------------------------------------------------------------------------
+
+// o [Dv] = o * rescale + p [n] v [n, Dv], from column d on.
 template <int V, class T>
-void add_values(const float* p, const T* values, int64_t stride, int64_t n, int64_t Dv,
+void add_values(const float* p, const BlockRows<T>& v, int64_t n, int64_t d, int64_t Dv,
                 float rescale, float* o) {
-  for (; Dv > 0; Dv -= V * W, values += V * W, o += V * W) {
-    if (V > 1 && Dv < V * W) return add_values<1>(p, values, stride, n, Dv, rescale, o);
+  for (; d < Dv; d += V * W) {
+    if (V > 1 && Dv - d < V * W) return add_values<1>(p, v, n, d, Dv, rescale, o);
     vf sum[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[v] = load(o + v * W) * rescale;
+    for (int i = 0; i < V; ++i) sum[i] = load(o + d + i * W) * rescale;
     for (int64_t j = 0; j < n; ++j) {
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        sum[v] = fma(set1(p[j]), load_some(values + j * stride + v * W, Dv - v * W), sum[v]);
+      for (int i = 0; i < V; ++i) {
+        sum[i] = fma(set1(p[j]), load_some(v.row[j] + d + i * W, Dv - d - i * W), sum[i]);
       }
     }
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(o + v * W, sum[v]);
+    for (int i = 0; i < V; ++i) store(o + d + i * W, sum[i]);
   }
 }
 
-// One row against one block of keys.
-template <class T>
-void decode_block(const Forward& call, const QueryTile& tile, int64_t r, int64_t first, int64_t n,
-                  int64_t last, const float* q, float* x, const DecodeRow& row) {
-  const Shape& s = call.shape;
-  const float infinity = __builtin_inff();
-  const T* keys = row_at<T>(call.k, tile.batch, {tile.kv_head, first});
-  for (int64_t j = 0; j < n; j += W) {
-    const T* rows[W];
-    for (int64_t i = 0; i < W; ++i) rows[i] = keys + at_most(j + i, n - 1) * call.k.row;
-    store(x + j, dot_keys(q, rows, s.D, s.scale));
-  }
-  restrict_row<T>(s, tile, r, first, n, last, x);
-  std::fill(x + n, x + padded(n), -infinity);
-
+// Scores x [n] to weights, in place; returns what o is to be multiplied by.
+inline float soften_row(int64_t n, float* x, const RowResult& row) {
   vf highest = set1(*row.max);
   for (int64_t j = 0; j < n; j += W) highest = max(highest, load(x + j));
   const float max = reduce_max(highest);
-  const vf shift = set1(max == -infinity ? 0.0f : max);  // nothing seen yet: p = e^-inf
+  const vf shift = set1(max == -__builtin_inff() ? 0.0f : max);  // nothing seen yet: p = e^-inf
   vf sum = zero();
   for (int64_t j = 0; j < n; j += W) {
     const vf p = exp_flush(load(x + j) - shift);
@@ -112,87 +131,74 @@ void decode_block(const Forward& call, const QueryTile& tile, int64_t r, int64_t
   const float rescale = exp_flush(set1(*row.max) - shift)[0];
   *row.max = max;
   *row.sum = *row.sum * rescale + reduce_add(sum);
-  add_values<4>(x, row_at<T>(call.v, tile.batch, {tile.kv_head, first}), call.v.row, n, s.Dv,
-                rescale, row.o);
+  return rescale;
 }
 
-// All rows of a key head against the keys begin .. end.
+// All rows of a tile against the keys begin .. end.
 template <class T>
-void decode_span(const Forward& call, const QueryTile& tile, int64_t begin, int64_t end,
-                 const DecodeScratch& scratch, float* results) {
+void attend_rows(const Decode& call, const QueryTile& tile, const Horizon& horizon, int64_t begin,
+                 int64_t end, const RowsScratch& scratch, float* results) {
   const Shape& s = call.shape;
-  const TileRows<const T> q(call.q, s, tile);
+  const LaneRules rules(s, tile);
+  const TileRows<const T> q = tile_rows<const T>(call.q, tile);
   for (int64_t r = 0; r < tile.rows; ++r) {
     for (int64_t d = 0; d < s.D; d += W) {
       store(scratch.q + r * padded(s.D) + d, load_some(q.row[r] + d, s.D - d));
     }
-    const DecodeRow row(s, results, r);
+    const RowResult row(s, results, r);
     *row.max = -__builtin_inff();
     *row.sum = 0;
     std::fill_n(row.o, padded(s.Dv), 0.0f);
   }
-  const Horizon horizon(s, tile);
-  for (int64_t first = begin; first < std::min(end, horizon.any); first += kKeys) {
-    const int64_t n = std::min({kKeys, end - first, horizon.any - first});
+  float* x = scratch.x;
+  for (int64_t first = begin; first < end; first += kKeys) {
+    const int64_t n = at_most(end - first, kKeys);
+    const BlockRows<T> k(call, call.k, tile, first, n), v(call, call.v, tile, first, n);
     for (int64_t r = 0; r < tile.rows; ++r) {
-      decode_block<T>(call, tile, r, first, n, horizon.last[r], scratch.q + r * padded(s.D),
-                      scratch.x, DecodeRow(s, results, r));
+      const float* qr = scratch.q + r * padded(s.D);
+      for (int64_t j = 0; j < n; j += W) store(x + j, dot_keys(qr, k.row + j, s.D, s.scale));
+      restrict_row<T>(s, tile, horizon, rules, r, first, n, x);
+      const RowResult row(s, results, r);
+      const float rescale = soften_row(n, x, row);
+      for (int64_t j = 0; s.dropout.active() && j < n; j += W) {
+        const vu key = vu(lanes() + static_cast<int32_t>(first + j));
+        store(x + j, load(x + j) * draw(s.dropout, vu{} + rules.a[r], vu{} + rules.c[r], key));
+      }
+      add_values<4>(x, v, n, 0, s.Dv, rescale, row.o);
     }
   }
 }
 
-// o and lse of a key head's rows from the results of its spans.
+// ---- putting parts together ---------------------------------------------------------------------
+
+// o and lse of a tile's rows from the results over parts of their keys, `stride` floats apart. A
+// sink is a key that all see and that has no value.
 template <class T>
-void join_spans(const Forward& call, const QueryTile& tile, float* results, int64_t spans) {
+void join_parts(const Decode& call, const QueryTile& tile, float* results, int64_t parts,
+                int64_t stride) {
   const Shape& s = call.shape;
-  const TileRows<T> o(call.o, s, tile);
+  const TileRows<T> o = tile_rows<T>(call.o, tile);
   const float infinity = __builtin_inff();
   for (int64_t r = 0; r < tile.rows; ++r) {
-    const DecodeRow first(s, results, r);
-    const int64_t stride = tile.rows * DecodeRow::floats(s);
-    float max = -infinity, sum = 0;
-    for (int64_t i = 0; i < spans; ++i) max = std::max(max, first.max[i * stride]);
+    const RowResult first(s, results, r);
+    const float sink = s.sinks.data ? per_head(s.sinks, tile, r) : -infinity;
+    float max = sink;
+    for (int64_t i = 0; i < parts; ++i) max = std::max(max, first.max[i * stride]);
     const vf shift = set1(max == -infinity ? 0.0f : max);
-    for (int64_t i = 0; i < spans; ++i) {
+    float sum = exp_flush(set1(sink) - shift)[0];
+    for (int64_t i = 0; i < parts; ++i) {
       const float weight = exp_flush(set1(first.max[i * stride]) - shift)[0];
       first.max[i * stride] = weight;
       sum += weight * first.sum[i * stride];
     }
     for (int64_t d = 0; d < s.Dv; d += W) {
       vf x = zero();
-      for (int64_t i = 0; i < spans; ++i) {
+      for (int64_t i = 0; i < parts; ++i) {
         x = fma(set1(first.max[i * stride]), load(first.o + i * stride + d), x);
       }
       store_some(o.row[r] + d, sum == 0 ? zero() : x / sum, s.Dv - d);
     }
-    const Row row = row_of(s, tile, r);
-    call.lse.data[(tile.batch * s.Hq + row.head) * s.Sq + row.index] = max + log(set1(sum))[0];
-  }
-}
-
-template <class T>
-void decode_all(const Forward& call, const Parallel& parallel) {
-  const Shape& s = call.shape;
-  const int64_t heads = s.B * s.Hkv, rows = rows_of_group(s),
-                spans = decode_spans(s, parallel.threads);
-  const int64_t size = rows * DecodeRow::floats(s);
-  const size_t bytes = scratch_bytes<DecodeScratch>(s);
-  char* workspace = static_cast<char*>(call.workspace);
-  float* all_results =
-      reinterpret_cast<float*>(workspace + bytes * static_cast<size_t>(parallel.threads));
-  const auto tile_of = [&](int64_t head) { return QueryTile{head / s.Hkv, head % s.Hkv, 0, rows}; };
-
-  run_tasks(heads * spans, parallel, [&](int64_t task, int worker) BIGKERN_FN {
-    Arena arena(workspace + bytes * static_cast<size_t>(worker));
-    const DecodeScratch scratch(arena, s);
-    const Slice keys = slice_of(s.Sk, kKeys, task % spans, spans);
-    float* results = all_results + (spans == 1 ? worker : task) * size;
-    decode_span<T>(call, tile_of(task / spans), keys.begin, keys.end, scratch, results);
-    if (spans == 1) join_spans<T>(call, tile_of(task), results, 1);
-  });
-  if (spans == 1) return;
-  for (int64_t head = 0; head < heads; ++head) {
-    join_spans<T>(call, tile_of(head), all_results + head * spans * size, spans);
+    *statistic_at(call.lse, tile, r) = max + log(set1(sum))[0];
   }
 }
 

@@ -8,5 +8,7 @@
 #include "attention/cpu_scores.h"
 #include "attention/cpu_decode.h"
 #include "attention/cpu_forward.h"
+#include "attention/cpu_terms.h"
+#include "attention/cpu_dbias.h"
 #include "attention/cpu_backward.h"
 // clang-format on

@@ -1,68 +1,147 @@
-// The scores of one block of keys for the lanes of a tile, shared by forward and backward. Compiled
-// once per instruction set.
+// The scores of one block of keys for the lanes of a tile, x [keys, 64], shared by forward and
+// backward. Compiled once per instruction set.
+//
+//   x = scale k q^T      x = c tanh(x / c)      x += bias - slope |place - key|      -inf if not
+//   seen
 
 namespace bigkern::attention::BIGKERN_ISA {
 namespace {
 
-// Keys after a lane's last one get -inf.
-void forbid_future(const Horizon& horizon, const KeyBlock& block, int64_t lanes, float* x) {
-  const vf forbidden = set1(-__builtin_inff());
-  for (int64_t lane = block.lane; lane < lanes; lane += W) {
-    const vi last = load_raw<vi>(horizon.last + lane);
-    for (int64_t j = 0; j < block.keys; ++j) {
-      float* p = x + j * kLanes + lane;
-      store(p, select(last >= static_cast<int32_t>(block.first + j), load(p), forbidden));
-    }
-  }
-}
-
-// Whether all lanes of the tile read the same row of a broadcast tensor.
-inline bool one_row(const Shape& s, const QueryTile& tile, const Broadcast<const void*>& b) {
-  const bool one_head = row_of(s, tile, 0).head == row_of(s, tile, tile.rows - 1).head;
-  return b.row == 0 && (b.head == 0 || one_head);
-}
-
-// Calls f(value, scores, count) for each entry of a broadcast tensor and the scores [count] it
-// applies to.
-template <class T, class F>
-ATTENTION_INLINE void for_each_entry(const Shape& s, const QueryTile& tile,
-                                     const Broadcast<const void*>& b, const KeyBlock& block,
-                                     float* x, const F& f) {
-  const bool shared = one_row(s, tile, b);
-  for (int64_t lane = shared ? 0 : block.lane; lane < (shared ? 1 : tile.rows); ++lane) {
-    const T* entry = row_at<T>(b, tile.batch, row_of(s, tile, lane)) + block.first * b.column;
-    for (int64_t j = 0; j < block.keys; ++j) {
-      f(entry[j * b.column], x + j * kLanes + lane, shared ? kLanes : 1);
-    }
-  }
-}
-
-// Adds the bias to scores x [keys, 64]; -inf where causal or mask forbid.
+// x [keys, 64] = scale k q^T, for the lanes of the block.
 template <class T>
-void restrict_scores(const Shape& s, const QueryTile& tile, const Horizon& horizon,
-                     const KeyBlock& block, int64_t lanes, float* x) {
-  if (s.bias.data != nullptr) {
-    for_each_entry<T>(s, tile, s.bias, block, x, [&](T entry, float* at, int64_t count) BIGKERN_FN {
-      for (int64_t i = 0; i < count; ++i) at[i] += to_float(entry);
-    });
-  }
-  if (s.mask.data != nullptr) {
-    for_each_entry<bool>(s, tile, s.mask, block, x,
-                         [&](bool allowed, float* at, int64_t count) BIGKERN_FN {
-                           for (int64_t i = 0; i < count; ++i)
-                             at[i] = allowed ? at[i] : -__builtin_inff();
-                         });
-  }
-  if (block.diagonal) forbid_future(horizon, block, lanes, x);
-}
-
-// x [keys, 64] = scale q k^T, for the lanes block.lane .. lanes.
-template <class T>
-void dot_lanes(const Shape& s, const KeyBlock& block, int64_t lanes, const Left<Element<T>>& k,
-               const float* q, float* x) {
+void dot_lanes(const Shape& s, const KeyBlock& block, const Left<Element<T>>& k, const float* q,
+               float* x) {
   multiply(Product<Element<T>>{block.keys, words_of<T>(s.D), k.data, k.row, k.column,
                                reinterpret_cast<const Element<T>*>(q), kLanes, x, kLanes, s.scale},
-           block.lane, lanes);
+           block.lane, block.lane_end);
+}
+
+// c tanh(x / c); tanh's derivative there, 1 - tanh^2, to `slope` unless null.
+inline void cap_scores(float softcap, const KeyBlock& block, float* x, float* slope) {
+  const vf inverse = set1(1.0f / softcap);
+  for (int64_t j = 0; j < block.keys; ++j) {
+    for (int64_t at = j * kLanes + block.lane; at < j * kLanes + block.lane_end; at += W) {
+      const vf bent = tanh(load(x + at) * inverse);
+      store(x + at, bent * softcap);
+      if (slope != nullptr) store(slope + at, fma(0.0f - bent, bent, set1(1.0f)));
+    }
+  }
+}
+
+typedef uint8_t vb __attribute__((vector_size(W)));  // W bools, as stored
+
+ATTENTION_INLINE vf load_some(const bool* p, int64_t n) {
+  vb bytes{};
+  memcpy(&bytes, p, static_cast<size_t>(n >= W ? W : n));
+  return __builtin_convertvector(bytes, vf);
+}
+
+// n <= W entries, `stride` apart.
+template <class T>
+ATTENTION_INLINE vf load_strided(const T* p, int64_t stride, int64_t n) {
+  if (stride == 1) return load_some(p, n);
+  float entries[W] = {};
+  for (int64_t i = 0; i < at_most(n, W); ++i) entries[i] = to_float(p[i * stride]);
+  return load(entries);
+}
+
+// Entries of a broadcast tensor for W lanes and up to W keys; entries[j] holds key j's.
+template <class T>
+void load_entries(const Broadcast<const void*>& b, const QueryTile& tile, int64_t lane, int64_t key,
+                  int64_t keys, vf (&entries)[W]) {
+  for (int64_t i = 0; i < W; ++i) {
+    const bool missing = lane + i >= tile.rows;
+    const T* row = entries_at<const T>(b, tile.batch, tile.row[missing ? 0 : lane + i]);
+    entries[i] = missing ? zero() : load_strided(row + key * b.column, b.column, keys);
+  }
+  transpose(entries);
+}
+
+// Calls f(x, entries) for each vector of scores and what a broadcast tensor says to them.
+template <class T, class F>
+ATTENTION_INLINE void for_each_entry(const Broadcast<const void*>& b, const QueryTile& tile,
+                                     const KeyBlock& block, float* x, const F& f) {
+  for (int64_t lane = block.lane; lane < block.lane_end; lane += W) {
+    for (int64_t first = 0; first < block.keys; first += W) {
+      const int64_t keys = at_most(block.keys - first, W);
+      vf entries[W];
+      load_entries<T>(b, tile, lane, block.first + first, keys, entries);
+      for (int64_t j = 0; j < keys; ++j) {
+        float* at = x + (first + j) * kLanes + lane;
+        store(at, f(load(at), entries[j]));
+      }
+    }
+  }
+}
+
+inline void add_alibi(const LaneRules& rules, const KeyBlock& block, float* x) {
+  for (int64_t lane = block.lane; lane < block.lane_end; lane += W) {
+    const vf slope = load(rules.slope + lane);
+    const vi place = load_raw<vi>(rules.place + lane);
+    for (int64_t j = 0; j < block.keys; ++j) {
+      const vi back = place - static_cast<int32_t>(block.first + j);
+      float* at = x + j * kLanes + lane;
+      store(at, load(at) - slope * abs(__builtin_convertvector(back, vf)));
+    }
+  }
+}
+
+// Keys outside a lane's window get -inf.
+inline void forbid_unseen(const Horizon& horizon, const KeyBlock& block, float* x) {
+  const vf forbidden = set1(-__builtin_inff());
+  for (int64_t lane = block.lane; lane < block.lane_end; lane += W) {
+    const vi first = load_raw<vi>(horizon.first + lane), last = load_raw<vi>(horizon.last + lane);
+    for (int64_t j = 0; j < block.keys; ++j) {
+      const vi key = set1_int(static_cast<int32_t>(block.first + j));
+      float* at = x + j * kLanes + lane;
+      store(at, select((first <= key) & (key <= last), load(at), forbidden));
+    }
+  }
+}
+
+// Everything that happens to dot products x; slope as cap_scores'.
+template <class T>
+void restrict_scores(const Shape& s, const QueryTile& tile, const Horizon& horizon,
+                     const LaneRules& rules, const KeyBlock& block, float* x, float* slope) {
+  if (s.softcap != 0) cap_scores(s.softcap, block, x, slope);
+  if (s.bias.data != nullptr) {
+    for_each_entry<T>(s.bias, tile, block, x,
+                      [&](vf score, vf bias) BIGKERN_FN { return score + bias; });
+  }
+  if (s.slopes.data != nullptr) add_alibi(rules, block, x);
+  if (s.mask.data != nullptr) {
+    const vf forbidden = set1(-__builtin_inff());
+    for_each_entry<bool>(s.mask, tile, block, x, [&](vf score, vf allowed) BIGKERN_FN {
+      return select(allowed != 0.0f, score, forbidden);
+    });
+  }
+  if (block.edge) forbid_unseen(horizon, block, x);
+}
+
+// ---- dropout ------------------------------------------------------------------------------------
+
+// dropout.h's mix, a lane at a time.
+ATTENTION_INLINE vu mix_lanes(vu x, vu half_way) {
+  x = (x ^ (x >> 16)) * kMix1 + half_way;
+  x = (x ^ (x >> 15)) * kMix2;
+  return x ^ (x >> 16);
+}
+
+// What dropout multiplies weights by: 0 or 1 / (1 - p), from the bits of (a, c) at key j.
+ATTENTION_INLINE vf draw(const Dropout& dropout, vu a, vu c, vu j) {
+  const vu bits = mix_lanes(a + j * kGolden, c);
+  return select(vi(bits >= dropout.threshold), set1(dropout.scale), zero());
+}
+
+// The same for a block: kept [keys, 64].
+inline void draw_block(const Shape& s, const LaneRules& rules, const KeyBlock& block, float* kept) {
+  for (int64_t lane = block.lane; lane < block.lane_end; lane += W) {
+    const vu a = load_raw<vu>(rules.a + lane), c = load_raw<vu>(rules.c + lane);
+    for (int64_t j = 0; j < block.keys; ++j) {
+      const vu key = vu{} + static_cast<uint32_t>(block.first + j);
+      store(kept + j * kLanes + lane, draw(s.dropout, a, c, key));
+    }
+  }
 }
 
 }  // namespace

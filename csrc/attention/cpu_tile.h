@@ -93,14 +93,19 @@ template <class T>
 struct TileRows {
   T* row[kLanes];
   int64_t rows;
-
-  template <class Pointer>
-  TileRows(const View<Pointer>& x, const Shape& s, const QueryTile& tile) : rows(tile.rows) {
-    for (int64_t lane = 0; lane < rows; ++lane) {
-      row[lane] = row_at<std::remove_const_t<T>>(x, tile.batch, row_of(s, tile, lane));
-    }
-  }
 };
+
+template <class T, class Pointer>
+TileRows<T> tile_rows(const View<Pointer>& x, const QueryTile& tile) {
+  TileRows<T> found;
+  found.rows = tile.rows;
+  for (int64_t lane = 0; lane < tile.rows; ++lane) {
+    const Row& row = tile.row[lane];
+    found.row[lane] =
+        row_at<std::remove_const_t<T>>(x, tile.batch, row.head, tile.sequence.q_begin + row.index);
+  }
+  return found;
+}
 
 // The tile transposed, [words of D, 64]; lanes without a row are zero.
 template <class T>
