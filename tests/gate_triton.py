@@ -136,20 +136,42 @@ def attention_cases(arch: int) -> Iterator[Case]:
     for architecture, size, D in attention.CONFIGURATIONS:
         if architecture == arch:
             name = {2: "bfloat16", 4: "float32"}[size]
-            for causal, extras in (("none", False), ("top_left", False), ("bottom_right", True)):
-                text = f"{name} D={D} {causal}{' mask bias' if extras else ''}"
-                yield text, attention_call(DTYPES[name], D, causal, extras), size == 2 and D <= 128
+            for features in FEATURES:
+                needed = size == 2 and D <= 128
+                yield f"{name} D={D} {features}", attention_call(DTYPES[name], D, features), needed
 
 
-def attention_call(dtype: torch.dtype, D: int, causal: str, extras: bool) -> Callable[[], object]:
+FEATURES = ("plain", "causal", "packed", "everything")
+
+
+def attention_call(dtype: torch.dtype, D: int, features: str) -> Callable[[], object]:
+    """Forward and backward: packed sequences in a causal window, or dense ones with all that a score knows."""
+
     def call() -> None:
         B, H, S = 2, 8, SENTENCE
         q, k, v, do = (meta(B, S, H, D, dtype=dtype).transpose(1, 2) for _ in range(4))
-        mask = meta(B, 1, S, S, dtype=torch.bool) if extras else None
-        bias = meta(1, H, S, S, dtype=dtype) if extras else None
-        rules = (mask, bias, *(None,) * 5, 0.125, causal, -1, 0 if causal != "none" else -1, 0.0, 0.0, S, S)
+        rules = attention.Rules(
+            *(None,) * attention.Rules._fields.index("scale"), scale=0.125, causal="none", window_left=-1,
+            window_right=-1, softcap=0.0, dropout_p=0.0, max_seqlen_q=S, max_seqlen_k=S,
+        )  # fmt: skip
+        dlse = None
+        if features == "causal":
+            rules = rules._replace(causal="top_left", window_right=0)
+        if features == "packed":
+            q, k, v, do = (x[:1] for x in (q, k, v, do))
+            ends = meta(5, dtype=torch.int32)
+            rules = rules._replace(
+                causal="bottom_right", window_left=256, window_right=0, cu_seqlens_q=ends, cu_seqlens_k=ends
+            )
+        if features == "everything":
+            rules = rules._replace(
+                mask=meta(B, 1, S, S, dtype=torch.bool), bias=meta(1, H, S, S, dtype=dtype),
+                alibi_slopes=meta(B, H), sinks=meta(H), dropout_key=torch.tensor([1, 2]), dropout_p=0.1,
+                window_left=256, window_right=256, softcap=50.0,
+            )  # fmt: skip
+            dlse = meta(B, H, S)
         o, lse = attention.attention(q, k, v, *rules)
-        attention.attention_backward(do, None, q, k, v, o, lse, False, *rules)
+        attention.attention_backward(do, dlse, q, k, v, o, lse, rules.bias is not None, *rules)
 
     return call
 
@@ -218,7 +240,7 @@ ROOMS: dict[str, Callable[[int], Iterator[Case]]] = {
 
 
 QUICK = {
-    "attention": r"bfloat16 .* top_left",
+    "attention": r"bfloat16 .* causal",
     "norm": r"bfloat16 N=(1023|65536) layer",
     "activation": r"bfloat16 (gelu|geglu)$",
     "adam": r"bfloat16",

@@ -29,24 +29,14 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import launch
 from .attention_backward import key_value_gradient_kernel, query_gradient_kernel, statistics_kernel
-from .attention_tiles import (
-    LN_2,
-    LOG2_E,
-    broadcast,
-    empty_bshd,
-    load_rows,
-    logits,
-    query_rows,
-    shape_of,
-    store_rows,
-    view,
-    visible_keys,
-)
+from .attention_bias import Owned, bias_gradient_kernel
+from .attention_forward import attention_kernel
+from .attention_scores import Terms, broadcast, dropout_of, slopes_of
+from .attention_tiles import LOG2_E, Shape, empty_bshd, statistic, view
 
 
 class Tile(NamedTuple):
@@ -62,82 +52,24 @@ class Tiles(NamedTuple):
     forward: Tile
     key_value: Tile
     query: Tile
+    bias: Tile
 
 
 # (architecture, bytes an element, head dim up to) -> tiles. 2 bytes run on tensor cores, 4 on plain FMA.
 CONFIGURATIONS = {
-    (80, 2, 64): Tiles(Tile(128, 32, 4, 3), Tile(32, 128, 8, 2), Tile(64, 32, 4, 2)),
-    (80, 2, 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-    (80, 2, 256): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 1)),
-    (80, 4, 64): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1)),
-    (80, 4, 128): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
-    (80, 4, 256): Tiles(Tile(32, 32, 16, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
-    (90, 2, 64): Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 3)),
-    (90, 2, 128): Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
-    (90, 2, 256): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), Tile(128, 32, 8, 2)),
-    (90, 4, 64): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 4, 1)),
-    (90, 4, 128): Tiles(Tile(32, 16, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
-    (90, 4, 256): Tiles(Tile(32, 32, 16, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    (80, 2, 64): Tiles(Tile(128, 32, 4, 3), Tile(32, 128, 8, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+    (80, 2, 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    (80, 2, 256): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+    (80, 4, 64): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+    (80, 4, 128): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+    (80, 4, 256): Tiles(Tile(32, 32, 16, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+    (90, 2, 64): Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
+    (90, 2, 128): Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+    (90, 2, 256): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
+    (90, 4, 64): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    (90, 4, 128): Tiles(Tile(32, 16, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+    (90, 4, 256): Tiles(Tile(32, 32, 16, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
-
-
-# ---- forward ---------------------------------------------------------------------------------------
-
-
-@triton.jit
-def attend(
-    acc, m, l, q_tile, k, v, mask, bias, b, h, row, begin, end, scale_log2, shape,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
-    BC: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr,
-):  # fmt: skip
-    """Fold keys [begin, end) into the running output, maximum and sum of the BR queries from `row`."""
-    kv_head = h // shape.group
-    for start in range(begin, end, BC):
-        k_tile = load_rows(k, b, kv_head, start, shape.Sk, D, BD, BC, EDGE)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")  # [BR, BC] fp32
-        if EDGE or mask is not None or bias is not None:
-            i, j = row + tl.arange(0, BR)[:, None], start + tl.arange(0, BC)[None, :]
-            s = logits(s, mask, bias, b, h, i, j, scale_log2, shape, CAUSAL, EDGE)
-            new_m = tl.maximum(m, tl.max(s, 1))
-            finite_m = tl.where(new_m == float("-inf"), 0.0, new_m)  # no NaN while a row has seen nothing
-            p = tl.exp2(s - finite_m[:, None])
-            rescale = tl.exp2(m - finite_m)
-        else:  # scale is not negative, so it commutes with the maximum and fuses into the subtraction
-            new_m = tl.maximum(m, tl.max(s, 1) * scale_log2)
-            p = tl.exp2(s * scale_log2 - new_m[:, None])
-            rescale = tl.exp2(m - new_m)
-        l = l * rescale + tl.sum(p, 1)
-        v_tile = load_rows(v, b, kv_head, start, shape.Sk, DV, BDV, BC, EDGE)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision="ieee")
-        m = new_m
-    return acc, m, l
-
-
-@triton.jit
-def attention_kernel(
-    q, k, v, mask, bias, o, lse, scale_log2, shape,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    CAUSAL: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """o and lse of BR queries of one head."""
-    row, bh, b, h = query_rows(shape, BR)
-    q_tile = load_rows(q, b, h, row, shape.Sq, D, BD, BR, True)
-    acc = tl.zeros([BR, BDV], tl.float32)
-    m = tl.full([BR], float("-inf"), tl.float32)  # log2 domain
-    l = tl.zeros([BR], tl.float32)
-    plain, end = visible_keys(row, shape, CAUSAL, BR, BC)
-    acc, m, l = attend(
-        acc, m, l, q_tile, k, v, mask, bias, b, h, row, 0, plain, scale_log2, shape,
-        D, DV, BD, BDV, BR, BC, CAUSAL, False,
-    )  # fmt: skip
-    acc, m, l = attend(
-        acc, m, l, q_tile, k, v, mask, bias, b, h, row, plain, end, scale_log2, shape,
-        D, DV, BD, BDV, BR, BC, CAUSAL, True,
-    )  # fmt: skip
-    l = tl.where(l == 0.0, 1.0, l)  # a row that saw nothing: o = 0, lse = m = -inf
-    store_rows(o, b, h, row, shape.Sq, acc / l[:, None], DV, BDV, BR)
-    rows = row + tl.arange(0, BR)
-    tl.store(lse + bh * shape.Sq + rows, (m + tl.log2(l)) * LN_2, mask=rows < shape.Sq)
 
 
 # ---- launchers -------------------------------------------------------------------------------------
@@ -168,18 +100,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *rules: object) -> tuple[Tensor, 
 
     q ``[B, Hq, Sq, D]``, k ``[B, Hkv, Sk, D]``, v ``[B, Hkv, Sk, Dv]``; then what :class:`Rules` lists.
     """
-    parsed = Rules(*rules)  # type: ignore[arg-type]
-    causal, scale = parsed.causal, parsed.scale
-    q, scale = (q, scale) if scale >= 0 else (-q, -scale)
-    B, Hq, Sq, _ = q.shape
-    mask, bias = expanded(parsed, q, k)
-    o = empty_bshd(q, Hq, Sq, v.shape[3])
-    lse = torch.empty(B, Hq, Sq, dtype=torch.float32, device=q.device)
-    if lse.numel() > 0:
-        tile = tiles_of(q, v).forward
-        attention_kernel[(triton.cdiv(Sq, tile.BR) * B * Hq,)](
-            view(q), view(k), view(v), broadcast(mask), broadcast(bias), view(o), lse, scale * LOG2_E.value,
-            shape_of(q, k, causal), **constants(q, v, causal), **options(tile),
+    call = Rules(*rules)  # type: ignore[arg-type]
+    if call.scale < 0:
+        q, call = -q, call._replace(scale=-call.scale)
+    Hq, packed = q.shape[1], call.cu_seqlens_q is not None
+    o = empty_bshd(q, Hq, q.shape[2], v.shape[3])
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    tile = tiles_of(q, v).forward
+    programs = triton.cdiv(call.max_seqlen_q, tile.BR) * batches(q, call) * Hq
+    if programs > 0:
+        attention_kernel[(programs,)](
+            view(q, packed), view(k, packed), view(v, packed), terms_of(call), call.sinks, view(o, packed),
+            statistic(lse, packed), factor_of(call), shape_of(q, k, call), **sizes(q, v), **options(tile),
         )  # fmt: skip
     return o, lse
 
@@ -195,39 +127,82 @@ def attention_backward(
     bias_grad: bool,
     *rules: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk and dv, each stored as ``[B, S, H, D]``, and an empty dbias."""
-    parsed = Rules(*rules)  # type: ignore[arg-type]
-    causal, scale = parsed.causal, parsed.scale
-    mask, bias = expanded(parsed, q, k)
-    B, Hq, Sq, D = q.shape
-    Hkv, Sk, DV = v.shape[1:]
-    dq, dk, dv = empty_bshd(q, Hq, Sq, D), empty_bshd(k, Hkv, Sk, D), empty_bshd(v, Hkv, Sk, DV)
-    lse_log2, delta = torch.empty(2, B, Hq, Sq, dtype=torch.float32, device=q.device)
-    shape, tiles, sizes = shape_of(q, k, causal), tiles_of(q, v), constants(q, v, causal)
-    inputs = (view(do), view(q), view(k), view(v), broadcast(mask), broadcast(bias), lse_log2, delta)
-    scales = (scale, scale * LOG2_E.value)
+    """dq, dk and dv, each stored as ``[B, S, H, D]``, and dbias, empty unless ``bias_grad``."""
+    call = Rules(*rules)  # type: ignore[arg-type]
+    Hq, Hkv, B, packed = q.shape[1], k.shape[1], batches(q, call), call.cu_seqlens_q is not None
+    dq, dk, dv = (empty_bshd(x, *x.shape[1:]) for x in (q, k, v))
+    dbias = q.new_empty(call.bias.shape if bias_grad and call.bias is not None else 0)
+    lse_log2, delta = torch.empty(2, *lse.shape, dtype=torch.float32, device=q.device)
+    shape, tiles, constants = shape_of(q, k, call), tiles_of(q, v), sizes(q, v)
     if lse.numel() > 0:
-        statistics_kernel[(triton.cdiv(Sq, 32) * B * Hq,)](
+        statistics_kernel[(triton.cdiv(lse.shape[2], 32) * lse.shape[0] * Hq,)](
             view(do), view(o), lse.contiguous(), None if dlse is None else dlse.contiguous(), lse_log2, delta,
-            shape, DV=DV, BDV=sizes["BDV"], BR=32, num_warps=4, **launch.OPTIONS,
+            Hq, lse.shape[2], DV=v.shape[3], BDV=constants["BDV"], BR=32, num_warps=4, **launch.OPTIONS,
         )  # fmt: skip
-        query_gradient_kernel[(triton.cdiv(Sq, tiles.query.BR) * B * Hq,)](
-            *inputs, view(dq), *scales, shape, **sizes, **options(tiles.query)
-        )
-    if B * Hkv * Sk > 0:
-        key_value_gradient_kernel[(triton.cdiv(Sk, tiles.key_value.BC) * B * Hkv,)](
-            *inputs, view(dk), view(dv), *scales, shape, **sizes, **options(tiles.key_value)
-        )
-    return dq, dk, dv, q.new_empty(0)
-
-
-def expanded(rules: Rules, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """mask and bias as [B, Hq, Sq, Sk]."""
-    shape = (*q.shape[:3], k.shape[2])
-    return (
-        None if rules.mask is None else rules.mask.expand(shape),
-        None if rules.bias is None else rules.bias.expand(shape),
+    inputs = (
+        *(view(x, packed) for x in (do, q, k, v)),
+        terms_of(call),
+        statistic(lse_log2, packed),
+        statistic(delta, packed),
     )
+    scales = (call.scale, factor_of(call))
+    programs = triton.cdiv(call.max_seqlen_q, tiles.query.BR) * B * Hq
+    if programs > 0:
+        query_gradient_kernel[(programs,)](
+            *inputs, view(dq, packed), *scales, shape, **constants, **options(tiles.query)
+        )
+    programs = triton.cdiv(call.max_seqlen_k, tiles.key_value.BC) * B * Hkv
+    if programs > 0:
+        key_value_gradient_kernel[(programs,)](
+            *inputs, view(dk, packed), view(dv, packed), *scales, shape, **constants,
+            **options(tiles.key_value),
+        )  # fmt: skip
+    if dbias.numel() > 0:
+        owned = Owned(dbias, dbias.shape[1], B // dbias.shape[0], Hq // dbias.shape[1])
+        per_query, per_key = dbias.shape[2] > 1, dbias.shape[3] > 1
+        programs = dbias.shape[0] * dbias.shape[1]
+        programs *= triton.cdiv(dbias.shape[2], tiles.bias.BR) * triton.cdiv(dbias.shape[3], tiles.bias.BC)
+        bias_gradient_kernel[(programs,)](
+            *inputs, owned, factor_of(call), shape, **constants, PER_QUERY=per_query, PER_KEY=per_key,
+            **options(tiles.bias),
+        )  # fmt: skip
+    return dq, dk, dv, dbias
+
+
+def batches(q: Tensor, call: Rules) -> int:
+    return q.shape[0] if call.cu_seqlens_q is None else call.cu_seqlens_q.shape[0] - 1
+
+
+def shape_of(q: Tensor, k: Tensor, call: Rules) -> Shape:
+    Hq, Hkv = q.shape[1], k.shape[1]
+    return Shape(
+        Hq,
+        Hkv,
+        Hq // Hkv,
+        call.max_seqlen_q,
+        call.max_seqlen_k,
+        0 if call.causal == "top_left" else None,
+        None if call.window_left < 0 else call.window_left,
+        None if call.window_right < 0 else call.window_right,
+        call.cu_seqlens_q,
+        call.cu_seqlens_k,
+    )
+
+
+def terms_of(call: Rules) -> Terms | None:
+    terms = Terms(
+        call.scale / call.softcap if call.softcap else None,
+        broadcast(call.bias),
+        broadcast(call.mask),
+        slopes_of(call.alibi_slopes),
+        dropout_of(call.dropout_key, call.dropout_p),
+    )
+    return None if terms.count(None) == len(terms) else terms
+
+
+def factor_of(call: Rules) -> float:
+    """What turns a (capped) dot product into a logit of base 2."""
+    return (call.softcap or call.scale) * LOG2_E.value
 
 
 def tiles_of(q: Tensor, v: Tensor) -> Tiles:
@@ -245,6 +220,6 @@ def options(tile: Tile) -> dict[str, int | bool]:
     }
 
 
-def constants(q: Tensor, v: Tensor, causal: str) -> dict[str, int | bool]:
+def sizes(q: Tensor, v: Tensor) -> dict[str, int]:
     D, DV = q.shape[3], v.shape[3]
-    return {"D": D, "DV": DV, "BD": launch.padded(D), "BDV": launch.padded(DV), "CAUSAL": causal != "none"}
+    return {"D": D, "DV": DV, "BD": launch.padded(D), "BDV": launch.padded(DV)}

@@ -1,8 +1,11 @@
 """The backward of attention: three kernels, told in `attention.py`.
 
-p  = exp(s - lse)                delta = rowsum(do * o)
-dv = p^T do                      ds = p * (do v^T - delta)
-dq = scale * ds k                dk = scale * ds^T q
+p  = exp(s - lse)                delta = rowsum(do * o) - dlse
+dv = dropout(p)^T do             ds    = p * (dropout(do v^T) - delta)
+dx = ds * (1 - tanh(..)^2)       dq    = scale * dx k          dk = scale * dx^T q
+
+Both products of a tile, q k^T and do v^T, come first, then one pass over their elements, then the products
+with the results: so at most two tiles of fp32 are alive.
 """
 
 from __future__ import annotations
@@ -10,124 +13,140 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_tiles import LOG2_E, load_rows, logits, query_rows, store_rows, visible_keys
+from .attention_scores import gradients
+from .attention_tiles import (
+    LOG2_E,
+    load_rows,
+    query_rows,
+    rows_of,
+    sequence,
+    statistic_of,
+    store_rows,
+    visible_keys,
+    visible_queries,
+)
 
 
 @triton.jit
 def statistics_kernel(
-    do, o, lse, dlse, lse_log2, delta, shape, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr
+    do, o, lse, dlse, lse_log2, delta, Hq, S, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr
 ):
-    """delta = rowsum(do * o) - dlse, and lse in the log2 domain, +inf for a row that saw nothing."""
-    start, bh, b, h = query_rows(shape, BR)
-    do_tile = load_rows(do, b, h, start, shape.Sq, DV, BDV, BR, True).to(tl.float32)
-    o_tile = load_rows(o, b, h, start, shape.Sq, DV, BDV, BR, True).to(tl.float32)
+    """delta, and lse in the log2 domain, +inf for a row that saw nothing so that p = 0; [B, Hq, S]."""
+    tiles = tl.cdiv(S, BR)
+    start = tl.program_id(0) % tiles * BR
+    bh = (tl.program_id(0) // tiles).to(tl.int64)
+    do_tile = load_rows(rows_of(do, bh // Hq, bh % Hq, 0), start, S, DV, BDV, BR, True).to(tl.float32)
+    o_tile = load_rows(rows_of(o, bh // Hq, bh % Hq, 0), start, S, DV, BDV, BR, True).to(tl.float32)
     rows = start + tl.arange(0, BR)
-    at, exists = bh * shape.Sq + rows, rows < shape.Sq
-    row_lse = tl.load(lse + at, mask=exists, other=0.0)
-    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
-    tl.store(lse_log2 + at, row_lse, mask=exists)
+    at, exists = bh * S + rows, rows < S
     row_delta = tl.sum(do_tile * o_tile, 1)
     if dlse is not None:
         row_delta -= tl.load(dlse + at, mask=exists, other=0.0)
+    row_lse = tl.load(lse + at, mask=exists, other=0.0)
+    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
+    tl.store(lse_log2 + at, row_lse, mask=exists)
     tl.store(delta + at, row_delta, mask=exists)
 
 
 @triton.jit
-def probabilities(
-    s, row_lse, mask, bias, b, h, i, j, scale_log2, shape, CAUSAL: tl.constexpr, EDGE: tl.constexpr
-):
-    """exp(s - lse), recomputed; row_lse broadcasts to s."""
-    if EDGE or mask is not None or bias is not None:
-        s = logits(s, mask, bias, b, h, i, j, scale_log2, shape, CAUSAL, EDGE)
-    else:
-        s = s * scale_log2
-    return tl.exp2(s - row_lse)
-
-
-@triton.jit
 def key_value_gradient_kernel(
-    do, q, k, v, mask, bias, lse_log2, delta, dk, dv, scale, scale_log2, shape,
+    do, q, k, v, terms, lse_log2, delta, dk, dv, scale, factor, shape,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    CAUSAL: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BC keys of one head. Scores are transposed, [BC, BR]: p^T and ds^T are first factors.
+    """dk and dv of BC keys of one head. Scores are transposed, [BC, BR]: p^T and dx^T are first factors.
 
     Keys beyond Sk need no mask, because each key's gradient is its own row, which is not stored. Queries
-    beyond Sq get lse = inf, so p = 0. A causal tile is masked everywhere: a second, unmasked loop would
+    beyond Sq get lse = inf, so p = 0. With a window every tile is masked: a second, unmasked loop would
     cost more registers than the comparison costs time.
     """
     tiles = tl.cdiv(shape.Sk, BC)
     column = tl.program_id(0) % tiles * BC
     bh = (tl.program_id(0) // tiles).to(tl.int64)
     b, kv_head = bh // shape.Hkv, bh % shape.Hkv
-    k_tile = load_rows(k, b, kv_head, column, shape.Sk, D, BD, BC, True)
-    v_tile = load_rows(v, b, kv_head, column, shape.Sk, DV, BDV, BC, True)
+    seq = sequence(shape, b)
+    if shape.q_begins is not None and column >= seq.Sk:
+        return
+    EDGE: tl.constexpr = shape.left is not None or shape.right is not None
+    k_tile = load_rows(rows_of(k, b, kv_head, seq.k_begin), column, seq.Sk, D, BD, BC, True)
+    v_tile = load_rows(rows_of(v, b, kv_head, seq.k_begin), column, seq.Sk, DV, BDV, BC, True)
     dk_tile = tl.zeros([BC, BD], tl.float32)
     dv_tile = tl.zeros([BC, BDV], tl.float32)
-    begin = 0
-    if CAUSAL:  # the first query that sees the first key
-        begin = tl.maximum(0, column - shape.diagonal) // BR * BR
+    begin, end = visible_queries(column, seq, shape, BR, BC)
     for h in range(kv_head * shape.group, (kv_head + 1) * shape.group):
-        for start in range(begin, shape.Sq, BR):
-            q_tile = load_rows(q, b, h, start, shape.Sq, D, BD, BR, True)
-            do_tile = load_rows(do, b, h, start, shape.Sq, DV, BDV, BR, True)
-            rows = start + tl.arange(0, BR)
-            at, exists = (b * shape.Hq + h) * shape.Sq + rows, rows < shape.Sq
-            s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-            row_lse = tl.load(lse_log2 + at, mask=exists, other=float("inf"))[None, :]
-            i, j = rows[None, :], column + tl.arange(0, BC)[:, None]
-            p = probabilities(s, row_lse, mask, bias, b, h, i, j, scale_log2, shape, CAUSAL, CAUSAL)
-            dv_tile = tl.dot(p.to(do_tile.dtype), do_tile, dv_tile, input_precision="ieee")
+        q_rows = rows_of(q, b, h, seq.q_begin)
+        do_rows = rows_of(do, b, h, seq.q_begin)
+        for start in range(begin, end, BR):
+            q_tile = load_rows(q_rows, start, seq.Sq, D, BD, BR, True)
+            do_tile = load_rows(do_rows, start, seq.Sq, DV, BDV, BR, True)
+            x = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
             dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
-            row_delta = tl.load(delta + at, mask=exists, other=0.0)[None, :]  # late: registers
-            ds = p * (dp - row_delta)
-            dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision="ieee")
-    store_rows(dk, b, kv_head, column, shape.Sk, dk_tile * scale, D, BD, BC)
-    store_rows(dv, b, kv_head, column, shape.Sk, dv_tile, DV, BDV, BC)
+            rows = start + tl.arange(0, BR)
+            i, j = rows[None, :], column + tl.arange(0, BC)[:, None]
+            row_lse = tl.load(
+                statistic_of(lse_log2, b, h, seq.q_begin) + i, mask=i < seq.Sq, other=float("inf")
+            )
+            row_delta = tl.load(statistic_of(delta, b, h, seq.q_begin) + i, mask=i < seq.Sq, other=0.0)
+            p, _, dx = gradients(x, dp, row_lse, row_delta, factor, terms, b, h, i, j, seq, shape, EDGE)
+            dv_tile = tl.dot(p.to(do_tile.dtype), do_tile, dv_tile, input_precision="ieee")
+            dk_tile = tl.dot(dx.to(q_tile.dtype), q_tile, dk_tile, input_precision="ieee")
+    store_rows(rows_of(dk, b, kv_head, seq.k_begin), column, seq.Sk, dk_tile * scale, D, BD, BC)
+    store_rows(rows_of(dv, b, kv_head, seq.k_begin), column, seq.Sk, dv_tile, DV, BDV, BC)
 
 
 @triton.jit
 def collect(
-    dq_tile, q_tile, do_tile, row_lse, row_delta, k, v, mask, bias, b, h, row, begin, end, scale_log2, shape,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
-    BC: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr,
+    dq_tile, q_tile, do_tile, row_lse, row_delta, k_rows, v_rows, terms, b, h, row, begin, end, factor, seq,
+    shape, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
+    BC: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Add what keys [begin, end) give to the BR queries from `row`."""
-    kv_head = h // shape.group
     for start in range(begin, end, BC):
-        k_tile = load_rows(k, b, kv_head, start, shape.Sk, D, BD, BC, EDGE)
-        v_tile = load_rows(v, b, kv_head, start, shape.Sk, DV, BDV, BC, EDGE)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")  # [BR, BC] fp32
-        i, j = row + tl.arange(0, BR)[:, None], start + tl.arange(0, BC)[None, :]
-        p = probabilities(s, row_lse[:, None], mask, bias, b, h, i, j, scale_log2, shape, CAUSAL, EDGE)
+        k_tile = load_rows(k_rows, start, seq.Sk, D, BD, BC, EDGE)
+        v_tile = load_rows(v_rows, start, seq.Sk, DV, BDV, BC, EDGE)
+        x = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")  # [BR, BC] fp32
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
-        ds = p * (dp - row_delta[:, None])
-        dq_tile = tl.dot(ds.to(k_tile.dtype), k_tile, dq_tile, input_precision="ieee")
+        i, j = row + tl.arange(0, BR)[:, None], start + tl.arange(0, BC)[None, :]
+        _, _, dx = gradients(
+            x, dp, row_lse[:, None], row_delta[:, None], factor, terms, b, h, i, j, seq, shape, EDGE
+        )
+        dq_tile = tl.dot(dx.to(k_tile.dtype), k_tile, dq_tile, input_precision="ieee")
     return dq_tile
 
 
 @triton.jit
 def query_gradient_kernel(
-    do, q, k, v, mask, bias, lse_log2, delta, dq, scale, scale_log2, shape,
+    do, q, k, v, terms, lse_log2, delta, dq, scale, factor, shape,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    CAUSAL: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """dq of BR queries of one head."""
-    row, bh, b, h = query_rows(shape, BR)
-    q_tile = load_rows(q, b, h, row, shape.Sq, D, BD, BR, True)
-    do_tile = load_rows(do, b, h, row, shape.Sq, DV, BDV, BR, True)
+    row, b, h = query_rows(shape, BR)
+    seq = sequence(shape, b)
+    if shape.q_begins is not None and row >= seq.Sq:
+        return
+    q_tile = load_rows(rows_of(q, b, h, seq.q_begin), row, seq.Sq, D, BD, BR, True)
+    do_tile = load_rows(rows_of(do, b, h, seq.q_begin), row, seq.Sq, DV, BDV, BR, True)
+    k_rows = rows_of(k, b, h // shape.group, seq.k_begin)
+    v_rows = rows_of(v, b, h // shape.group, seq.k_begin)
     rows = row + tl.arange(0, BR)
-    at, exists = bh * shape.Sq + rows, rows < shape.Sq
-    row_lse = tl.load(lse_log2 + at, mask=exists, other=float("inf"))
-    row_delta = tl.load(delta + at, mask=exists, other=0.0)
-    plain, end = visible_keys(row, shape, CAUSAL, BR, BC)
+    row_lse = tl.load(
+        statistic_of(lse_log2, b, h, seq.q_begin) + rows, mask=rows < seq.Sq, other=float("inf")
+    )
+    row_delta = tl.load(statistic_of(delta, b, h, seq.q_begin) + rows, mask=rows < seq.Sq, other=0.0)
+    begin, plain, edge, end = visible_keys(row, seq, shape, BR, BC)
     dq_tile = tl.zeros([BR, BD], tl.float32)
+    if shape.left is not None:
+        dq_tile = collect(
+            dq_tile, q_tile, do_tile, row_lse, row_delta, k_rows, v_rows, terms, b, h, row, begin,
+            tl.minimum(plain, end), factor, seq, shape, D, DV, BD, BDV, BR, BC, True,
+        )  # fmt: skip
     dq_tile = collect(
-        dq_tile, q_tile, do_tile, row_lse, row_delta, k, v, mask, bias, b, h, row, 0, plain,
-        scale_log2, shape, D, DV, BD, BDV, BR, BC, CAUSAL, False,
+        dq_tile, q_tile, do_tile, row_lse, row_delta, k_rows, v_rows, terms, b, h, row, plain, edge,
+        factor, seq, shape, D, DV, BD, BDV, BR, BC, False,
     )  # fmt: skip
     dq_tile = collect(
-        dq_tile, q_tile, do_tile, row_lse, row_delta, k, v, mask, bias, b, h, row, plain, end,
-        scale_log2, shape, D, DV, BD, BDV, BR, BC, CAUSAL, True,
+        dq_tile, q_tile, do_tile, row_lse, row_delta, k_rows, v_rows, terms, b, h, row, edge, end,
+        factor, seq, shape, D, DV, BD, BDV, BR, BC, True,
     )  # fmt: skip
-    store_rows(dq, b, h, row, shape.Sq, dq_tile * scale, D, BD, BR)
+    store_rows(rows_of(dq, b, h, seq.q_begin), row, seq.Sq, dq_tile * scale, D, BD, BR)

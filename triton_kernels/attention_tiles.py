@@ -1,10 +1,9 @@
-"""What attention's kernels share: how they see their tensors, load tiles of them and mask scores."""
+"""What attention's kernels share: how they see tensors, which tiles they visit, how they load them."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,7 +13,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 class View(NamedTuple):
-    """A [B, H, S, D] tensor whose last stride is 1; the other strides count elements."""
+    """A [B, H, S, D] tensor whose last stride is 1; the other strides count elements. Packed: batch = 0."""
 
     data: Tensor
     batch: int
@@ -22,46 +21,56 @@ class View(NamedTuple):
     row: int
 
 
-class Broadcast(NamedTuple):
-    """A [B, Hq, Sq, Sk] tensor, strides 0 where it is broadcast; rows are dense, padded to 16 elements."""
+class Statistic(NamedTuple):
+    """A [B, Hq, Sq] fp32 tensor with dense rows. Packed: batch = 0."""
 
     data: Tensor
     batch: int
     head: int
-    row: int
 
 
 class Shape(NamedTuple):
+    """Sizes, and which keys a query sees; what is None compiles to kernels without it."""
+
     Hq: int
     Hkv: int
     group: int  # query heads that share a key head
-    Sq: int
+    Sq: int  # of the longest sequence
     Sk: int
-    diagonal: int  # query i sees keys j <= i + diagonal where CAUSAL
+    offset: int | None  # query i stands at key i + offset; None: the last query stands at the last key
+    left: int | None  # it sees keys from i + offset - left ...
+    right: int | None  # ... to i + offset + right
+    q_begins: Tensor | None  # packed: sequence b is rows begins[b] .. begins[b + 1]
+    k_begins: Tensor | None
 
 
-def shape_of(q: Tensor, k: Tensor, causal: str) -> Shape:
-    (Hq, Sq), (Hkv, Sk) = q.shape[1:3], k.shape[1:3]
-    return Shape(Hq, Hkv, Hq // Hkv, Sq, Sk, Sk - Sq if causal == "bottom_right" else 0)
+class Sequence(NamedTuple):
+    """Device side: the rows of one sequence, and where its first query stands."""
+
+    q_begin: tl.tensor
+    k_begin: tl.tensor
+    Sq: tl.tensor
+    Sk: tl.tensor
+    offset: tl.tensor
 
 
-def view(x: Tensor) -> View:
+class Rows(NamedTuple):
+    """Device side: the rows of one head of one sequence."""
+
+    data: tl.tensor
+    stride: tl.tensor
+
+
+def view(x: Tensor, packed: bool = False) -> View:
     """Offsets inside a tile are 32-bit: what has an odd last stride, or enormous rows, is copied."""
     if (x.shape[3] > 1 and x.stride(3) != 1) or x.stride(2) >= 2**23:
         x = x.contiguous()
-    return View(x, x.stride(0), x.stride(1), x.stride(2))
+    return View(x, 0 if packed else x.stride(0), x.stride(1), x.stride(2))
 
 
-def broadcast(x: Tensor | None) -> Broadcast | None:
-    """Rows that vectors cannot read are copied into padded ones, but not what is broadcast over B, H, Sq."""
-    if x is None:
-        return None
-    Sk = x.shape[3]
-    if x.stride(3) != 1 or any(size % 16 for size in (Sk, *x.stride()[:3], x.data_ptr())):
-        stored = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride()[:3])]
-        rows = x.new_empty(*stored.shape[:3], triton.cdiv(Sk, 16) * 16)[..., :Sk]
-        x = rows.copy_(stored).expand(x.shape)
-    return Broadcast(x.view(torch.uint8) if x.dtype == torch.bool else x, *x.stride()[:3])
+def statistic(x: Tensor, packed: bool = False) -> Statistic:
+    x = x.contiguous()
+    return Statistic(x, 0 if packed else x.stride(0), x.stride(1))
 
 
 def empty_bshd(x: Tensor, H: int, S: int, D: int) -> Tensor:
@@ -69,12 +78,25 @@ def empty_bshd(x: Tensor, H: int, S: int, D: int) -> Tensor:
     return x.new_empty(x.shape[0], S, H, D).transpose(1, 2)
 
 
-# ---- on the device ---------------------------------------------------------------------------------
+# ---- which rows ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def sequence(shape, b):
+    """Sequence b of the batch."""
+    q_begin, k_begin, Sq, Sk = 0, 0, shape.Sq, shape.Sk
+    if shape.q_begins is not None:
+        q_begin = tl.load(shape.q_begins + b)
+        k_begin = tl.load(shape.k_begins + b)
+        Sq = tl.load(shape.q_begins + b + 1) - q_begin
+        Sk = tl.load(shape.k_begins + b + 1) - k_begin
+    offset = Sk - Sq if shape.offset is None else shape.offset
+    return Sequence(q_begin, k_begin, Sq, Sk, offset)
 
 
 @triton.jit
 def query_rows(shape, ROWS: tl.constexpr):
-    """This program's query rows and head: (first row, b * Hq + h, b, h), the last three int64.
+    """This program's query rows and head: (first row, b, h), the last two int64.
 
     Programs that follow each other walk up the rows of one head, whose keys the cache then holds; they
     begin at the bottom, because the last rows of a causal triangle are the longest.
@@ -82,14 +104,60 @@ def query_rows(shape, ROWS: tl.constexpr):
     tiles = tl.cdiv(shape.Sq, ROWS)
     start = (tiles - 1 - tl.program_id(0) % tiles) * ROWS
     bh = (tl.program_id(0) // tiles).to(tl.int64)
-    return start, bh, bh // shape.Hq, bh % shape.Hq
+    return start, bh // shape.Hq, bh % shape.Hq
 
 
 @triton.jit
-def row_tile(x, b, h, start, BD: tl.constexpr, ROWS: tl.constexpr):
-    """[ROWS, BD] pointers into the [B, H, S, D] tensor x, which may hold more than 2^31 elements."""
-    head = x.data + b * x.batch + h * x.head + tl.cast(start, tl.int64) * x.row
-    return head + (tl.arange(0, ROWS)[:, None] * x.row + tl.arange(0, BD)[None, :])
+def visible_keys(row, seq, shape, BR: tl.constexpr, BC: tl.constexpr):
+    """For BR queries from `row`, as multiples of BC: (begin, plain, edge, end).
+
+    They see keys [begin, end); keys [plain, edge) are seen by all of them. The window's left edge runs
+    through the tiles of [begin, plain), its right edge or the end of the keys through those of [edge, end).
+    """
+    place = row + seq.offset
+    begin, edge, end = 0, seq.Sk, seq.Sk
+    if shape.right is not None:
+        edge = tl.maximum(0, tl.minimum(edge, place + shape.right + 1))
+        end = tl.maximum(0, tl.minimum(end, place + shape.right + BR))
+    plain = 0
+    if shape.left is not None:
+        begin = tl.maximum(0, place - shape.left) // BC * BC
+        plain = tl.cdiv(tl.maximum(0, tl.minimum(end, place - shape.left + BR - 1)), BC) * BC
+        edge = tl.maximum(edge, plain)
+    return begin, plain, edge // BC * BC, end
+
+
+@triton.jit
+def visible_queries(column, seq, shape, BR: tl.constexpr, BC: tl.constexpr):
+    """The queries [begin, end) that see any of the BC keys from `column`; begin is a multiple of BR."""
+    place = column - seq.offset
+    begin, end = 0, seq.Sq
+    if shape.right is not None:
+        begin = tl.maximum(0, place - shape.right) // BR * BR
+    if shape.left is not None:
+        end = tl.minimum(end, place + shape.left + BC)
+    return begin, end
+
+
+# ---- tiles of rows ---------------------------------------------------------------------------------
+
+
+@triton.jit
+def rows_of(x, b, h, begin):
+    """The rows from `begin` of one head of the [B, H, S, D] tensor x, of 2^31 elements or more."""
+    return Rows(x.data + b * x.batch + h * x.head + tl.cast(begin, tl.int64) * x.row, x.row)
+
+
+@triton.jit
+def statistic_of(x, b, h, begin):
+    return x.data + b * x.batch + h * x.head + begin
+
+
+@triton.jit
+def row_tile(rows, start, BD: tl.constexpr, ROWS: tl.constexpr):
+    """[ROWS, BD] pointers to the rows from `start`."""
+    first = rows.data + tl.cast(start, tl.int64) * rows.stride
+    return first + (tl.arange(0, ROWS)[:, None] * rows.stride + tl.arange(0, BD)[None, :])
 
 
 @triton.jit
@@ -99,55 +167,20 @@ def within(start, end, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def load_rows(x, b, h, start, end, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, EDGE: tl.constexpr):
+def load_rows(rows, start, end, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, EDGE: tl.constexpr):
     """[ROWS, BD] rows from `start`, zero where they do not exist; only an EDGE tile may pass `end`."""
-    tile = row_tile(x, b, h, start, BD, ROWS)
+    at = row_tile(rows, start, BD, ROWS)
     if EDGE:
-        rows = tl.load(tile, mask=within(start, end, D, BD, ROWS), other=0.0)
+        tile = tl.load(at, mask=within(start, end, D, BD, ROWS), other=0.0)
     elif D != BD:
-        rows = tl.load(tile, mask=(tl.arange(0, BD) < D)[None, :], other=0.0)
+        tile = tl.load(at, mask=(tl.arange(0, BD) < D)[None, :], other=0.0)
     else:
-        rows = tl.load(tile)
-    return rows
+        tile = tl.load(at)
+    return tile
 
 
 @triton.jit
-def store_rows(x, b, h, start, end, tile, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr):
+def store_rows(rows, start, end, tile, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr):
     """Store an fp32 tile as rows from `start`, as far as they exist."""
-    at = row_tile(x, b, h, start, BD, ROWS)
-    tl.store(at, tile.to(x.data.dtype.element_ty), mask=within(start, end, D, BD, ROWS))
-
-
-@triton.jit
-def score_tile(x, b, h, i, j, shape):
-    """mask or bias at queries i and keys j, which broadcast to a tile; undefined where these do not exist."""
-    exists = (i < shape.Sq) & (j < tl.cdiv(shape.Sk, 16) * 16)  # rows are padded: whole vectors exist or not
-    return tl.load(
-        x.data + b * x.batch + h * x.head + (tl.cast(i, tl.int64) * x.row + j), mask=exists, other=0
-    )
-
-
-@triton.jit
-def logits(s, mask, bias, b, h, i, j, scale_log2, shape, CAUSAL: tl.constexpr, EDGE: tl.constexpr):
-    """s * scale + bias in the log2 domain, -inf where query i may not see key j; i and j broadcast to s."""
-    s = s * scale_log2
-    if bias is not None:
-        s += LOG2_E * score_tile(bias, b, h, i, j, shape).to(tl.float32)
-    if mask is not None:
-        s = tl.where(score_tile(mask, b, h, i, j, shape) != 0, s, float("-inf"))
-    if EDGE:
-        seen = j < shape.Sk
-        if CAUSAL:
-            seen = seen & (j <= i + shape.diagonal)
-        s = tl.where(seen, s, float("-inf"))
-    return s
-
-
-@triton.jit
-def visible_keys(start, shape, CAUSAL: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-    """For BR queries from `start`: keys below `plain` need no mask, keys from `end` on are not seen."""
-    plain, end = shape.Sk, shape.Sk
-    if CAUSAL:
-        plain = tl.maximum(0, tl.minimum(plain, start + shape.diagonal + 1))
-        end = tl.maximum(0, tl.minimum(end, start + shape.diagonal + BR))
-    return plain // BC * BC, end
+    at = row_tile(rows, start, BD, ROWS)
+    tl.store(at, tile.to(rows.data.dtype.element_ty), mask=within(start, end, D, BD, ROWS))

@@ -1,0 +1,190 @@
+"""What attention does with single scores: from dot products to logits, weights and their gradients.
+
+    x = q k^T                   x = tanh(scale / softcap x), if asked
+    s = factor x + bias - slope |i + offset - j|, -inf where mask or window forbid
+    p = exp(s - lse)            what v is multiplied by: p where dropout keeps it, / (1 - dropout_p)
+
+s is in the log2 domain (s log2 e), because the hardware's exponential is exp2. i and j are the positions of
+queries and keys in their sequence, [BR, 1] and [1, BC] or the other way round.
+
+Every function takes ``terms``, what a score depends on besides its dot product and the window; of what is
+None nothing is compiled, and of plain attention ``terms`` itself is None.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_tiles import LOG2_E
+
+GOLDEN = tl.constexpr(0x9E3779B9)  # 2^32 / golden ratio
+MIX_1 = tl.constexpr(0x7FEB352D)
+MIX_2 = tl.constexpr(0x846CA68B)
+
+
+class Broadcast(NamedTuple):
+    """A [B, Hq, Sq, Sk] tensor, strides 0 where it is broadcast; rows are dense, padded to 16 elements."""
+
+    data: Tensor
+    batch: int
+    head: int
+    row: int
+    column: int | None  # None: one value a row
+
+
+class Slopes(NamedTuple):
+    """ALiBi's, [B, Hq] fp32; batch 0: the same for all batches."""
+
+    data: Tensor
+    batch: int
+
+
+class Dropout(NamedTuple):
+    key0: int  # 2^33 + 2 key + 1: always of one type and odd, so that no key compiles a variant of its own
+    key1: int
+    threshold: int
+    scale: float  # 1 / (1 - p)
+
+
+class Terms(NamedTuple):
+    softcap: float | None  # scale / softcap
+    bias: Broadcast | None
+    mask: Broadcast | None
+    slopes: Slopes | None
+    dropout: Dropout | None
+
+
+def broadcast(x: Tensor | None) -> Broadcast | None:
+    """Of a [B or 1, Hq or 1, Sq or 1, Sk or 1]. Rows that vectors cannot read are copied into padded ones."""
+    if x is None:
+        return None
+    x = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())]
+    per_key, strides = x.shape[3] > 1, outer_strides(x)
+    if per_key and (x.stride(3) != 1 or any(n % 16 for n in (x.shape[3], *strides, x.data_ptr()))):
+        rows = x.new_empty(*x.shape[:3], triton.cdiv(x.shape[3], 16) * 16)[..., : x.shape[3]]
+        x = rows.copy_(x)
+        strides = outer_strides(x)
+    data = x.view(torch.uint8) if x.dtype == torch.bool else x
+    return Broadcast(data, *strides, 1 if per_key else None)
+
+
+def outer_strides(x: Tensor) -> list[int]:
+    return [stride if size > 1 else 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
+
+
+def slopes_of(x: Tensor | None) -> Slopes | None:
+    return None if x is None else Slopes(x, x.shape[1] if x.dim() == 2 else 0)
+
+
+def dropout_of(key: Tensor | None, p: float) -> Dropout | None:
+    if key is None:
+        return None
+    key0, key1 = (2**33 + 2 * number + 1 for number in key.tolist())
+    return Dropout(key0, key1, min(round(p * 2**32), 2**32 - 1), 1.0 / (1.0 - p))
+
+
+# ---- scores ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def tanh(x):
+    """To 2 ulp: Cephes' polynomial near zero, where 1 - 2 / (e^2x + 1) would cancel."""
+    z = x * x
+    small = -5.70498872745e-3 * z + 2.06390887954e-2
+    small = small * z - 5.37397155531e-2
+    small = small * z + 1.33314422036e-1
+    small = small * z - 3.33332819422e-1
+    large = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2_E)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, x + x * z * small, large)
+
+
+@triton.jit
+def capped(x, terms):
+    """tanh(scale / softcap x); without a softcap x."""
+    if terms is not None and terms.softcap is not None:
+        x = tanh(x * terms.softcap)
+    return x
+
+
+@triton.jit
+def score_tile(x, b, h, i, j, seq):
+    """mask or bias at queries i and keys j, which broadcast to a tile; undefined where these do not exist."""
+    at = x.data + b * x.batch + h * x.head + tl.cast(i, tl.int64) * x.row
+    exists = i < seq.Sq
+    if x.column is not None:
+        at += j
+        exists = exists & (j < tl.cdiv(seq.Sk, 16) * 16)  # rows are padded: whole vectors exist or not
+    return tl.load(at, mask=exists, other=0)
+
+
+@triton.jit
+def logits(x, factor, terms, b, h, i, j, seq, shape, EDGE: tl.constexpr):
+    """factor x + bias - slope |i + offset - j| in the log2 domain, -inf where query i may not see key j."""
+    s = x * factor
+    if terms is not None:
+        if terms.bias is not None:
+            s += score_tile(terms.bias, b, h, i, j, seq).to(tl.float32) * LOG2_E
+        if terms.slopes is not None:
+            slope = tl.load(terms.slopes.data + b * terms.slopes.batch + h) * LOG2_E
+            s -= slope * tl.abs(i + seq.offset - j).to(tl.float32)
+        if terms.mask is not None:
+            s = tl.where(score_tile(terms.mask, b, h, i, j, seq) != 0, s, float("-inf"))
+    if EDGE:
+        seen = j < seq.Sk
+        if shape.right is not None:
+            seen = seen & (j <= i + (seq.offset + shape.right))
+        if shape.left is not None:
+            seen = seen & (j >= i + (seq.offset - shape.left))
+        s = tl.where(seen, s, float("-inf"))
+    return s
+
+
+# ---- dropout ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def mix(x, half_way):
+    """A bijection of 32-bit numbers (Wellons' lowbias32), with a number added half-way."""
+    x = (x ^ (x >> 16)) * MIX_1 + half_way
+    x = (x ^ (x >> 15)) * MIX_2
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def kept(dropout, b, h, i, j, shape):
+    """Which weights dropout keeps; csrc/attention/dropout.h has the formula, which all backends share."""
+    zero = tl.cast(0, tl.uint32)
+    key0, key1 = (dropout.key0 >> 1).to(tl.uint32), (dropout.key1 >> 1).to(tl.uint32)
+    k0 = mix(key0 + (b * shape.Hq + h).to(tl.uint32) * GOLDEN, zero)
+    k1 = mix(key1 ^ k0, zero)
+    a = mix(k0 + i.to(tl.uint32) * GOLDEN, zero)
+    c = mix(k1 + a, zero)
+    return mix(a + j.to(tl.uint32) * GOLDEN, c) >= tl.cast(dropout.threshold, tl.uint32)
+
+
+@triton.jit
+def dropped(p, terms, b, h, i, j, shape):
+    """The weights that v is multiplied by."""
+    if terms is not None and terms.dropout is not None:
+        p = tl.where(kept(terms.dropout, b, h, i, j, shape), p * terms.dropout.scale, 0.0)
+    return p
+
+
+# ---- their gradients -------------------------------------------------------------------------------
+
+
+@triton.jit
+def gradients(x, dp, lse, delta, factor, terms, b, h, i, j, seq, shape, EDGE: tl.constexpr):
+    """From x = q k^T and dp = do v^T: the weights that v was multiplied by, ds, and dx / scale."""
+    x = capped(x, terms)
+    p = tl.exp2(logits(x, factor, terms, b, h, i, j, seq, shape, EDGE) - lse)
+    ds = p * (dropped(dp, terms, b, h, i, j, shape) - delta)
+    dx = ds
+    if terms is not None and terms.softcap is not None:
+        dx = ds * (1.0 - x * x)
+    return dropped(p, terms, b, h, i, j, shape), ds, dx
