@@ -403,7 +403,7 @@ ATTENTION.register(
         "triton",
         triton_kernel("attention", "attention"),
         triton_kernel("attention", "attention_backward"),
-        _refuses("triton", _not_yet),
+        _refuses("triton", lambda _: None),
         unproven("attention", "triton"),
     )
 )
