@@ -145,7 +145,7 @@ FEATURES = ("plain", "causal", "packed", "everything")
 
 
 def attention_call(dtype: torch.dtype, D: int, features: str) -> Callable[[], object]:
-    """Forward and backward: packed sequences in a causal window, or dense ones with all that a score knows."""
+    """Forward and backward: packed sequences in a causal window, or dense ones with all there is."""
 
     def call() -> None:
         B, H, S = 2, 8, SENTENCE
