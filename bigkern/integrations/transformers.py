@@ -25,11 +25,12 @@ try:
     )
     from transformers.utils import logging
 except ImportError as error:
-    raise ImportError("transformers is missing: pip install 'bigkern[transformers]'") from error
+    raise ImportError("this needs transformers 5.17 or later: pip install 'bigkern[transformers]'") from error
 
 from bigkern.ops.attention import attention
 
 NAME = "bigkern"
+BEFORE = "_bigkern_attention_before"  # on an enabled model: the name that it and each model inside it had
 
 # Models whose layers hand over the window that their mask was made with, as the tests check of each: there no
 # [Sq, Sk] mask is made, and what lies outside the window is skipped. All others get a mask.
@@ -52,9 +53,9 @@ def register() -> None:
     """Make ``"bigkern"`` a name that transformers' ``attn_implementation=`` takes; harmless to repeat.
 
     ``from_pretrained(..., attn_implementation="bigkern")`` and ``model.set_attn_implementation("bigkern")``
-    then work. transformers gives that name to any class, also to one that computes its attention itself: most
-    of those raise ValueError in their first forward, the others (DeBERTa, XLNet) ignore the name.
-    :func:`enable` refuses them all.
+    then work. transformers gives the name to any class, also to one that computes its attention itself. Of
+    those, the ones that would misread our mask (Bloom, MPNet) raise ValueError in their first forward, and
+    the rest (DeBERTa, XLNet) ignore the name. :func:`enable` refuses them all.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -108,9 +109,6 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
     for name, implementation in model.__dict__.pop(BEFORE, {}).items():
         models[name].set_attn_implementation(implementation)
     return model
-
-
-BEFORE = "_bigkern_attention_before"  # on an enabled model: the name that each model in it had before
 
 
 def _models(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
