@@ -17,9 +17,10 @@ demo: build
 	$(BIN)/bigkern train gpt --compare --seconds 150 --out runs/demo
 
 test: build
-	rm -rf build/parity
+	rm -rf build/parity build/features
 	$(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal
 	$(BIN)/python tests/parity_table.py
+	$(BIN)/python tests/feature_table.py --check
 
 setup: $(VENV)/.ready
 build: $(VENV)/.built

@@ -32,16 +32,28 @@ def _triton_interpreter() -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """One file a worker: ``make test`` merges and prints them."""
+    """One file a worker and table: ``make test`` merges and prints them."""
     from parity import RECORD, TIERS
 
     if not RECORD.worst:
         return
+    ratios = [
+        [op, backend, dtype, TIERS[backend], kind, f"{ratio:.3f}", cases]
+        for (op, backend, dtype, kind), (ratio, cases) in sorted(RECORD.worst.items())
+    ]
+    _write("parity", ["op", "backend", "dtype", "tier", "kind", "worst_ratio", "cases"], ratios)
+    passed = [
+        [op, feature, backend, TIERS[backend], cases]
+        for (op, feature, backend), cases in sorted(RECORD.features.items())
+    ]
+    _write("features", ["op", "feature", "backend", "tier", "cases"], passed)
+
+
+def _write(table: str, columns: list[str], rows: list[list[object]]) -> None:
     worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
-    folder = BUILD / "parity"
+    folder = BUILD / table
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{worker}-{os.getpid()}.csv").open("w", newline="") as file:
         out = csv.writer(file)
-        out.writerow(["op", "backend", "dtype", "tier", "kind", "worst_ratio", "cases"])
-        for (op, backend, dtype, kind), (ratio, cases) in sorted(RECORD.worst.items()):
-            out.writerow([op, backend, dtype, TIERS[backend], kind, f"{ratio:.3f}", cases])
+        out.writerow(columns)
+        out.writerows(rows)

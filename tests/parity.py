@@ -1,14 +1,15 @@
 """How the tests hold an op's backends to parity, and how they remember what they saw.
 
 ``run_backend(op, backend)`` forces a backend for a block; ``assert_parity`` judges a tensor by the rule of
-``bigkern.parity`` and records the verdict. At the end of the run conftest writes the worst ratio of each
-op x backend x dtype x tier to ``build/parity.csv``.
+``bigkern.parity`` and records the verdict; ``RECORD.passed`` records which features a case has shown. At the
+end of the run conftest writes both down, for ``parity_table.py`` and ``feature_table.py``.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -71,11 +72,16 @@ class Record:
 
     def __init__(self) -> None:
         self.worst: dict[tuple[str, str, str, str], tuple[float, int]] = {}
+        self.features: Counter[tuple[str, str, str]] = Counter()  # cases passed: (op, feature, backend)
 
     def add(self, op: str, backend: str, dtype: str, kind: str, ratio: float) -> None:
         key = (op, backend, dtype, kind)
         before, cases = self.worst.get(key, (0.0, 0))
         self.worst[key] = (max(before, ratio), cases + 1)
+
+    def passed(self, op: str, backend: str, features: Iterable[str]) -> None:
+        """A whole case has passed that used these features."""
+        self.features.update((op, feature, backend) for feature in features)
 
 
 RECORD = Record()

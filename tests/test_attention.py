@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import BACKENDS, KERNEL_BACKENDS, assert_parity, device_of, poisoned_empty_memory, run_backend
+from parity import (
+    BACKENDS,
+    KERNEL_BACKENDS,
+    RECORD,
+    assert_parity,
+    device_of,
+    poisoned_empty_memory,
+    run_backend,
+)
 from torch import Tensor
 
 import bigkern
@@ -109,6 +117,32 @@ class Case:
         found["sinks"] = torch.randn(self.Hq, generator=generator) if self.sinks else None
         found["dlse"] = torch.randn(self.B, self.Hq, self.Sq, generator=generator) if self.lse_grad else None
         return {name: None if x is None else x.to(device) for name, x in found.items()}
+
+    def features(self) -> list[str]:
+        """What the call uses, in the words of the feature table."""
+        used = {
+            "causal, from the top left": self.causal == "top_left",
+            "causal, from the bottom right": self.causal == "bottom_right",
+            "boolean mask": self.mask != "",
+            "additive bias": self.bias != "",
+            "bias gradient, summed over broadcast dimensions": self.bias_grad,
+            "ALiBi": self.alibi != "",
+            "sliding window": self.window is not None,
+            "softcap": self.softcap != 0.0,
+            "sinks, with gradient": self.sinks,
+            "dropout": self.dropout != 0.0,
+            "gradient of the log-sum-exp": self.lse_grad,
+            "grouped and multi-query heads": self.Hq != self.Hkv,
+            "Sq != Sk": self.Sq != self.Sk,
+            "Dv != D": self.Dv != self.D,
+            "head dims that are no multiple of 8": self.D % 8 != 0,
+            "head dims above 128": self.D > 128,
+            "any strides": self.layout in ("sliced", "expanded"),
+            "packed sequences": bool(self.lengths),
+            "empty sequences": any(0 in pair for pair in self.lengths),
+            str(self.dtype).removeprefix("torch."): True,
+        }
+        return [name for name, yes in used.items() if yes]
 
     def slopes(self, B: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
@@ -286,6 +320,7 @@ def check(case: Case, backend: str, draws: int = 1) -> None:
         else:
             theirs = worse(*(results[name] for results in in_torch), value)
             assert_parity("attention", backend, name, mine[name], value, theirs, grad=name.startswith("d"))
+    RECORD.passed("attention", backend, case.features())
 
 
 def together(cases: list[Case], results: Callable[[Case, str], Results], backend: str) -> Results:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import BACKENDS, assert_parity, device_of, poisoned_empty_memory, run_backend
+from parity import BACKENDS, RECORD, assert_parity, device_of, poisoned_empty_memory, run_backend
 from torch import Tensor
 
 import bigkern
@@ -41,6 +41,22 @@ class Case:
     def __str__(self) -> str:
         changed = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
         return "-".join(f"{name}={getattr(self, name)}" for name in changed) or "plain"
+
+    def features(self) -> list[str]:
+        used = {
+            "contiguous cache": self.page_size == 0,
+            "paged cache": self.page_size > 0,
+            "sequences of several lengths": len(set(self.lengths)) > 1,
+            "empty cache": 0 in self.lengths,
+            "several queries": self.Sq > 1,
+            "grouped and multi-query heads": self.Hq != self.Hkv,
+            "ALiBi": self.alibi != "",
+            "sliding window": self.window is not None,
+            "softcap": self.softcap != 0.0,
+            "sinks": self.sinks,
+            str(self.dtype).removeprefix("torch."): True,
+        }
+        return [name for name, yes in used.items() if yes]
 
     def arguments(self, device: torch.device) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """q, the caches and the lengths, and the options; what no sequence reaches in the caches is NaN."""
@@ -86,6 +102,7 @@ def check(case: Case, backend: str) -> None:
     assert_parity("decode_attention", backend, "o", mine[0], right[0], in_torch[0])
     if right[1].numel() >= 8:
         assert_parity("decode_attention", backend, "lse", mine[1], right[1], in_torch[1])
+    RECORD.passed("decode_attention", backend, case.features())
 
 
 CASES = [
