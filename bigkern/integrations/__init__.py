@@ -1,1 +1,1 @@
-"""Ways into other libraries: one module each, named after the library, imported by nobody but its user."""
+"""Ways in through other people's interfaces: one module each, imported by nobody but its user."""
