@@ -194,7 +194,6 @@ class TestMultiheadAttention:
         torch.manual_seed(3)
         torch.testing.assert_close(ours(x, x, x, need_weights=False)[0], theirs)
 
-
     def test_dropout_is_unbiased(self) -> None:
         """Over many draws the mean is the undropped output, and each draw differs."""
         layer = bigkern.nn.MultiheadAttention(E, H, dropout=0.3, batch_first=True)
