@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_scores import capped, dropped, logits
+from .attention_scores import dropped, online_softmax
 from .attention_tiles import (
     LN_2,
     LOG2_E,
@@ -30,21 +30,10 @@ def attend(
         k_tile = load_rows(k_rows, start, seq.Sk, D, BD, BC, EDGE)
         x = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")  # [BR, BC] fp32
         i, j = row + tl.arange(0, BR)[:, None], start + tl.arange(0, BC)[None, :]
-        if EDGE or terms is not None:
-            s = logits(capped(x, terms), factor, terms, b, h, i, j, seq, shape, EDGE)
-            new_m = tl.maximum(m, tl.max(s, 1))
-            finite_m = tl.where(new_m == float("-inf"), 0.0, new_m)  # no NaN while a row has seen nothing
-            p = tl.exp2(s - finite_m[:, None])
-            rescale = tl.exp2(m - finite_m)
-        else:  # factor is not negative, so it commutes with the maximum and fuses into the subtraction
-            new_m = tl.maximum(m, tl.max(x, 1) * factor)
-            p = tl.exp2(x * factor - new_m[:, None])
-            rescale = tl.exp2(m - new_m)
-        l = l * rescale + tl.sum(p, 1)
+        p, rescale, m, l = online_softmax(x, m, l, factor, terms, b, h, i, j, seq, shape, EDGE)
         p = dropped(p, terms, b, h, i, j, shape)
         v_tile = load_rows(v_rows, start, seq.Sk, DV, BDV, BC, EDGE)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision="ieee")
-        m = new_m
     return acc, m, l
 
 

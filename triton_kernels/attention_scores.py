@@ -93,7 +93,7 @@ def dropout_of(key: Tensor | None, p: float) -> Dropout | None:
 
 @triton.jit
 def tanh(x):
-    """To 2 ulp: Cephes' polynomial near zero, where 1 - 2 / (e^2x + 1) would cancel."""
+    """To 2e-7 of it: Cephes' polynomial near zero, where 1 - 2 / (e^2x + 1) would cancel."""
     z = x * x
     small = -5.70498872745e-3 * z + 2.06390887954e-2
     small = small * z - 5.37397155531e-2
@@ -142,6 +142,25 @@ def logits(x, factor, terms, b, h, i, j, seq, shape, EDGE: tl.constexpr):
             seen = seen & (j >= i + (seq.offset - shape.left))
         s = tl.where(seen, s, float("-inf"))
     return s
+
+
+@triton.jit
+def online_softmax(x, m, l, factor, terms, b, h, i, j, seq, shape, EDGE: tl.constexpr):
+    """Fold dot products into the running maximum m and sum l of their rows: (p, rescale, m, l).
+
+    p is relative to the new maximum; what was summed before is to be multiplied by rescale.
+    """
+    if EDGE or terms is not None:
+        s = logits(capped(x, terms), factor, terms, b, h, i, j, seq, shape, EDGE)
+        new_m = tl.maximum(m, tl.max(s, 1))
+        finite_m = tl.where(new_m == float("-inf"), 0.0, new_m)  # no NaN while a row has seen nothing
+        p = tl.exp2(s - finite_m[:, None])
+        rescale = tl.exp2(m - finite_m)
+    else:  # factor is not negative, so it commutes with the maximum and fuses into the subtraction
+        new_m = tl.maximum(m, tl.max(x, 1) * factor)
+        p = tl.exp2(x * factor - new_m[:, None])
+        rescale = tl.exp2(m - new_m)
+    return p, rescale, new_m, l * rescale + tl.sum(p, 1)
 
 
 # ---- dropout ---------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def query_rows(shape, ROWS: tl.constexpr):
 
 
 @triton.jit
-def visible_keys(row, seq, shape, BR: tl.constexpr, BC: tl.constexpr):
+def visible_keys(row, seq, shape, BR, BC: tl.constexpr):
     """For BR queries from `row`, as multiples of BC: (begin, plain, edge, end).
 
     They see keys [begin, end); keys [plain, edge) are seen by all of them. The window's left edge runs
