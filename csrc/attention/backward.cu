@@ -1,4 +1,4 @@
-// Attention, backward: what each query contributes to all of its row, then dk and dv, then dq.
+// Attention, backward: what each query contributes to all of its row, then dk and dv, dq, dbias.
 #include "attention/backward.cuh"
 
 namespace bigkern::attention::cuda {
@@ -6,29 +6,33 @@ namespace {
 
 constexpr int kRowsPerBlock = 4;  // one warp each
 
-// delta = rowsum(do * o), and lse times kUnit; see kQueryPad for rows that have no such thing.
+// delta = rowsum(do * o) - dlse, and lse times kUnit; see kQueryPad for rows that have no such
+// thing.
 template <class T>
 __global__ void __launch_bounds__(kRowsPerBlock* kWarpSize)
     delta_kernel(const __grid_constant__ Backward call) {
   const Shape& shape = call.shape;
-  const int64_t padded = padded_queries(shape.Sq), rows = shape.B * shape.Hq * padded;
+  const int64_t padded = padded_queries(shape.Sq);
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + warp();  // padded is a multiple of them
-  const int64_t b = row / padded / shape.Hq, h = row / padded % shape.Hq, i = row % padded;
+  const int b = int(row / padded / shape.Hq), h = int(row / padded % shape.Hq);
+  const int i = int(row % padded);
+  const Window window(shape, b);
+  if (i >= padded_queries(window.Sq)) return;  // a sequence shorter than the longest
 
   float delta = 0.0f, lse = -INFINITY;
-  if (i < shape.Sq) {
-    const auto dout = rows_of<const T>(call.dout, b, h, shape.Sq, shape.Dv);
-    const auto o = rows_of<const T>(call.o, b, h, shape.Sq, shape.Dv);
+  if (i < window.Sq) {
+    const auto dout = rows_of<const T>(call.dout, b, h, window.q_begin, window.Sq, shape.Dv);
+    const auto o = rows_of<const T>(call.o, b, h, window.q_begin, window.Sq, shape.Dv);
     for (int c = lane(); c < shape.Dv; c += kWarpSize) {
       delta += to_float(dout.data[i * dout.stride + c]) * to_float(o.data[i * o.stride + c]);
     }
-    delta = warp_sum(delta);
-    lse = call.lse.data[(b * shape.Hq + h) * shape.Sq + i];
+    delta = warp_sum(delta) - value_of(call.dlse, b, h, window.q_begin + i, 0.0f);
+    lse = value_of(call.lse, b, h, window.q_begin + i, -INFINITY);
   }
   if (lane() == 0) {
-    float* const statistics = static_cast<float*>(call.workspace);
-    statistics[row] = lse == -INFINITY ? INFINITY : lse * kUnit<T>;
-    statistics[rows + row] = delta;
+    const auto statistics = statistics_of<float>(call, window, b, h);
+    statistics.lse[i] = lse == -INFINITY ? INFINITY : lse * kUnit<T>;
+    statistics.delta[i] = delta;
   }
 }
 
@@ -65,19 +69,20 @@ int delta_kernels(KernelInfo* out, int capacity) {
 }  // namespace
 
 size_t backward_workspace(const Shape& shape) {
-  return size_t(2 * shape.B * shape.Hq * padded_queries(shape.Sq)) * sizeof(float);
+  return size_t(2 * shape.Hq * statistics_rows(shape)) * sizeof(float);
 }
 
 int backward(const Backward& call, void* stream) {
   int error = launch_delta(call, stream);
   if (error == cudaSuccess) error = launch_dkdv(call, stream);
   if (error == cudaSuccess) error = launch_dq(call, stream);
+  if (error == cudaSuccess && call.dbias.data != nullptr) error = launch_dbias(call, stream);
   return error;
 }
 
 int kernels(KernelInfo* out, int capacity) {
   int (*const tables[])(KernelInfo*, int) = {forward_kernels, delta_kernels, dkdv_kernels,
-                                             dq_kernels};
+                                             dq_kernels,      dbias_kernels, decode_kernels};
   int count = 0;
   for (const auto table : tables) {
     count += table(out + count, capacity > count ? capacity - count : 0);

@@ -1,12 +1,13 @@
-// What the two passes of attention's backward share.
+// What the passes of attention's backward share.
 //
-//   p = exp(s - lse)     delta = rowsum(do * o)     ds = p * (do v^T - delta)
+//   p = exp(s - lse)               delta = rowsum(do * o) - dlse
+//   dp = dropped (do v^T)          ds = p * (dp - delta)          dx = ds * (1 - (x / softcap)^2)
 //
-//   dkdv.cu    dv = p^T do           dk = scale * ds^T q      a block owns keys and goes through
-//   the queries dq.cu      dq = scale * ds k                              a block owns queries and
-//   goes through the keys
+//   dkdv.cu    dv = (dropped p)^T do     dk = scale dx^T q     a block owns keys
+//   dq.cu      dq = scale dx k                                 a block owns queries
+//   dbias.cu   dbias = ds, summed                              a block owns a tile of the bias
 //
-// Both compute s and do v^T again: seven products where five would do if dq were summed with
+// Each computes q k^T and do v^T again: seven products where five would do if dq were summed with
 // atomics. In return the result is the same on every run, and no workspace of q's size is needed.
 #pragma once
 
@@ -30,6 +31,7 @@ struct BackwardTile {
   static constexpr int SPLIT = kRowBytes > kWarpBytes ? kRowBytes / kWarpBytes : 1;
   static constexpr int COLUMNS = D / SPLIT;
   static constexpr int THREADS = ROWS / 16 * SPLIT * kWarpSize;
+  static constexpr int BLOCKS = kRowBytes <= 256 && !TWO_GRADIENTS && sizeof(T) == 2 ? 3 : 1;
   static constexpr int kTile = ROWS * kPitch<T, D>;          // elements
   static constexpr int kStreamed = STREAMED * kPitch<T, D>;  // elements
   static constexpr size_t SMEM = size_t(2 * kTile + 2 * STAGES * kStreamed) * sizeof(T);
@@ -37,23 +39,86 @@ struct BackwardTile {
 
 BIGKERN_HD int64_t padded_queries(int64_t Sq) { return ceil_div(Sq, kQueryPad) * kQueryPad; }
 
-// For each query, its lse times kUnit, +inf where it has nothing to attend to, and its delta.
-struct RowStatistics {
-  const float *lse, *delta;  // of one head
-};
-
-__device__ __forceinline__ RowStatistics statistics_of(const Backward& call, int64_t b, int64_t h) {
-  const Shape& shape = call.shape;
-  const int64_t padded = padded_queries(shape.Sq);
-  const float* lse = static_cast<const float*>(call.workspace) + (b * shape.Hq + h) * padded;
-  return {lse, lse + shape.B * shape.Hq * padded};
+// Where a sequence's queries begin among a head's row statistics, and how many of those there are.
+// Sequence b, before which there are n queries, begins at the multiple of kQueryPad that this many
+// whole pads and b further ones take: room for all that is padded, without a sum over b.
+BIGKERN_HD int64_t statistics_begin(int64_t n, int64_t b) {
+  return (n / kQueryPad + b) * kQueryPad;
+}
+BIGKERN_HD int64_t statistics_rows(const Shape& shape) {
+  return statistics_begin(shape.B * shape.Sq, shape.B);
 }
 
-// s and do v^T of a strip become p and ds.
-template <class T>
-__device__ __forceinline__ void to_p_and_ds(float& s, float& dp, float lse, float delta) {
-  s = exp_of<T>(s - lse);
-  dp = s * (dp - delta);
+// For each query, its lse times kUnit, +inf where it has nothing to attend to, and its delta.
+template <class Float>
+struct RowStatistics {
+  Float *lse, *delta;  // of one sequence and head
+};
+
+template <class Float>
+__device__ __forceinline__ RowStatistics<Float> statistics_of(const Backward& call,
+                                                              const Window& window, int b, int h) {
+  const Shape& shape = call.shape;
+  const int64_t n = shape.q_begins != nullptr ? window.q_begin : int64_t(b) * shape.Sq;
+  const int64_t rows = statistics_rows(shape);
+  Float* const lse = static_cast<Float*>(call.workspace) + h * rows + statistics_begin(n, b);
+  return {lse, lse + shape.Hq * rows};
+}
+
+// What the two queries have that a lane has of eight rows or columns of scores.
+struct Terms {
+  Vec<float, 2> lse, delta;
+};
+
+// The products q k^T and do v^T of a strip become p, zero where it is dropped, and dx, or, with
+// OF_SCORES, ds. terms_of(n) is for columns 8 n .. 8 n + 7, or for any, where queries are rows.
+template <bool OF_SCORES = false, bool KEYS_ARE_ROWS, int N, class T, bool GENERAL, class F>
+__device__ __forceinline__ void to_gradients(float (&s)[N][4], float (&dp)[N][4],
+                                             const Scores<T, GENERAL>& scores,
+                                             const Strip<KEYS_ARE_ROWS>& strip, int column0,
+                                             F terms_of) {
+  static_assert(N * 4 <= 32, "one bit for each entry that a lane holds");
+  const Shape& shape = scores.shape;
+  const auto each = [&](auto f) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const Terms terms = terms_of(n);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int query = KEYS_ARE_ROWS ? e % 2 : e / 2;
+        f(s[n][e], dp[n][e], terms.lse.data[query], terms.delta.data[query]);
+      }
+    }
+  };
+  uint32_t kept = 0, bit = 1;
+  if constexpr (GENERAL) {
+    if (scores.dropped()) {
+      for_each_draw(dp, scores, strip, column0, [&](float& x, bool keep) {
+        x = keep ? x * shape.dropout.scale : 0.0f;
+        kept |= keep ? bit : 0;
+        bit <<= 1;
+      });
+    }
+  }
+  each([&](float& x, float&, float, float) { x *= scores.scale(); });
+  const bool weighed = scores.capped() && !OF_SCORES;  // delta is gone from dp by now
+  if (scores.capped()) {
+    each([&](float& x, float& ds, float, float delta) {
+      const float t = cap<T>(x, shape.softcap);
+      if (!OF_SCORES) ds = (ds - delta) * (1.0f - t * t);
+    });
+  }
+  restrict_scores(s, scores, strip, column0);
+  each([&](float& x, float& ds, float lse, float delta) {
+    x = exp_of<T>(x - lse);
+    ds = x * (weighed ? ds : ds - delta);
+  });
+  if (scores.dropped()) {
+    each([&](float& p, float&, float, float) {
+      p = kept & 1 ? p : 0.0f;
+      kept >>= 1;
+    });
+  }
 }
 
 }  // namespace bigkern::attention::cuda

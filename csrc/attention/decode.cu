@@ -5,5 +5,6 @@ namespace bigkern::attention::cuda {
 
 size_t decode_workspace(const Shape&) { return 0; }
 int decode(const Decode&, void*) { return cudaErrorInvalidValue; }
+int decode_kernels(KernelInfo*, int) { return 0; }
 
 }  // namespace bigkern::attention::cuda

@@ -1,6 +1,7 @@
 // Attention, forward: FlashAttention-2 for sm_80 and later.
 //
-//   o = softmax(scale * q k^T + bias) v,  lse = log of the softmax's denominator
+//   s = cap(scale q k^T) + bias + slopes, -inf where window or mask forbid
+//   lse = log (sum exp s + exp sink)        p = exp(s - lse)        o = (dropped p) v
 //
 // The scores of one block of queries are computed a tile of keys at a time and never leave the
 // registers. Each warp owns 16 queries. What has been seen of a row is summed up in three things:
@@ -10,8 +11,8 @@
 //   shared     q [ROWS, D]    k [KEYS, D]    v [KEYS, D]
 //   registers, of each warp    s, p [16, KEYS] fp32    o [16, COLUMNS] fp32    m, l [16]
 //
-//   for each tile of keys:     k arrived | v travels  : s = q k^T
-//                              v arrived | k travels  : m, l, p, o = o * rescale + p v
+//   for each tile of keys      k arrived | v travels  : s = q k^T
+//   that some query sees:      v arrived | k travels  : m, l, p, o = o * rescale + p v
 //
 // Source: Dao, FlashAttention-2 (2023); Milakov and Gimelshein, online softmax (2018).
 #include "attention/product.cuh"
@@ -36,10 +37,15 @@ struct Tile {
   static constexpr size_t SMEM = size_t(ROWS + 2 * KEYS) * kPitch<T, D> * sizeof(T);
 };
 
-// The running softmax of the two rows that a lane holds of a strip.
+// The running softmax of the two rows that a lane holds of a strip. A sink is a score like any
+// other, but for having no value: it is what the row begins with.
 struct Softmax {
-  float m[2] = {-INFINITY, -INFINITY};
-  float l[2] = {0.0f, 0.0f};  // of this lane's columns only
+  float m[2], l[2];  // l of this lane's columns only
+
+  __device__ __forceinline__ explicit Softmax(float sink) {
+    m[0] = m[1] = sink;
+    l[0] = l[1] = lane() % 4 == 0 && sink != -INFINITY ? 1.0f : 0.0f;
+  }
 };
 
 // Turns scores into p = exp(s - m), and returns what the sums of the tiles before have to be
@@ -69,16 +75,48 @@ __device__ __forceinline__ void softmax_step(Softmax& row, float (&s)[N][4], flo
   }
 }
 
-template <class T, int D, bool MASKED>
-__global__ void __launch_bounds__(Tile<T, D>::THREADS, MASKED ? 1 : Tile<T, D>::BLOCKS)
-    forward_kernel(const __grid_constant__ Forward call, int diagonal) {
+// Turns the products q k^T of a strip into scores.
+template <int N, class T, bool GENERAL>
+__device__ __forceinline__ void to_scores(float (&s)[N][4], const Scores<T, GENERAL>& scores,
+                                          const Strip<false>& strip, int column0) {
+  const auto each = [&](auto f) { for_each_score(s, strip, column0, f); };
+  each([&](float& x, int, int) { x *= scores.scale(); });
+  if (scores.capped()) each([&](float& x, int, int) { cap<T>(x, scores.shape.softcap); });
+  restrict_scores(s, scores, strip, column0);
+}
+
+// Stores o and lse of a strip. The dropped p are scaled here, all at once.
+template <class T, int D, int COLUMNS>
+__device__ __forceinline__ void store_results(const Forward& call, int b, int h, int row0,
+                                              int column0, const Softmax& row,
+                                              const float (&acc)[COLUMNS / 8][4], T* strip) {
+  const Window window(call.shape, b);
+  float inverse[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float l = warp_sum<4>(row.l[half]);
+    const bool empty = row.m[half] == -INFINITY;
+    inverse[half] = empty ? 0.0f : dropout_scale(call.shape) / l;
+    const int i = row0 + row_of(2 * half);
+    if (i < window.Sq && lane() % 4 == 0 && column0 == 0) {
+      call.lse.data[b * call.lse.batch + h * call.lse.head + window.q_begin + i] =
+          empty ? -INFINITY : row.m[half] / kUnit<T> + logf(l);
+    }
+  }
+  const auto o = rows_of<T>(call.o, b, h, window.q_begin, window.Sq, call.shape.Dv);
+  store_strip<D, COLUMNS>(o, row0, column0, acc, inverse, strip);
+}
+
+template <class T, int D, bool GENERAL>
+__global__ void __launch_bounds__(Tile<T, D>::THREADS, GENERAL ? 1 : Tile<T, D>::BLOCKS)
+    forward_kernel(const __grid_constant__ Forward call) {
   constexpr int ROWS = Tile<T, D>::ROWS, KEYS = Tile<T, D>::KEYS, THREADS = Tile<T, D>::THREADS;
   constexpr int SPLIT = Tile<T, D>::SPLIT, COLUMNS = Tile<T, D>::COLUMNS;
   T* const q_tile = dynamic_smem<T>();
   T* const k_tile = q_tile + ROWS * kPitch<T, D>;
   T* const v_tile = k_tile + KEYS * kPitch<T, D>;
-  const int strip = warp() / SPLIT * 16, column0 = warp() % SPLIT * COLUMNS;
-  T* const q_strip = q_tile + strip * kPitch<T, D>;
+  const int own_rows = warp() / SPLIT * 16, column0 = warp() % SPLIT * COLUMNS;
+  T* const q_strip = q_tile + own_rows * kPitch<T, D>;
 
   // The last queries come first: with a causal rule theirs is the most work.
   const Shape& shape = call.shape;
@@ -86,19 +124,21 @@ __global__ void __launch_bounds__(Tile<T, D>::THREADS, MASKED ? 1 : Tile<T, D>::
   const int Hq = int(shape.Hq), b = blockIdx.x / blocks / Hq, h = blockIdx.x / blocks % Hq;
   const int h_kv = h / (Hq / int(shape.Hkv));
   const int i0 = (blocks - 1 - int(blockIdx.x % blocks)) * ROWS;
-  const int i_strip = i0 + strip;
-  const auto q = rows_of<const T>(call.q, b, h, shape.Sq, shape.D);
-  const auto k = rows_of<const T>(call.k, b, h_kv, shape.Sk, shape.D);
-  const auto v = rows_of<const T>(call.v, b, h_kv, shape.Sk, shape.Dv);
-  const Scores<T, MASKED> scores(shape, diagonal, b, h);
-  const int j_end = min(int(shape.Sk), i0 + ROWS + diagonal);
+  const Window window(shape, b);
+  if (i0 >= window.Sq) return;  // a sequence shorter than the longest
+  const auto q = rows_of<const T>(call.q, b, h, window.q_begin, window.Sq, shape.D);
+  const auto k = rows_of<const T>(call.k, b, h_kv, window.k_begin, window.Sk, shape.D);
+  const auto v = rows_of<const T>(call.v, b, h_kv, window.k_begin, window.Sk, shape.Dv);
+  const Range keys = window.keys_of(i0, i0 + ROWS);
+  const Strip<false> strip(window, i0 + own_rows);
+  const Scores<T, GENERAL> scores{shape, b, h};
 
   float acc[COLUMNS / 8][4] = {};
-  Softmax row;
+  Softmax row(value_of(shape.sinks, b, h, -INFINITY) * kUnit<T>);
   load_tile<ROWS, D, THREADS>(q_tile, q, i0);
-  if (j_end > 0) load_tile<KEYS, D, THREADS>(k_tile, k, 0);
+  if (keys.begin < keys.end) load_tile<KEYS, D, THREADS>(k_tile, k, keys.begin);
   ptx::cp_async_commit();
-  for (int j0 = 0; j0 < j_end; j0 += KEYS) {
+  for (int j0 = keys.begin; j0 < keys.end; j0 += KEYS) {
     ptx::cp_async_wait<0>();
     __syncthreads();  // k is here, and every warp is done with v
     load_tile<KEYS, D, THREADS>(v_tile, v, j0);
@@ -108,11 +148,16 @@ __global__ void __launch_bounds__(Tile<T, D>::THREADS, MASKED ? 1 : Tile<T, D>::
 
     ptx::cp_async_wait<0>();
     __syncthreads();  // v is here, and every warp is done with k
-    if (j0 + KEYS < j_end) load_tile<KEYS, D, THREADS>(k_tile, k, j0 + KEYS);
+    if (j0 + KEYS < keys.end) load_tile<KEYS, D, THREADS>(k_tile, k, j0 + KEYS);
     ptx::cp_async_commit();
-    to_scores<false>(s, scores, scores.partial(i_strip, j0 + KEYS - 1), i_strip, j0);
+    to_scores(s, scores, strip, j0);
     float rescale[2];
     softmax_step<T>(row, s, rescale);
+    if constexpr (GENERAL) {
+      if (scores.dropped()) {
+        for_each_draw(s, scores, strip, j0, [](float& p, bool keep) { p = keep ? p : 0.0f; });
+      }
+    }
 #pragma unroll
     for (int n = 0; n < COLUMNS / 8; ++n) {
 #pragma unroll
@@ -123,48 +168,35 @@ __global__ void __launch_bounds__(Tile<T, D>::THREADS, MASKED ? 1 : Tile<T, D>::
 
   ptx::cp_async_wait<0>();
   __syncthreads();  // even without keys q was on its way, to where o goes now
-  float inverse[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float l = warp_sum<4>(row.l[half]);
-    const bool empty = row.m[half] == -INFINITY;
-    inverse[half] = empty ? 0.0f : 1.0f / l;
-    const int i = i_strip + row_of(2 * half);
-    if (i < shape.Sq && lane() % 4 == 0 && column0 == 0) {
-      call.lse.data[(int64_t(b) * Hq + h) * shape.Sq + i] =
-          empty ? -INFINITY : row.m[half] / kUnit<T> + logf(l);
-    }
-  }
-  const auto o = rows_of<T>(call.o, b, h, shape.Sq, shape.Dv);
-  store_strip<D, COLUMNS>(o, i_strip, column0, acc, inverse, q_strip);
+  store_results<T, D, COLUMNS>(call, b, h, strip.row0, column0, row, acc, q_strip);
 }
 
-template <class T, int D, bool MASKED>
+template <class T, int D, bool GENERAL>
 constexpr Kernel<Forward> instance(const char* name) {
   using Tile = Tile<T, D>;
-  return {name,       DtypeOf<T>::value, D,         MASKED, forward_kernel<T, D, MASKED>,
+  return {name,       DtypeOf<T>::value, D,         GENERAL, forward_kernel<T, D, GENERAL>,
           Tile::ROWS, Tile::THREADS,     Tile::SMEM};
 }
 
 const Kernel<Forward> kTable[] = {
     instance<bf16, 64, false>("attention forward bf16 64"),
-    instance<bf16, 64, true>("attention forward bf16 64 masked"),
+    instance<bf16, 64, true>("attention forward bf16 64 general"),
     instance<bf16, 128, false>("attention forward bf16 128"),
-    instance<bf16, 128, true>("attention forward bf16 128 masked"),
+    instance<bf16, 128, true>("attention forward bf16 128 general"),
     instance<bf16, 256, false>("attention forward bf16 256"),
-    instance<bf16, 256, true>("attention forward bf16 256 masked"),
+    instance<bf16, 256, true>("attention forward bf16 256 general"),
     instance<fp16, 64, false>("attention forward fp16 64"),
-    instance<fp16, 64, true>("attention forward fp16 64 masked"),
+    instance<fp16, 64, true>("attention forward fp16 64 general"),
     instance<fp16, 128, false>("attention forward fp16 128"),
-    instance<fp16, 128, true>("attention forward fp16 128 masked"),
+    instance<fp16, 128, true>("attention forward fp16 128 general"),
     instance<fp16, 256, false>("attention forward fp16 256"),
-    instance<fp16, 256, true>("attention forward fp16 256 masked"),
+    instance<fp16, 256, true>("attention forward fp16 256 general"),
     instance<float, 64, false>("attention forward fp32 64"),
-    instance<float, 64, true>("attention forward fp32 64 masked"),
+    instance<float, 64, true>("attention forward fp32 64 general"),
     instance<float, 128, false>("attention forward fp32 128"),
-    instance<float, 128, true>("attention forward fp32 128 masked"),
+    instance<float, 128, true>("attention forward fp32 128 general"),
     instance<float, 256, false>("attention forward fp32 256"),
-    instance<float, 256, true>("attention forward fp32 256 masked"),
+    instance<float, 256, true>("attention forward fp32 256 general"),
 };
 
 }  // namespace

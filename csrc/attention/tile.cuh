@@ -30,7 +30,7 @@ __device__ __forceinline__ int warp() { return threadIdx.x / kWarpSize; }
 __device__ __forceinline__ int row_of(int e) { return lane() / 4 + e / 2 * 8; }
 __device__ __forceinline__ int column_of(int e) { return lane() % 4 * 2 + e % 2; }
 
-// The rows of one head of a tensor, which T makes const or not.
+// The rows of one sequence and head of a tensor, which T makes const or not.
 template <class T>
 struct Rows {
   T* data;
@@ -41,11 +41,10 @@ struct Rows {
 
 template <class T, class Pointer>
 __device__ __forceinline__ Rows<T> rows_of(const View<Pointer>& x, int64_t b, int64_t h,
-                                           int64_t count, int64_t columns) {
-  T* data = static_cast<T*>(x.data) + b * x.batch + h * x.head;
+                                           int64_t first, int count, int64_t columns) {
+  T* data = static_cast<T*>(x.data) + b * x.batch + h * x.head + first * x.row;
   const uint64_t bytes = uint64_t(x.row | columns) * sizeof(T);
-  return {data, x.row, int(count), int(columns),
-          (reinterpret_cast<uint64_t>(data) | bytes) % 16 == 0};
+  return {data, x.row, count, int(columns), (reinterpret_cast<uint64_t>(data) | bytes) % 16 == 0};
 }
 
 // Starts copying rows [row0, row0 + ROWS) into a tile; all THREADS threads of the block take part.
