@@ -39,7 +39,7 @@ from triton.runtime.jit import JITFunction
 if os.environ.get("TRITON_INTERPRET") == "1":
     sys.exit("gate_triton.py compiles: run it without TRITON_INTERPRET")
 
-from bigkern.triton_kernels import adam, attention, launch, layernorm_ffn
+from bigkern.triton_kernels import adam, attention, attention_decode, launch, layernorm_ffn
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}
@@ -176,6 +176,31 @@ def attention_call(dtype: torch.dtype, D: int, features: str) -> Callable[[], ob
     return call
 
 
+def decode_cases() -> Iterator[Case]:
+    for size, D in attention_decode.CONFIGURATIONS:
+        name = {2: "bfloat16", 4: "float32"}[size]
+        for paged, Sq in ((False, 1), (True, 16)):
+            text = f"{name} D={D} {'paged, everything' if paged else 'contiguous'}"
+            yield text, decode_call(DTYPES[name], D, paged, Sq), False
+
+
+def decode_call(dtype: torch.dtype, D: int, paged: bool, Sq: int) -> Callable[[], object]:
+    """A query against a contiguous cache; or the most query rows a program takes, and all there is."""
+
+    def call() -> None:
+        B, Hq, Hkv, S = 2, 8, 2, 4096
+        q, lengths = meta(B, Sq, Hq, D, dtype=dtype).transpose(1, 2), meta(B, dtype=torch.int32)
+        k, v = (meta(B, S, Hkv, D, dtype=dtype).transpose(1, 2) for _ in range(2))
+        rules = (None, None, None, 0.125, "bottom_right", -1, 0, 0.0)
+        if paged:
+            k, v = (meta(100, 48, Hkv, D, dtype=dtype).transpose(1, 2) for _ in range(2))
+            table = meta(B, 48, dtype=torch.int32)
+            rules = (table, meta(B, Hq), meta(Hq), 0.125, "bottom_right", 1000, 0, 50.0)
+        attention_decode.decode_attention(q, k, v, lengths, *rules)
+
+    return call
+
+
 def norm_cases() -> Iterator[Case]:
     for name, dtype in DTYPES.items():
         for N in (64, 768, 1023, 4096, 8192, 16384, 65536):
@@ -233,6 +258,7 @@ def adam_call(dtype: torch.dtype, decoupled: bool, extras: bool) -> Callable[[],
 
 ROOMS: dict[str, Callable[[int], Iterator[Case]]] = {
     "attention": attention_cases,
+    "decode": lambda arch: decode_cases(),
     "norm": lambda arch: norm_cases(),
     "activation": lambda arch: activation_cases(),
     "adam": lambda arch: adam_cases(),
@@ -241,6 +267,7 @@ ROOMS: dict[str, Callable[[int], Iterator[Case]]] = {
 
 QUICK = {
     "attention": r"bfloat16 .* causal",
+    "decode": r"bfloat16",
     "norm": r"bfloat16 N=(1023|65536) layer",
     "activation": r"bfloat16 (gelu|geglu)$",
     "adam": r"bfloat16",

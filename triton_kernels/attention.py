@@ -35,7 +35,7 @@ from . import launch
 from .attention_backward import key_value_gradient_kernel, query_gradient_kernel, statistics_kernel
 from .attention_bias import Owned, bias_gradient_kernel
 from .attention_forward import attention_kernel
-from .attention_scores import Terms, broadcast, dropout_of, slopes_of
+from .attention_scores import Terms, broadcast, dropout_of, given, slopes_of
 from .attention_tiles import LOG2_E, Shape, empty_bshd, statistic, view
 
 
@@ -197,7 +197,7 @@ def terms_of(call: Rules) -> Terms | None:
         slopes_of(call.alibi_slopes),
         dropout_of(call.dropout_key, call.dropout_p),
     )
-    return None if terms.count(None) == len(terms) else terms
+    return given(terms)
 
 
 def factor_of(call: Rules) -> float:

@@ -25,13 +25,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .attention_scores import Terms, online_softmax, slopes_of
+from .attention_scores import Terms, given, online_softmax, slopes_of
 from .attention_tiles import LN_2, LOG2_E, Sequence, Shape, empty_bshd, view, visible_keys
 
 
 class Tile(NamedTuple):
-    """A launch: BC keys a tile, warps a program, stages of the load pipeline."""
+    """A launch: at most BR query rows, BC keys a tile, warps a program, stages of the load pipeline."""
 
+    BR: int
     BC: int
     warps: int
     stages: int
@@ -39,14 +40,13 @@ class Tile(NamedTuple):
 
 # (bytes an element, head dim up to) -> tile
 CONFIGURATIONS = {
-    (2, 64): Tile(64, 4, 3),
-    (2, 128): Tile(64, 4, 2),
-    (2, 256): Tile(32, 4, 2),
-    (4, 64): Tile(32, 4, 2),
-    (4, 128): Tile(32, 4, 2),
-    (4, 256): Tile(16, 4, 2),
+    (2, 64): Tile(64, 64, 4, 3),
+    (2, 128): Tile(32, 64, 4, 3),
+    (2, 256): Tile(32, 32, 4, 3),
+    (4, 64): Tile(16, 32, 4, 3),
+    (4, 128): Tile(16, 32, 4, 3),
+    (4, 256): Tile(16, 16, 4, 3),
 }
-ROWS = 64  # query rows a program at most
 PROGRAMS = 2  # a processor
 LEAST_SPAN = 128  # keys: shorter ones cost more to join than they save
 
@@ -179,7 +179,7 @@ def decode_attention(
     if lse.numel() == 0:
         return o, lse
     tile = CONFIGURATIONS[q.element_size(), max(64, launch.padded(max(D, DV)))]
-    BR = min(ROWS, launch.padded(Hq // Hkv * Sq))
+    BR = min(tile.BR, launch.padded(Hq // Hkv * Sq))
     programs = triton.cdiv(Hq // Hkv * Sq, BR) * B * Hkv
     capacity = S if page_table is None else S * page_table.shape[1]
     spans = spans_of(programs, capacity, launch.multiprocessors(q.device))
@@ -189,13 +189,14 @@ def decode_attention(
     shape = Shape(Hq, Hkv, Hq // Hkv, Sq, capacity, None, left, right, None, None)
     slopes = slopes_of(alibi_slopes)
     terms = Terms(scale / softcap if softcap else None, None, None, slopes, None)
+    factor = (softcap or scale) * LOG2_E.value
     sizes = {"DV": DV, "BDV": launch.padded(DV)}
+    pages = None if page_table is None else Pages(page_table, page_table.stride(0), S)
+    stages = tile.stages + 2 * (pages is not None)  # a page's number takes stages of its own
     span_kernel[(programs * spans,)](
-        view(q), view(k_cache), view(v_cache), cache_seqlens,
-        None if page_table is None else Pages(page_table, page_table.stride(0), S),
-        None if terms.count(None) == len(terms) else terms, acc, m, l, (softcap or scale) * LOG2_E.value,
-        shape, spans, D=D, BD=launch.padded(D), **sizes, BR=BR, BC=tile.BC, num_warps=tile.warps,
-        num_stages=tile.stages, **launch.OPTIONS,
+        view(q), view(k_cache), view(v_cache), cache_seqlens, pages, given(terms), acc, m, l, factor, shape,
+        spans, D=D, BD=launch.padded(D), **sizes, BR=BR, BC=tile.BC, num_warps=tile.warps,
+        num_stages=stages, **launch.OPTIONS,
     )  # fmt: skip
     join_kernel[(B * Hq * Sq,)](
         acc, m, l, sinks, view(o), lse, shape, spans, **sizes, SPANS=triton.next_power_of_2(spans),

@@ -59,6 +59,11 @@ class Terms(NamedTuple):
     dropout: Dropout | None
 
 
+def given(terms: Terms) -> Terms | None:
+    """None if nothing is: then the score is plain."""
+    return None if terms.count(None) == len(terms) else terms
+
+
 def broadcast(x: Tensor | None) -> Broadcast | None:
     """Of a [B or 1, Hq or 1, Sq or 1, Sk or 1]. Rows that vectors cannot read are copied into padded ones."""
     if x is None:
