@@ -23,17 +23,17 @@ struct KeySums {
 };
 
 // p and ds in place of x and dp. With pairs both become rows of bf16, and ds is also kept as pairs
-// of neighbouring keys. kept and slope are null without dropout and softcap.
-template <class T>
-void weigh_block(const KeyBlock& block, const BackwardScratch& f, const float* kept,
-                 const float* slope) {
+// of neighbouring keys.
+template <class T, bool GENERAL>
+void weigh_block(const Shape& s, const KeyBlock& block, const BackwardScratch& f) {
+  const float* kept = GENERAL && s.dropout.active() ? f.kept : nullptr;
   for (int64_t lane = block.lane; lane < block.lane_end; lane += W) {
     const vf lse = load(f.lse + lane), delta = load(f.delta + lane);
     vf even = zero();
     for (int64_t j = 0; j < block.keys; ++j) {
       const int64_t row = j * kLanes;
       auto [p, ds] = weigh(f, kept, row + lane, lse, delta);
-      if (slope != nullptr) ds *= load(slope + row + lane);
+      if (GENERAL && s.softcap != 0) ds *= load(f.slope + row + lane);
       if constexpr (paired<T>) {
         store(reinterpret_cast<bf16*>(f.p + row) + lane, p);
         store(reinterpret_cast<bf16*>(f.ds + row) + lane, ds);
@@ -75,8 +75,7 @@ void backpropagate(const Backward& call, const QueryTile& tile, const BackwardSc
     key += block.keys;
     if (block.lane == block.lane_end) continue;
     const auto [keys, k] = compute_terms<T>(call, tile, horizon, rules, block, f);
-    weigh_block<T>(block, f, s.dropout.active() ? f.kept : nullptr,
-                   s.softcap != 0 ? f.slope : nullptr);
+    s.general() ? weigh_block<T, true>(s, block, f) : weigh_block<T, false>(s, block, f);
     add_over_lanes<T>(block, f.p, f.dout_rows, s.Dv, sums.dv + block.first * padded(s.Dv));
     add_over_lanes<T>(block, f.ds, f.q_rows, s.D, sums.dk + block.first * padded(s.D));
     const Left<E> kt = paired<T> ? key_columns(keys, call.k.row, block.keys, s.D, f.k_columns)

@@ -57,24 +57,22 @@ struct BlockRows {
 
   BlockRows(const Decode& call, const View<const void*>& x, const QueryTile& tile, int64_t first,
             int64_t n) {
-    for (int64_t j = 0, end = 0; j < n; ++j) {
-      const bool continues = first + j < end;
-      if (!continues) end = array_end(call.pages, first + j);
-      row[j] = continues ? row[j - 1] + x.row : key_at<T>(call, x, tile, first + j);
+    for (int64_t j = 0; j < n;) {
+      const int64_t begin = j, end = std::min(n, array_end(call.pages, first + j) - first);
+      const T* rows = key_at<T>(call, x, tile, first + j);
+      for (; j < end; ++j) row[j] = rows + (j - begin) * x.row;
     }
     for (int64_t j = n; j < padded(n); ++j) row[j] = row[n - 1];
   }
 };
 
-// Everything that happens to a row's dot products x with n keys from `first` on; behind them x is
-// padding, which nobody sees.
+// What a general shape does to a row's dot products x with n keys from `first` on.
 template <class T>
-void restrict_row(const Shape& s, const QueryTile& tile, const Horizon& horizon,
-                  const LaneRules& rules, int64_t r, int64_t first, int64_t n, float* x) {
+void restrict_row(const Shape& s, const QueryTile& tile, const LaneRules& rules, int64_t r,
+                  int64_t first, int64_t n, float* x) {
   const T* bias = s.bias.data ? entries_at<const T>(s.bias, tile.batch, tile.row[r]) : nullptr;
   const bool* mask =
       s.mask.data ? entries_at<const bool>(s.mask, tile.batch, tile.row[r]) : nullptr;
-  const vf forbidden = set1(-__builtin_inff());
   for (int64_t j = 0; j < n; j += W) {
     const vi key = lanes() + static_cast<int32_t>(first + j);
     vf score = load(x + j);
@@ -87,11 +85,18 @@ void restrict_row(const Shape& s, const QueryTile& tile, const Horizon& horizon,
     }
     if (mask) {
       const vf allowed = load_strided(mask + (first + j) * s.mask.column, s.mask.column, n - j);
-      score = select(allowed != 0.0f, score, forbidden);
+      score = select(allowed != 0.0f, score, set1(-__builtin_inff()));
     }
-    const vi seen = (key >= horizon.first[r]) & (key <= horizon.last[r]);
-    store(x + j, select(seen & (key < static_cast<int32_t>(first + n)), score, forbidden));
+    store(x + j, score);
   }
+}
+
+// -inf outside of the row's window, and behind the last key.
+inline void forbid_unseen(const Horizon& horizon, int64_t r, int64_t first, int64_t n, float* x) {
+  const int64_t begin = std::clamp<int64_t>(horizon.first[r] - first, 0, n);
+  const int64_t end = std::clamp<int64_t>(horizon.last[r] + 1 - first, 0, n);
+  std::fill(x, x + begin, -__builtin_inff());
+  std::fill(x + end, x + padded(n), -__builtin_inff());
 }
 
 // ---- one row ------------------------------------------------------------------------------------
@@ -157,7 +162,8 @@ void attend_rows(const Decode& call, const QueryTile& tile, const Horizon& horiz
     for (int64_t r = 0; r < tile.rows; ++r) {
       const float* qr = scratch.q + r * padded(s.D);
       for (int64_t j = 0; j < n; j += W) store(x + j, dot_keys(qr, k.row + j, s.D, s.scale));
-      restrict_row<T>(s, tile, horizon, rules, r, first, n, x);
+      if (s.general()) restrict_row<T>(s, tile, rules, r, first, n, x);
+      forbid_unseen(horizon, r, first, n, x);
       const RowResult row(s, results, r);
       const float rescale = soften_row(n, x, row);
       for (int64_t j = 0; s.dropout.active() && j < n; j += W) {

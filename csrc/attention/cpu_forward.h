@@ -10,9 +10,9 @@ namespace bigkern::attention::BIGKERN_ISA {
 namespace {
 
 // Scores to weights in place, p = e^(x - max): rows of floats, or of pairs of neighbouring keys.
-// What dropout takes away counts in the sum; kept is null without dropout.
-template <class T>
-void online_softmax(const KeyBlock& block, const TileScratch& f, const float* kept) {
+// What dropout takes away counts in the sum.
+template <class T, bool DROPPED>
+void online_softmax(const KeyBlock& block, const TileScratch& f) {
   const float infinity = __builtin_inff();
   for (int64_t lane = block.lane; lane < block.lane_end; lane += W) {
     float* x = f.x + lane;
@@ -25,7 +25,7 @@ void online_softmax(const KeyBlock& block, const TileScratch& f, const float* ke
     const auto weight = [&](int64_t j) BIGKERN_FN {
       const vf p = exp_flush(load(x + j * kLanes) - shift);
       sum += p;
-      return kept == nullptr ? p : p * load(kept + j * kLanes + lane);
+      return DROPPED ? p * load(f.kept + j * kLanes + lane) : p;
     };
     if constexpr (paired<T>) {
       for (int64_t j = 0; j < block.keys; j += 2) {
@@ -62,7 +62,7 @@ void attend_lanes(const Decode& call, const QueryTile& tile, const Horizon& hori
     dot_lanes<T>(s, block, key_rows(keys, call.k.row, block.keys, s.D, f.k), f.q, f.x);
     restrict_scores<T>(s, tile, horizon, rules, block, f.x, nullptr);
     if (s.dropout.active()) draw_block(s, rules, block, f.kept);
-    online_softmax<T>(block, f, s.dropout.active() ? f.kept : nullptr);
+    s.dropout.active() ? online_softmax<T, true>(block, f) : online_softmax<T, false>(block, f);
     const Left<Element<T>> v = key_columns(values, call.v.row, block.keys, s.Dv, f.v);
     multiply(Product<Element<T>>{s.Dv, words_of<T>(block.keys), v.data, v.row, v.column,
                                  reinterpret_cast<const Element<T>*>(f.x), kLanes, f.o, kLanes,
