@@ -319,7 +319,8 @@ void reference_row(const Problem<T>& p, const Doubles (&x)[4], int64_t b, int64_
       r.dv[(first_key + j) * Dv + d] += dropped * dout_row[d];
     }
   }
-  const double delta = dot(dout_row, r.o.data() + row * Dv, c.Dv) - (c.dlse ? double(p.dlse[row]) : 0);
+  const double delta =
+      dot(dout_row, r.o.data() + row * Dv, c.Dv) - (c.dlse ? double(p.dlse[row]) : 0);
   for (size_t j = 0; j < n; ++j) {
     const size_t key = first_key + j;
     const double dp = dot(dout_row, v.data() + key * Dv, c.Dv) * scores[j].kept;
