@@ -278,6 +278,7 @@ def _autograd(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ..
 
 
 torch.library.register_autograd("bigkern::attention", _autograd, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_vmap("bigkern::attention_backward", transforms.vmapped_backward, lib=LIBRARY)
 
 
 class _Transformed(torch.autograd.Function):
@@ -362,34 +363,16 @@ def kernel_refuses(q: Tensor, v: Tensor) -> registry.Reason:
     return None
 
 
-def _refuses(backend: str, lacking: Callable[[Rules], registry.Reason]) -> Callable[..., registry.Reason]:
+def _refuses(backend: str) -> Callable[..., registry.Reason]:
     def refuses(q: Tensor, k: Tensor, v: Tensor, *rules: Any) -> registry.Reason:
-        parsed = Rules(*rules)
-        reason = unavailable(backend, q) or kernel_refuses(q, v)
-        return reason or transforms.refuses(parsed) or lacking(parsed)
+        return unavailable(backend, q) or kernel_refuses(q, v) or transforms.refuses(*rules)
 
     return refuses
 
 
-def _not_yet(rules: Rules) -> registry.Reason:
-    if rules.bias is not None and rules.bias.requires_grad and torch.is_grad_enabled():
-        return "bias requires a gradient, which these kernels do not compute yet"
-    for name, given in (
-        ("window", rules.window_left >= 0 or (rules.window_right >= 0 and rules.causal == "none")),
-        ("softcap", rules.softcap != 0.0),
-        ("alibi_slopes", rules.alibi_slopes is not None),
-        ("sinks", rules.sinks is not None),
-        ("dropout", rules.dropout_p > 0.0),
-        ("packed sequences", rules.cu_seqlens_q is not None),
-    ):
-        if given:
-            return f"{name}: not in these kernels yet"
-    return None
-
-
 def cuda_backend(native: Any, *, emulated: bool = False) -> registry.Backend:
     """The CUDA kernels in ``native``: the compiled ones, or, in the tests, those that the emulator runs."""
-    refuses = _refuses("cpu" if emulated else "cuda", _not_yet)
+    refuses = _refuses("cpu" if emulated else "cuda")
     return registry.Backend(
         "cuda", native.attention, native.attention_backward, refuses, unproven("attention", "cuda")
     )
@@ -403,11 +386,9 @@ ATTENTION.register(
         "triton",
         triton_kernel("attention", "attention"),
         triton_kernel("attention", "attention_backward"),
-        _refuses("triton", lambda _: None),
+        _refuses("triton"),
         unproven("attention", "triton"),
     )
 )
-ATTENTION.register(
-    registry.Backend("cpu", _native.attention, _native.attention_backward, _refuses("cpu", _not_yet))
-)
+ATTENTION.register(registry.Backend("cpu", _native.attention, _native.attention_backward, _refuses("cpu")))
 ATTENTION.register(registry.Backend("torch", _stock_forward, _stock_backward))

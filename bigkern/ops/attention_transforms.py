@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from bigkern import registry
-from bigkern.ops._library import LIBRARY, in_functorch
-from bigkern.reference.attention import Rules
+from bigkern.ops._library import in_functorch
 
 
-def refuses(rules: Rules) -> registry.Reason:
+def refuses(*rules: Any) -> registry.Reason:
     """Why a kernel cannot run inside the transforms that are in force, if there are any."""
     if not in_functorch():
         return None
@@ -33,14 +32,12 @@ def vmapped(op: Any, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tu
     return _unfolded(info.batch_size, op(q, k, v, *arguments[3:]))
 
 
-def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, ...]:
+def vmapped_backward(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, ...]:
+    """A vmap rule for the op's backward."""
     tensors = _folded(info.batch_size, in_dims[:7], arguments[:7])
     *grads, dbias = torch.ops.bigkern.attention_backward(*tensors, *arguments[7:])
     results, dims = _unfolded(info.batch_size, grads)
     return (*results, dbias), (*dims, None)
-
-
-torch.library.register_vmap("bigkern::attention_backward", _vmap_backward, lib=LIBRARY)
 
 
 def _folded(size: int, dims: Any, tensors: Any) -> list[Any]:
