@@ -13,8 +13,8 @@ def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[
 
     ``lse = log(sum_i exp(lse_i))``, ``o = sum_i exp(lse_i - lse) o_i``
 
-    For keys that lie in several places: a shared prefix and a suffix, the ranks of a ring. Differentiable, and
-    with :func:`bigkern.attention`'s own ``lse`` the gradients are those of attention over all keys.
+    For keys that lie in several places: a shared prefix and a suffix, the ranks of a ring. Differentiable,
+    and with :func:`bigkern.attention`'s own ``lse`` the gradients are those of attention over all keys.
 
     Args:
         outputs: tensors ``[..., Dv]`` of one shape and dtype, as attention returned them.
@@ -45,10 +45,8 @@ def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[
         raise ValueError(f"lses must be as many as outputs, and at least 1: {len(lses)} and {len(outputs)}")
     for x, lse in zip(outputs, lses, strict=True):
         if x.shape != outputs[0].shape or lse.shape != x.shape[:-1]:
-            shape = list(outputs[0].shape)
-            raise ValueError(
-                f"outputs must all be {shape} and lses {shape[:-1]}, not {list(x.shape)} and {list(lse.shape)}"
-            )
+            shape, found = list(outputs[0].shape), f"{list(x.shape)} and {list(lse.shape)}"
+            raise ValueError(f"outputs must all be {shape} and lses {shape[:-1]}, not {found}")
     parts = torch.stack(lses)
     most = parts.detach().amax(0)
     most = most.masked_fill(most == float("-inf"), 0.0)
