@@ -17,7 +17,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     The op runs when no attention weights are asked for (``need_weights=False``), which is what torch's own
     Transformer layers do. :meth:`stock_reason` says, for a call that the op does not cover, why torch's
     own code runs it: weights are asked for, ``bias_k``/``add_zero_attn``, nested or unbatched input.
-    Dropout draws other numbers than torch's. A query with nothing to attend to gives 0 before the output projection, never NaN.
+    Dropout draws other numbers than torch's. A query with nothing to attend to gives 0 before the output
+    projection, never NaN.
 
     Saved for backward: the input, the projected q, k, v, the attention output and one number a row.
 
