@@ -16,7 +16,7 @@
 //
 // Source: Dao, FlashAttention-2 (2023); Milakov and Gimelshein, online softmax (2018).
 #include "attention/product.cuh"
-#include "attention/scores.cuh"
+#include "attention/softmax.cuh"
 
 namespace bigkern::attention::cuda {
 namespace {
@@ -36,44 +36,6 @@ struct Tile {
   static constexpr int BLOCKS = sizeof(T) == 2 && D <= 128 ? 2 : 1;  // on one multiprocessor
   static constexpr size_t SMEM = size_t(ROWS + 2 * KEYS) * kPitch<T, D> * sizeof(T);
 };
-
-// The running softmax of the two rows that a lane holds of a strip. A sink is a score like any
-// other, but for having no value: it is what the row begins with.
-struct Softmax {
-  float m[2], l[2];  // l of this lane's columns only
-
-  __device__ __forceinline__ explicit Softmax(float sink) {
-    m[0] = m[1] = sink;
-    l[0] = l[1] = lane() % 4 == 0 && sink != -INFINITY ? 1.0f : 0.0f;
-  }
-};
-
-// Turns scores into p = exp(s - m), and returns what the sums of the tiles before have to be
-// multiplied with. A row that has seen nothing yet has m = -inf and p = 0.
-template <class T, int N>
-__device__ __forceinline__ void softmax_step(Softmax& row, float (&s)[N][4], float (&rescale)[2]) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float m = row.m[half];
-#pragma unroll
-    for (int n = 0; n < N; ++n) m = fmaxf(m, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
-    m = warp_max<4>(m);
-    const float origin = m == -INFINITY ? 0.0f : m;
-    rescale[half] = exp_of<T>(row.m[half] - origin);
-    row.m[half] = m;
-
-    float sum = 0.0f;
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-#pragma unroll
-      for (int e = 2 * half; e < 2 * half + 2; ++e) {
-        s[n][e] = exp_of<T>(s[n][e] - origin);
-        sum += s[n][e];
-      }
-    }
-    row.l[half] = row.l[half] * rescale[half] + sum;
-  }
-}
 
 // Turns the products q k^T of a strip into scores.
 template <int N, class T, bool GENERAL>
@@ -134,7 +96,8 @@ __global__ void __launch_bounds__(Tile<T, D>::THREADS, GENERAL ? 1 : Tile<T, D>:
   const Scores<T, GENERAL> scores{shape, b, h};
 
   float acc[COLUMNS / 8][4] = {};
-  Softmax row(value_of(shape.sinks, b, h, -INFINITY) * kUnit<T>);
+  const float sink = value_of(shape.sinks, b, h, -INFINITY) * kUnit<T>;
+  Softmax row(sink, sink);
   load_tile<ROWS, D, THREADS>(q_tile, q, i0);
   if (keys.begin < keys.end) load_tile<KEYS, D, THREADS>(k_tile, k, keys.begin);
   ptx::cp_async_commit();

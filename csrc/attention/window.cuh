@@ -20,8 +20,9 @@ struct Window {
   int Sq, Sk, offset;
   int low, high;  // no further out than matters, so that no sum of two such numbers overflows
 
-  __device__ __forceinline__ Window(const Shape& shape, int b) {
-    const Sequence s = shape.sequence(b);
+  __device__ __forceinline__ Window(const Shape& shape, int b) : Window(shape, shape.sequence(b)) {}
+
+  __device__ __forceinline__ Window(const Shape& shape, const Sequence& s) {
     q_begin = s.q_begin, k_begin = s.k_begin;
     Sq = int(s.Sq), Sk = int(s.Sk), offset = int(s.offset);
     low = int(max(s.offset - shape.left, -s.Sq));
