@@ -10,7 +10,7 @@ import torch
 
 from bigkern.benchmarks.harness import Bench, Case, Contestant, Task
 from bigkern.cli import problems
-from bigkern.cli.problems import Inputs
+from bigkern.cli.problem import Inputs
 from bigkern.optim import AdamW
 
 Sizes = list[tuple[int, ...]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bigkern.benchmarks.harness import Bench, Case, by_autograd, compiled, ours
 from bigkern.cli import problems
-from bigkern.cli.problems import Problem
+from bigkern.cli.problem import Problem
 
 
 def cases(bench: Bench) -> list[Case]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bigkern.benchmarks.harness import Bench, Case, Contestant, by_autograd, compiled, ours
 from bigkern.cli import problems
-from bigkern.cli.problems import Inputs, Problem
+from bigkern.cli.problem import Inputs, Problem
 
 
 def cases(bench: Bench) -> list[Case]:

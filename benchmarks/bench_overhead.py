@@ -9,15 +9,15 @@ import torch
 
 from bigkern import registry
 from bigkern.benchmarks.harness import Bench, Case, Contestant, Task
-from bigkern.cli import problems
-from bigkern.cli.problems import Inputs, Problem
+from bigkern.cli import attention_problems, problems
+from bigkern.cli.problem import Inputs, Problem
 
 CALLS = 100  # a sample
 
 
 def cases(bench: Bench) -> list[Case]:
     tiny = [
-        problems.attention(1, 1, 2, 8),
+        attention_problems.attention(1, 1, 2, 8),
         problems.norm(2, 8),
         problems.layernorm_ffn(2, 8, 8),
         problems.adam([(8,)], "1 tensor of 8"),

@@ -1,6 +1,7 @@
 """How every benchmark here is measured.
 
-1. Parity first: a wrong result gets no time (``bigkern.parity``).
+1. Parity first: a wrong result gets no time (``bigkern.parity``). A contestant that refuses a case, or that
+   disagrees with bigkern at the size that is timed, gets a row that says so, and no time.
 2. Contestants take turns in one process, in an order that rotates, on the same inputs. Medians with p20
    and p80; speed-ups are medians of the ratios within a round, so that a slow moment cancels.
 3. A contestant's name says what it is, the column ``backend`` what it really ran on.
@@ -11,15 +12,16 @@ CPU time is ``perf_counter``; GPU time is CUDA events, the L2 cache flushed befo
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from functools import cache
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,100 +29,95 @@ import torch
 from torch import Tensor
 
 from bigkern import info
+from bigkern.benchmarks.table import Row
 from bigkern.cli.console import Console, machine
-from bigkern.cli.problems import Inputs, Problem, judge
+from bigkern.cli.problem import Inputs, Problem, judge, results
 
 BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What is timed: ``run(setup())``, the time of ``run`` alone, divided by ``calls``."""
+    """What is timed: ``run(setup())``, the time of ``run`` alone, divided by ``calls``; both ``within()``."""
 
     run: Callable[[Any], Any]
     setup: Callable[[], Any] = lambda: None
     calls: int = 1
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+class LeftOut(Exception):
+    """A contestant takes no part in a case, for the reason that the message gives."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """``tasks(inputs)`` gives a task for each mode; ``backend(inputs)`` names what runs it."""
+    """``tasks(inputs)`` gives a task for each mode, none at all if it is another one over again.
+
+    ``backend(inputs)`` names what runs it; ``results(inputs)`` are its outputs and, if gradients are enabled,
+    its gradients, to be compared.
+    """
 
     name: str
     tasks: Callable[[Inputs], dict[str, Task]]
     backend: Callable[[Inputs], str] = lambda inputs: ""
+    results: Callable[[Inputs], dict[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A problem, who competes on it (bigkern first), and the smaller problem that parity is judged on."""
+    """A problem, who competes on it (bigkern, stock, others), and the smaller one that parity is judged on.
+
+    ``group`` is its line in the summary. A case of a sweep stands at ``x`` in the figure's ``panel``.
+    """
 
     problem: Problem
     contestants: list[Contestant]
     gate: Problem | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A line of the CSV. ``speedup`` is bigkern's over this contestant."""
-
-    op: str
-    case: str
-    dtype: str
-    device: str
-    mode: str
-    contestant: str
-    backend: str
-    ms: float
-    p20_ms: float
-    p80_ms: float
-    rounds: int
-    rate: float
-    unit: str
-    share: float
-    speedup: float
-    speedup_p20: float
-    speedup_p80: float
-    peak_mb: float
-    wrong: str
-    machine: str
-    threads: int
-    isa: str
-    python: str
-    torch: str
-    bigkern: str
-    commit: str
+    group: str = ""
+    panel: str = ""
+    x: float = math.nan
 
 
 # ---- contestants -----------------------------------------------------------------------------------
 
 
 def by_autograd(
-    name: str, call: Callable[[Inputs], Tensor], backend: Callable[[Inputs], str] | str
+    name: str,
+    call: Callable[[Inputs], Any],
+    backend: Callable[[Inputs], str] | str,
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Contestant:
-    """A function of the inputs: forward without a graph, backward alone, and both."""
+    """A function of the inputs: forward without a graph, and if they want gradients backward and both."""
 
     def tasks(inputs: Inputs) -> dict[str, Task]:
         wanted = [value for value in inputs.values() if value.requires_grad]
-        with torch.no_grad():
-            upstream = torch.randn_like(call(inputs))
 
-        def forward(_: Any) -> Tensor:
+        def forward(_: Any) -> Any:
             with torch.no_grad():
                 return call(inputs)
+
+        if not wanted:
+            return {"forward": Task(forward, within=within)}
+        with within():
+            upstream = torch.randn_like(forward(None))
 
         def backward(output: Tensor) -> Any:
             return torch.autograd.grad(output, wanted, upstream)
 
         return {
-            "forward": Task(forward),
-            "backward": Task(backward, setup=lambda: call(inputs)),
-            "both": Task(lambda _: backward(call(inputs))),
+            "forward": Task(forward, within=within),
+            "backward": Task(backward, setup=lambda: call(inputs), within=within),
+            "both": Task(lambda _: backward(call(inputs)), within=within),
         }
 
+    def compared(inputs: Inputs) -> dict[str, Tensor]:
+        with within():
+            return results(call, inputs)
+
     words = backend
-    return Contestant(name, tasks, (lambda inputs: words) if isinstance(words, str) else words)
+    return Contestant(name, tasks, (lambda inputs: words) if isinstance(words, str) else words, compared)
 
 
 def ours(problem: Problem) -> Contestant:
@@ -157,6 +154,10 @@ class Clock:
             self._flush = torch.empty(2 * size, dtype=torch.int8, device=device)
 
     def seconds(self, task: Task) -> float:
+        with task.within():
+            return self._seconds(task)
+
+    def _seconds(self, task: Task) -> float:
         state = task.setup()
         if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -172,17 +173,19 @@ class Clock:
 
 
 def take_turns(tasks: Sequence[Task], clock: Clock, budget: float, most: int = 200) -> list[list[float]]:
-    """Seconds of each task by round: at least 5 rounds, at most ``most``, within about ``budget`` seconds."""
+    """Seconds of each task by round: 5 rounds (3 of slow tasks) to ``most``, in about ``budget`` seconds."""
+    slow = False
     for task in tasks:  # warm-up: kernels are compiled, memory is touched
         clock.seconds(task)
-        clock.seconds(task)
+        slow = clock.seconds(task) > 1.0 or slow
+    least = 3 if slow else 5
     began = time.perf_counter()
     times: list[list[float]] = [[] for _ in tasks]
     for turn in range(most):
         for i in range(len(tasks)):
             who = (i + turn) % len(tasks)
             times[who].append(clock.seconds(tasks[who]))
-        if turn >= 4 and time.perf_counter() - began > budget:
+        if turn + 1 >= least and time.perf_counter() - began > budget:
             break
     return times
 
@@ -197,12 +200,13 @@ def peak_memory_mb(task: Task, device: torch.device) -> float:
     """What a call allocates on the GPU at its peak, above what was there before; nan on a CPU."""
     if device.type != "cuda":
         return math.nan
-    state = task.setup()
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    task.run(state)
-    torch.cuda.synchronize(device)
+    with task.within():
+        state = task.setup()
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        task.run(state)
+        torch.cuda.synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
@@ -221,7 +225,9 @@ class Bench:
     @property
     def budget(self) -> float:
         """Seconds a case, dtype and mode."""
-        return 0.5 if self.quick else 3.0
+        if self.quick:
+            return 0.5
+        return 1.0 if self.device.type == "cuda" else 3.0
 
     def copy_rate(self) -> float:
         """GB/s of a copy much larger than the caches, read and write counted."""
@@ -276,23 +282,101 @@ def commit() -> str:
 # ---- measuring -------------------------------------------------------------------------------------
 
 
+Starters = list[tuple[Contestant, dict[str, Task]]]
+
+
 def measure(case: Case, dtype: torch.dtype, bench: Bench) -> list[Row]:
     """Gate, then time everyone on one case in one dtype."""
-    problem = case.problem
-    inputs = problem.make(dtype, bench.device)
+    inputs = case.problem.make(dtype, bench.device)
+    line = partial(_row, case, inputs, dtype, bench)
+    bigkern = case.contestants[0]
     wrong = gate(case, dtype, bench.device)
     if wrong:
-        return [_row(case.contestants[0], "", [], [], problem, inputs, dtype, bench, wrong, math.nan)]
+        return [line(bigkern, wrong=wrong)]
+    starters, absent = _starters(case, inputs)
+    if any(contestant is bigkern for contestant, _, _ in absent):
+        return [line(bigkern, wrong=next(why for contestant, _, why in absent if contestant is bigkern))]
     clock = Clock(bench.device)
-    tasks = [contestant.tasks(inputs) for contestant in case.contestants]
     rows = []
-    for mode in tasks[0]:
-        here = [(c, t[mode]) for c, t in zip(case.contestants, tasks, strict=True) if mode in t]
+    for mode in starters[0][1]:
+        here = [(contestant, tasks[mode]) for contestant, tasks in starters if mode in tasks]
         times = take_turns([task for _, task in here], clock, bench.budget)
         for (contestant, task), seconds in zip(here, times, strict=True):
             memory = peak_memory_mb(task, bench.device)
-            rows.append(_row(contestant, mode, seconds, times[0], problem, inputs, dtype, bench, "", memory))
-    return rows
+            rows.append(line(contestant, mode, seconds, times[0], memory))
+    return rows + [line(contestant, mode, wrong=why) for contestant, mode, why in absent]
+
+
+def _starters(case: Case, inputs: Inputs) -> tuple[Starters, list[tuple[Contestant, str, str]]]:
+    """Who takes part, bigkern first, and who does not: in which mode, and why.
+
+    Everyone's results are held against bigkern's on the very inputs that are timed. If it is stock, the
+    second contestant, that disagrees, bigkern is the one who does not take part.
+    """
+    bigkern = case.contestants[0]
+    starters: Starters = [(bigkern, bigkern.tasks(inputs))]
+    absent = []
+    ours = bigkern.results(inputs) if bigkern.results else {}
+    for contestant in case.contestants[1:]:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's own, each time one of its backends refuses
+                tasks = contestant.tasks(inputs)
+                theirs, refusal = _results(contestant, inputs) if tasks else ({}, "")
+        except Exception as error:  # other people's code: whatever it says is why it is not here
+            absent.append((contestant, "", _first_line(error)))
+            continue
+        differences = disagreement(ours, theirs)
+        if differences and contestant is case.contestants[1]:
+            return starters, [(bigkern, "", f"disagrees with {contestant.name}: {differences}")]
+        if differences:
+            absent.append((contestant, "", f"disagrees with bigkern: {differences}"))
+        elif refusal:
+            absent.append((contestant, "backward", refusal))
+            starters.append((contestant, {"forward": tasks["forward"]}))
+        elif tasks:
+            starters.append((contestant, tasks))
+    return starters, absent
+
+
+def _results(contestant: Contestant, inputs: Inputs) -> tuple[dict[str, Tensor], str]:
+    """Outputs and gradients; if there are no gradients to be had, outputs, and the reason."""
+    if contestant.results is None:
+        return {}, ""
+    try:
+        return contestant.results(inputs), ""
+    except Exception as error:
+        with torch.no_grad():
+            return contestant.results(inputs), _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    words = str(error).strip().split("\n")[0]
+    return words if isinstance(error, LeftOut) else f"{type(error).__name__}: {words}"
+
+
+# How far two right results may lie apart, as a part of the largest value, and on average of the average one.
+# Wide: what is wrong differs by the values themselves, and bigkern's own precision has been judged before.
+APART = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def disagreement(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:
+    """Where another's results are not bigkern's, in words, or nothing."""
+    found = []
+    for name in ours.keys() & theirs.keys():
+        a, b = ours[name], theirs[name]
+        if a.shape != b.shape:
+            found.append(f"{name} has shape {list(b.shape)}, not {list(a.shape)}")
+            continue
+        if a.numel() == 0:
+            continue
+        scale, apart = a.float().abs(), (a.float() - b.float()).abs()
+        for measure, reduce in (("max", torch.amax), ("mean", torch.mean)):
+            difference, limit = float(reduce(apart)), APART[a.dtype] * float(reduce(scale))
+            if not difference <= limit:
+                found.append(f"{name} {measure} |difference| {difference:.3g} > {limit:.3g}")
+                break
+    return "; ".join(sorted(found))
 
 
 def gate(case: Case, dtype: torch.dtype, device: torch.device) -> str:
@@ -303,17 +387,18 @@ def gate(case: Case, dtype: torch.dtype, device: torch.device) -> str:
 
 
 def _row(
-    contestant: Contestant,
-    mode: str,
-    seconds: list[float],
-    bigkern: list[float],
-    problem: Problem,
+    case: Case,
     inputs: Inputs,
     dtype: torch.dtype,
     bench: Bench,
-    wrong: str,
-    memory: float,
+    contestant: Contestant,
+    mode: str = "",
+    seconds: Sequence[float] = (),
+    bigkern: Sequence[float] = (),
+    memory: float = math.nan,
+    wrong: str = "",
 ) -> Row:
+    problem = case.problem
     nothing = (math.nan,) * 3
     low, middle, high = spread(seconds) if seconds else nothing
     slow, speedup, fast = (
@@ -328,7 +413,7 @@ def _row(
         device=bench.device.type,
         mode=mode,
         contestant=contestant.name,
-        backend=contestant.backend(inputs),
+        backend="" if wrong else contestant.backend(inputs),
         ms=1e3 * middle,
         p20_ms=1e3 * low,
         p80_ms=1e3 * high,
@@ -348,6 +433,9 @@ def _row(
         torch=about["torch"],
         bigkern=about["bigkern"],
         commit=commit(),
+        group=case.group,
+        panel=case.panel,
+        x=case.x,
     )
 
 
@@ -368,68 +456,3 @@ def _rate(
         return rate, "TFLOP/s", rate / bench.product_rate(dtype)
     rate = factors[mode] * problem.elements * BYTES[dtype] / seconds / 1e9
     return rate, "GB/s", rate / bench.copy_rate()
-
-
-# ---- files -----------------------------------------------------------------------------------------
-
-
-def write(path: Path, rows: Iterable[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        out = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        out.writeheader()
-        for row in rows:
-            values = asdict(row)
-            out.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
-
-
-def read(path: Path) -> list[Row]:
-    """Rows of a CSV that :func:`write` wrote.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    kinds = {f.name: {"float": float, "int": int}.get(str(f.type), str) for f in fields(Row)}
-    with path.open(newline="") as file:
-        try:
-            return [Row(**{k: kinds[k](v) for k, v in line.items()}) for line in csv.DictReader(file)]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a result of `bigkern bench` ({error!r})") from error
-
-
-NOISE = 0.05
-
-
-def regressions(old: Iterable[Row], new: Iterable[Row]) -> list[str]:
-    """Where bigkern has become slower than in ``old``, beyond the noise of both runs; in words.
-
-    Both must agree: the time itself (the new p20 above the old p80), and, unless bigkern ran alone, every
-    speed-up over another contestant (the new p80 below the old p20). The second forgives a machine that is
-    slower today, for everyone.
-    """
-    before = {_key(row): row for row in old}
-    found = []
-    groups: dict[tuple[str, ...], list[tuple[Row, Row]]] = {}
-    for row in new:
-        if row.contestant == "bigkern" and row.wrong:
-            found.append(f"{row.op} {row.case} {row.dtype}: wrong result: {row.wrong}")
-        elif (then := before.get(_key(row))) is not None and not then.wrong:
-            groups.setdefault(_key(row)[:-1], []).append((then, row))
-    for pairs in groups.values():
-        ours = next(((a, b) for a, b in pairs if b.contestant == "bigkern"), None)
-        if ours is None:
-            continue
-        then, now = ours
-        slower = now.p20_ms > then.p80_ms * (1 + NOISE)
-        others = [(a, b) for a, b in pairs if b.contestant != "bigkern"]
-        behind = all(b.speedup_p80 * (1 + NOISE) < a.speedup_p20 for a, b in others)
-        if slower and behind:
-            found.append(
-                f"{now.op} {now.case} {now.dtype} {now.mode}: {then.ms:.3g} ms -> {now.ms:.3g} ms"
-                + "".join(f", {a.speedup:.2f}x -> {b.speedup:.2f}x over {b.contestant}" for a, b in others)
-            )
-    return found
-
-
-def _key(row: Row) -> tuple[str, ...]:
-    return row.op, row.case, row.dtype, row.device, row.mode, row.contestant

@@ -13,16 +13,20 @@ import torch
 
 from bigkern import registry
 from bigkern.benchmarks import (
+    attention_peers,
     bench_adam,
     bench_attention,
     bench_layernorm_ffn,
     bench_norm,
     bench_overhead,
     harness,
+    summary,
+    table,
 )
-from bigkern.cli import problems
+from bigkern.cli import attention_problems, problems
 from bigkern.cli.console import Console
 from bigkern.cli.main import main
+from bigkern.cli.problem import Problem
 
 CPU = torch.device("cpu")
 ROOMS = (bench_attention, bench_norm, bench_layernorm_ffn, bench_adam, bench_overhead)
@@ -34,7 +38,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> harness.Bench:
     return harness.Bench(CPU, quick=True, console=Console(), peaks={"copy": 10.0, "float32": 0.1})
 
 
-def tiny(problem: problems.Problem) -> harness.Case:
+def tiny(problem: Problem) -> harness.Case:
     return harness.Case(
         problem, [harness.ours(problem), harness.by_autograd("eager", problem.stock, "torch")]
     )
@@ -48,6 +52,75 @@ def test_every_benchmark_has_cases(room: Any, bench: harness.Bench) -> None:
         assert case.contestants[0].name == "bigkern"
         assert len(case.contestants) > 1
     assert len({case.problem.label for case in cases}) == len(cases)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("quick", [True, False])
+def test_the_attention_sweep_covers_lengths_and_features(
+    device: str, quick: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_peers, "compiler_works", lambda _: True)
+    cases = bench_attention.cases(harness.Bench(torch.device(device), quick, Console()))
+    groups = {case.group for case in cases}
+    assert groups == {"full", "causal", "window", "bias", "varlen", "decode"}
+    assert len({case.problem.label for case in cases}) == len(cases)
+    for case in cases:
+        names = [contestant.name for contestant in case.contestants]
+        assert names[:2] == ["bigkern", "sdpa"]
+        assert len(set(names)) == len(names)
+        assert case.gate is not None
+        assert case.gate.op == case.problem.op
+        assert math.isnan(case.x) == (case.panel == "")
+    if device == "cuda" and not quick:
+        places = {(case.panel, case.x) for case in cases if case.panel}
+        lengths = (128, 512, 1024, 2048, 4096, 8192, 16384)
+        panels = [f"D {D}, {rule}" for D in (64, 128, 256) for rule in ("full", "causal")]
+        assert places == {(panel, S) for panel in panels for S in lengths}
+        assert {c.name for c in cases[0].contestants} >= {"sdpa-cudnn", "sdpa-efficient", "sdpa-math", "flex"}
+
+
+def small_attention_cases() -> list[harness.Case]:
+    window = attention_problems.attention(1, 2, 33, 16, True, window=(7, 0))
+    bias = attention_problems.attention(2, 2, 33, 16, bias="learned")
+    lengths = [17, 1, 30]
+    packs = attention_problems.varlen(lengths, 2, 16, True)
+    paged = attention_problems.decode([33, 7], 4, 40, 16, kv_heads=2, page_size=8)
+    whole = attention_problems.decode([40, 40], 4, 40, 16)
+    peers = [
+        (window, attention_peers.dense(window, CPU, True, 7, with_flex=False)),
+        (bias, attention_peers.dense(bias, CPU, False, with_flex=False)),
+        (packs, attention_peers.packed(packs, CPU, True, lengths)),
+        (paged, attention_peers.decoding(paged, CPU, [33, 7], True)),
+        (whole, attention_peers.decoding(whole, CPU, [40, 40], False)),
+    ]
+    return [harness.Case(p, [harness.ours(p), *others], group="feature") for p, others in peers]
+
+
+@pytest.mark.parametrize("case", small_attention_cases(), ids=lambda case: case.problem.label)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_peers_agree_and_are_timed(
+    case: harness.Case, dtype: torch.dtype, bench: harness.Bench
+) -> None:
+    bench.peaks["bfloat16"] = 0.1
+    rows = harness.measure(case, dtype, bench)
+    assert rows[0].wrong == ""
+    refused = {row.contestant: row.wrong for row in rows if row.wrong}
+    assert set(refused) <= {"sdpa-flash"}, refused  # which knows no bias with a gradient
+    modes = {row.mode for row in rows if row.contestant == "sdpa"}
+    assert modes == ({"forward", "backward", "both"} if case.problem.differentiable else {"forward"})
+    assert {row.group for row in rows} == {"feature"}
+
+
+def test_torchs_choice_is_named_and_not_timed_twice(bench: harness.Bench) -> None:
+    problem = attention_problems.attention(1, 2, 65, 16, True)
+    case = harness.Case(
+        problem, [harness.ours(problem), *attention_peers.dense(problem, CPU, True, with_flex=False)]
+    )
+    rows = harness.measure(case, torch.float32, bench)
+    assert {(row.contestant, row.backend) for row in rows if row.contestant != "bigkern"} == {
+        ("sdpa", "flash"),
+        ("sdpa-math", "math"),
+    }
 
 
 def test_rows_hold_what_was_measured(bench: harness.Bench) -> None:
@@ -81,6 +154,47 @@ def test_a_wrong_result_gets_no_time(bench: harness.Bench, monkeypatch: pytest.M
     assert math.isnan(row.ms)
 
 
+def contestant(name: str, call: Any) -> harness.Contestant:
+    return harness.by_autograd(name, call, "torch")
+
+
+def test_a_peer_that_is_wrong_or_refuses_is_left_out_with_its_reason(bench: harness.Bench) -> None:
+    problem = problems.norm(8, 16)
+
+    def refuses(inputs: Any) -> Any:
+        raise harness.LeftOut("no such shape")
+
+    def forward_only(inputs: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise NotImplementedError("no backward\nat all")
+        return problem.stock(inputs)
+
+    case = tiny(problem)
+    others = [
+        contestant("wrong", lambda inputs: problem.stock(inputs) + 0.01 * inputs["x"]),
+        contestant("refuses", refuses),
+        contestant("half", forward_only),
+    ]
+    rows = harness.measure(
+        dataclasses.replace(case, contestants=[*case.contestants, *others]), torch.float32, bench
+    )
+    left_out = {(row.contestant, row.mode): row.wrong for row in rows if row.wrong}
+    assert set(left_out) == {("wrong", ""), ("refuses", ""), ("half", "backward")}
+    assert left_out["wrong", ""].startswith("disagrees with bigkern: ")
+    assert left_out["refuses", ""] == "no such shape"
+    assert left_out["half", "backward"] == "NotImplementedError: no backward"
+    assert [row.mode for row in rows if row.contestant == "half"] == ["forward", "backward"]
+    assert all(math.isnan(row.ms) for row in rows if row.wrong)
+
+
+def test_bigkern_gets_no_time_where_stock_disagrees_at_full_size(bench: harness.Bench) -> None:
+    problem = problems.norm(8, 16)
+    stock = contestant("eager", lambda inputs: problem.stock(inputs) * 1.01)
+    (row,) = harness.measure(harness.Case(problem, [harness.ours(problem), stock]), torch.float32, bench)
+    assert row.contestant == "bigkern"
+    assert row.wrong.startswith("disagrees with eager: ")
+
+
 def test_adam_steps_are_gated_and_timed(bench: harness.Bench) -> None:
     case = bench_adam._case("toy", [(64, 8), (64,)])
     rows = harness.measure(case, torch.float32, bench)
@@ -101,14 +215,14 @@ def test_turns_are_taken_in_rotation() -> None:
     assert order[6:] == [0, 1, 2, 1, 2, 0, 2, 0, 1, 0, 1, 2, 1, 2, 0]
 
 
-def row(**changes: Any) -> harness.Row:
+def row(**changes: Any) -> table.Row:
     values: dict[str, Any] = {
-        f.name: {"str": "", "float": 1.0, "int": 5}[str(f.type)] for f in dataclasses.fields(harness.Row)
+        f.name: {"str": "", "float": 1.0, "int": 5}[str(f.type)] for f in dataclasses.fields(table.Row)
     }
-    return harness.Row(**{**values, "contestant": "bigkern", **changes})
+    return table.Row(**{**values, "contestant": "bigkern", **changes})
 
 
-def timed(ms: float, speedup: float, noise: float = 0.02) -> list[harness.Row]:
+def timed(ms: float, speedup: float, noise: float = 0.02) -> list[table.Row]:
     def spread(name: str, value: float) -> dict[str, float]:
         return {
             name.format(""): value,
@@ -136,21 +250,27 @@ def timed(ms: float, speedup: float, noise: float = 0.02) -> list[harness.Row]:
         (timed(1.5, 1.3, noise=0.4), 0),  # perhaps slower
         ([row(wrong="output: NaN")], 1),
         ([row(op="unknown")], 0),
+        ([*timed(1.5, 1.3), row(contestant="other", wrong="refuses")], 1),
     ],
 )
-def test_regressions_are_told_from_noise(new: list[harness.Row], found: int) -> None:
-    assert len(harness.regressions(timed(1.0, 2.0), new)) == found
+def test_regressions_are_told_from_noise(new: list[table.Row], found: int) -> None:
+    assert len(table.regressions(timed(1.0, 2.0), new)) == found
 
 
 def test_files_round_trip(tmp_path: Path) -> None:
     rows = [row(case="a, b", ms=0.25), row(ms=math.nan, wrong="output: max error")]
-    harness.write(tmp_path / "deep" / "x.csv", rows)
-    again = harness.read(tmp_path / "deep" / "x.csv")
+    table.write(tmp_path / "deep" / "x.csv", rows)
+    again = table.read(tmp_path / "deep" / "x.csv")
     assert again[0] == rows[0]
     assert math.isnan(again[1].ms)
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    lines = (tmp_path / "deep" / "x.csv").read_text().splitlines()
+    (tmp_path / "older.csv").write_text("\n".join(line.rsplit(",", 3)[0] for line in lines))
+    (old, _) = table.read(tmp_path / "older.csv")  # from before there were sweeps
+    assert (old.ms, old.panel) == (0.25, "")
+    assert math.isnan(old.x)
     with pytest.raises(ValueError, match=r"other\.csv is not a result"):
-        harness.read(tmp_path / "other.csv")
+        table.read(tmp_path / "other.csv")
 
 
 def test_command(
@@ -165,10 +285,10 @@ def test_command(
     assert main([*options, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     (file,) = tmp_path.glob("*/norm.csv")
-    assert len(report["rows"]) == len(harness.read(file)) == 6
-    fast = [dataclasses.replace(r, ms=1e-9, p20_ms=1e-9, p80_ms=1e-9) for r in harness.read(file)]
+    assert len(report["rows"]) == len(table.read(file)) == 6
+    fast = [dataclasses.replace(r, ms=1e-9, p20_ms=1e-9, p80_ms=1e-9) for r in table.read(file)]
     fast = [dataclasses.replace(r, speedup_p20=1e9) for r in fast]
-    harness.write(tmp_path / "old.csv", fast)
+    table.write(tmp_path / "old.csv", fast)
     assert main([*options, "--compare", str(tmp_path / "old.csv")]) == 1
     assert "slower than before" in capsys.readouterr().out
     assert main([*options, "--compare", str(tmp_path / "none.csv")]) == 2
@@ -180,8 +300,56 @@ def test_figures_come_from_the_file(tmp_path: Path) -> None:
     from bigkern.benchmarks import plot
 
     file = tmp_path / "norm.csv"
-    harness.write(
-        file, [row(case="a", mode="forward", dtype="float32", device="cpu", p20_ms=0.5, p80_ms=2.0)]
-    )
+    table.write(file, [row(case="a", mode="forward", dtype="float32", device="cpu", p20_ms=0.5, p80_ms=2.0)])
     (figure,) = plot.plot(file)
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def point(speedup: float, contestant: str = "sdpa", **changes: Any) -> table.Row:
+    return row(contestant=contestant, speedup=speedup, group="causal", mode="forward", **changes)
+
+
+def test_the_summary_says_who_was_beaten_and_where_not() -> None:
+    rows = [
+        row(group="causal", mode="forward", case="a"),
+        point(4.0, case="a"),
+        point(2.0, "flex", case="a"),
+        point(1.0, case="b"),
+        point(0.5, "flex", case="b"),
+        point(math.nan, "flash", case="b", wrong="refuses"),
+    ]
+    points = summary.points(rows)
+    (line,) = summary.lines(points)
+    assert (line.points, line.over_stock, line.over_fastest) == (2, pytest.approx(2.0), pytest.approx(1.0))
+    assert (line.worst.row.case, line.worst.who, line.worst.fastest) == ("b", "flex", 0.5)
+    stock, fastest, where = summary.verdicts(points)
+    assert stock == "over sdpa: no point of 2 under 0.97x"
+    assert fastest == "over the fastest other: 1 of 2 points under 0.97x:"
+    assert where == "  0.50x over flex: b,  forward"
+    assert summary.lines(summary.points([row(), row(contestant="eager")])) == []
+
+
+def test_a_sweep_is_drawn_as_lines(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from bigkern.benchmarks import plot
+
+    file = tmp_path / "attention.csv"
+    places = [(panel, x) for panel in ("D 64, full", "D 64, causal") for x in (128.0, 2048.0)]
+    lines = [
+        row(panel=panel, x=x, contestant=name, mode=mode, dtype="float32", device="cpu", unit="TFLOP/s")
+        for panel, x in places
+        for name in ("bigkern", "sdpa")
+        for mode in ("forward", "backward", "both")
+    ]
+    bars = [
+        row(case=f"{ms}", mode="forward", dtype="float32", device="cpu", ms=ms, p20_ms=ms, p80_ms=ms)
+        for ms in (1.0, 100.0)
+    ]
+    table.write(file, [*lines, *bars, row(panel="D 64, full", contestant="flash", wrong="refuses")])
+    drawn = plot.plot(file)
+    assert [figure.name for figure in drawn] == [
+        "attention-cpu-float32-sweep.png",
+        "attention-cpu-float32.png",
+    ]
+    for figure in drawn:
+        assert figure.read_bytes().startswith(b"\x89PNG")

@@ -17,6 +17,7 @@ from bigkern import evidence, registry
 from bigkern.cli import doctor, problems
 from bigkern.cli.console import Console
 from bigkern.cli.main import COMMANDS, main
+from bigkern.cli.problem import judge
 
 
 def document(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any]:
@@ -189,8 +190,39 @@ def test_problems_pass_on_stock_itself() -> None:
     """The problems' own stock call and bigkern on the backend torch must agree: the oracle is consistent."""
     for op in problems.OPS:
         for problem in problems.small(op):
-            verdicts = problems.judge(problem, torch.float32, torch.device("cpu"), "torch")
+            verdicts = judge(problem, torch.float32, torch.device("cpu"), "torch")
             assert all(verdict.passed for verdict in verdicts.values()), (problem.label, verdicts)
+
+
+FEATURES = ("causal", "bottom_right", "kv heads", "window", "softcap", "ALiBi", "sinks", "dropout", "lse")
+FEATURES += ("bias with gradient", "varlen")
+
+
+def test_doctor_asks_for_every_feature_of_attention() -> None:
+    """Its evidence is what turns GPU kernels on."""
+    for asked in (problems.small("attention"), problems.thorough("attention")):
+        labels = " | ".join(problem.label for problem in asked)
+        assert all(feature in labels for feature in FEATURES), labels
+        assert len({problem.label for problem in asked}) == len(asked)
+    for asked in (problems.small("decode_attention"), problems.thorough("decode_attention")):
+        labels = " | ".join(problem.label for problem in asked)
+        assert all(feature in labels for feature in ("kv heads", "window", "softcap", "sinks", "pages of"))
+
+
+def test_a_wrong_lse_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = registry.get("attention")
+    right = op.backends["torch"]
+
+    def wrong(*arguments: Any) -> Any:
+        o, lse = right.forward(*arguments)
+        return o, lse + 0.01
+
+    monkeypatch.setitem(op.backends, "cpu", registry.Backend("cpu", wrong, right.backward))
+    (problem,) = (problem for problem in problems.small("attention") if problem.outputs == ("output", "lse"))
+    verdicts = judge(problem, torch.float32, torch.device("cpu"), "cpu")
+    assert set(verdicts) == {"output", "lse", "dq", "dk", "dv"}
+    assert verdicts["output"].passed
+    assert not verdicts["lse"].passed
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from bigkern.cli import problems
 from bigkern.cli.console import Console, Failure, machine
 
 if TYPE_CHECKING:
-    from bigkern.benchmarks.harness import Bench, Row
+    from bigkern.benchmarks.harness import Bench
+    from bigkern.benchmarks.table import Row
 
 OPS = ("attention", "norm", "layernorm_ffn", "adam", "overhead")
 CHECKOUT = Path("benchmarks/results")
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
-    from bigkern.benchmarks import harness
+    from bigkern.benchmarks import harness, table
 
     for name in arguments.op:
         if name not in OPS:
@@ -55,11 +56,13 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
             raise Failure(f"--backend {arguments.backend}: {error}") from error
         rows += found
         if found:
-            harness.write(out / f"{name}.csv", found)
+            table.write(out / f"{name}.csv", found)
             _draw(out / f"{name}.csv", console)
+    summary = _summarise(rows, console)
     console.say(f"\n{_peaks(bench)}written to {out}")
-    wrong = [f"{row.op} {row.case} {row.dtype}: {row.wrong}" for row in rows if row.wrong]
-    slower = [] if old is None else harness.regressions(old, rows)
+    bad = [row for row in rows if row.wrong and row.contestant == "bigkern"]
+    wrong = [f"{row.op} {row.case} {row.dtype}: {row.wrong}" for row in bad]
+    slower = [] if old is None else table.regressions(old, rows)
     for line in wrong:
         console.say(f"wrong result, not timed: {line}")
     for line in slower:
@@ -67,16 +70,16 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     if old is not None and not slower:
         console.say("no regression beyond noise")
     document = {"machine": machine(), "peaks": bench.peaks, "rows": [asdict(row) for row in rows]}
-    console.emit({**document, "wrong": wrong, "regressions": slower})
+    console.emit({**document, "summary": summary, "wrong": wrong, "regressions": slower})
     return 1 if wrong or slower else 0
 
 
 def _old_rows(path: Path) -> list[Row]:
-    from bigkern.benchmarks import harness
+    from bigkern.benchmarks import table
 
     files = sorted(path.rglob("*.csv")) if path.is_dir() else [path]
     try:
-        rows = [row for file in files for row in harness.read(file)]
+        rows = [row for file in files for row in table.read(file)]
     except (OSError, ValueError) as error:
         raise Failure(f"--compare: {error}") from error
     if not rows:
@@ -102,10 +105,11 @@ def _measure(name: str, bench: Bench, dtype: str | None) -> list[Row]:
 def _show(rows: list[Row], console: Console) -> None:
     first = rows[0]
     console.say(f"\n{first.case}, {first.dtype}")
-    if first.wrong:
+    if first.wrong:  # bigkern's own
         console.say(f"  wrong result, not timed: {first.wrong}")
         return
-    scale, unit = (1e3, "us") if max(row.ms for row in rows) < 1 else (1.0, "ms")
+    timed = [row for row in rows if not row.wrong]
+    scale, unit = (1e3, "us") if max(row.ms for row in timed) < 1 else (1.0, "ms")
     lines = [
         (
             row.mode,
@@ -118,10 +122,41 @@ def _show(rows: list[Row], console: Console) -> None:
             _optional(row.peak_mb, f"{row.peak_mb:.0f}"),
             "" if row.contestant == "bigkern" else f"{row.speedup:.2f}x",
         )
-        for row in rows
+        for row in timed
     ]
     columns = ("mode", "", "backend", unit, "p20 to p80", "rate", "of peak", "MB", "bigkern's speed-up")
     console.table(columns, lines)
+    for row in rows:
+        if row.wrong:
+            console.say(f"  left out: {' '.join((row.contestant, row.mode)).strip()}: {row.wrong}")
+
+
+def _summarise(rows: list[Row], console: Console) -> dict[str, Any]:
+    """The sweep's geometric means and its losses, at a glance."""
+    from bigkern.benchmarks import summary
+
+    points = summary.points(rows)
+    lines = summary.lines(points)
+    said = summary.verdicts(points)
+    if lines:
+        console.say("\nbigkern's speed-up, geometric means")
+        cells = [
+            (
+                line.group,
+                line.dtype,
+                line.mode,
+                line.points,
+                f"{line.over_stock:.2f}x",
+                f"{line.over_fastest:.2f}x",
+                f"{line.worst.fastest:.2f}x over {line.worst.who}: {line.worst.row.case}",
+            )
+            for line in lines
+        ]
+        columns = ("", "dtype", "mode", "points", f"over {summary.STOCK}", "over the fastest", "worst point")
+        console.table(columns, cells)
+    for line in said:
+        console.say(line)
+    return {"lines": [asdict(line) for line in lines], "verdicts": said}
 
 
 def _optional(value: float, words: str) -> str:

@@ -14,6 +14,7 @@ from bigkern import evidence, info, registry
 from bigkern.cli import problems
 from bigkern.cli.console import Console, machine
 from bigkern.cli.env import devices
+from bigkern.cli.problem import Expected, Problem, expect, judge
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -81,7 +82,7 @@ def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
-def examine(op: str, cases: list[problems.Problem], device: torch.device) -> list[Finding]:
+def examine(op: str, cases: list[Problem], device: torch.device) -> list[Finding]:
     """Run the cases in every dtype on every backend; a backend is done at its first failure or refusal."""
     findings = {name: Finding(op, name, str(device)) for name in registry.get(op).backends}
     for problem in cases:
@@ -89,21 +90,21 @@ def examine(op: str, cases: list[problems.Problem], device: torch.device) -> lis
             expected = None
             for finding in findings.values():
                 if finding.passed:
-                    expected = expected or problems.expect(problem, dtype, device)
+                    expected = expected or expect(problem, dtype, device)
                     _try(finding, problem, dtype, device, expected)
     return list(findings.values())
 
 
 def _try(
     finding: Finding,
-    problem: problems.Problem,
+    problem: Problem,
     dtype: torch.dtype,
     device: torch.device,
-    expected: problems.Expected,
+    expected: Expected,
 ) -> None:
     where = f"{problem.label} {str(dtype).removeprefix('torch.')}"
     try:
-        verdicts = problems.judge(problem, dtype, device, finding.backend, expected)
+        verdicts = judge(problem, dtype, device, finding.backend, expected)
     except registry.BackendRefused as error:
         finding.refused = str(error).rsplit("this call: ", 1)[-1]
         return

@@ -1,186 +1,18 @@
-"""One concrete call of each op, as bigkern writes it and as stock PyTorch does: for doctor and benchmarks.
-
-A problem makes its inputs, calls the public function, calls the stock counterpart, and can be judged: the
-stock call in float64 is the reference, and the parity rule compares errors (``bigkern.parity``).
-"""
+"""The problems of every op: what doctor examines, what env asks about, what the benchmarks measure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigkern import registry
+from bigkern.cli.attention_problems import attention, decode, varlen
+from bigkern.cli.problem import Call, Inputs, Problem
 from bigkern.ops import adam as adam_room
-from bigkern.ops import attention as attention_room
 from bigkern.ops import layernorm_ffn as ffn_room
 from bigkern.ops import norm as norm_room
-from bigkern.parity import Verdict, compare
-
-Causal = Literal[False, True, "bottom_right"]
-Inputs = dict[str, Tensor]
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
-
-ON_THE_CPU = 1 << 24  # inputs of more elements are drawn where they are used
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A call of ``op``; ``label`` is its row's name in every table.
-
-    ``flops`` and ``elements`` are of the forward pass: the useful arithmetic, and how many elements of the
-    dtype must at least cross the memory bus. A backward pass takes ``backward_factor`` times as much.
-    """
-
-    op: str
-    label: str
-    shapes: dict[str, tuple[int, ...]]
-    public: Callable[..., Any]
-    arguments: Callable[[Inputs], Call]
-    stock: Callable[[Inputs], Tensor]
-    flops: float = 0.0
-    elements: float = 0.0
-    backward_factor: float = 2.0
-    differentiable: bool = True
-    explain_options: dict[str, Any] = field(default_factory=dict)  # what explain must be told besides
-
-    def make(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
-        """Inputs drawn in float32 from ``seed``, rounded to dtype; small ones are alike on all devices."""
-        drawn = sum(torch.Size(shape).numel() for shape in self.shapes.values())
-        source = device if drawn > ON_THE_CPU else torch.device("cpu")
-        generator = torch.Generator(source).manual_seed(seed)
-        made: Inputs = {}
-        for name, shape in self.shapes.items():
-            value = torch.randn(shape, generator=generator, device=source)
-            if name.startswith(("w1", "w2")):
-                value /= shape[-1] ** 0.5
-            if name.endswith("weight"):
-                value = 1 + 0.1 * value
-            if name.startswith("v_"):
-                value = value.square()  # Adam's second moment
-            wanted = self.differentiable and not name.startswith("fixed_")
-            made[name] = value.to(device, dtype).requires_grad_(wanted)
-        return made
-
-    def ours(self, inputs: Inputs) -> Tensor:
-        arguments, options = self.arguments(inputs)
-        result = self.public(*arguments, **options)
-        return result[0] if isinstance(result, tuple) else result  # type: ignore[no-any-return]
-
-    def explain(self, inputs: Inputs) -> registry.Explanation:
-        arguments, options = self.arguments(inputs)
-        return registry.explain(self.op, *arguments, **options, **self.explain_options)
-
-
-def results(problem: Problem, call: Callable[[Inputs], Tensor], inputs: Inputs) -> dict[str, Tensor]:
-    """The output of ``call`` and, for a fixed random gradient of it, the gradient of every input."""
-    output = call(inputs)
-    found = {"output": output.detach()}
-    if problem.differentiable:
-        upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
-        wanted = {name: value for name, value in inputs.items() if value.requires_grad}
-        grads = torch.autograd.grad(output, list(wanted.values()), upstream)
-        found.update({f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)})
-    return found
-
-
-Expected = tuple[dict[str, Tensor], dict[str, Tensor]]  # of stock, and of stock in float64
-
-
-def expect(problem: Problem, dtype: torch.dtype, device: torch.device) -> Expected:
-    """What stock PyTorch makes of the problem, and the float64 reference."""
-    inputs = problem.make(dtype, device)
-    wide = {n: value.detach().double().requires_grad_(value.requires_grad) for n, value in inputs.items()}
-    return results(problem, problem.stock, inputs), results(problem, problem.stock, wide)
-
-
-def judge(
-    problem: Problem,
-    dtype: torch.dtype,
-    device: torch.device,
-    backend: str | None = None,
-    expected: Expected | None = None,
-) -> dict[str, Verdict]:
-    """The parity rule for the output and every gradient; without ``backend`` bigkern chooses one.
-
-    Raises:
-        BackendRefused: the backend cannot run this call.
-    """
-    inputs = problem.make(dtype, device)
-    with registry.use(**({} if backend is None else {problem.op: backend})):
-        ours = results(problem, problem.ours, inputs)
-    stock, reference = expected or expect(problem, dtype, device)
-    return {
-        name: compare(value, reference[name], stock[name], gradient=name != "output")
-        for name, value in ours.items()
-    }
-
-
-# ---- the ops ---------------------------------------------------------------------------------------
-
-
-def attention(
-    B: int,
-    H: int,
-    S: int,
-    D: int,
-    causal: Causal = False,
-    *,
-    kv_heads: int | None = None,
-    keys: int | None = None,
-    masked: bool = False,
-    biased: bool = False,
-) -> Problem:
-    """``keys`` is the length of k and v where it is not S; ``masked`` hides every fifth key or so."""
-    kv, Sk = kv_heads or H, keys or S
-    # Stored as [B, S, H, D], as projections leave them.
-    shapes: dict[str, tuple[int, ...]] = {"q": (B, S, H, D), "k": (B, Sk, kv, D), "v": (B, Sk, kv, D)}
-    if biased:
-        shapes["fixed_bias"] = (H, S, Sk)
-
-    def split(inputs: Inputs) -> tuple[Tensor, ...]:
-        return tuple(inputs[name].transpose(1, 2) for name in "qkv")
-
-    def mask(device: torch.device) -> Tensor:
-        i, j = torch.arange(S, device=device).unsqueeze(1), torch.arange(Sk, device=device)
-        return (3 * i + 7 * j) % 5 != 1
-
-    def call(inputs: Inputs) -> Call:
-        hidden = {"mask": mask(inputs["q"].device)} if masked else {}
-        return split(inputs), {"causal": causal, "bias": inputs.get("fixed_bias"), **hidden}
-
-    def stock(inputs: Inputs) -> Tensor:
-        q, k, v = split(inputs)
-        if not masked and not biased and causal != "bottom_right":
-            return F.scaled_dot_product_attention(q, k, v, is_causal=bool(causal), enable_gqa=kv != H)
-        allowed = mask(q.device) if masked else torch.ones(S, Sk, dtype=torch.bool, device=q.device)
-        if causal:
-            allowed = allowed.tril(Sk - S if causal == "bottom_right" else 0)
-        bias = torch.zeros((), dtype=q.dtype, device=q.device) if not biased else inputs["fixed_bias"]
-        additive = torch.where(allowed, bias, float("-inf"))
-        return F.scaled_dot_product_attention(q, k, v, additive, enable_gqa=kv != H)
-
-    words = [f"{B}x{H}x{S}x{D}"]
-    words += [f"{Sk} keys"] if keys else []
-    words += [f"{kv} kv heads"] if kv != H else []
-    words += ["causal" if causal is True else str(causal)] if causal else []
-    words += ["mask"] if masked else []
-    words += ["bias"] if biased else []
-    return Problem(
-        "attention",
-        ", ".join(words),
-        shapes,
-        attention_room.attention,
-        call,
-        stock,
-        flops=4 * B * H * S * Sk * D * (0.5 if causal else 1.0),
-        elements=2 * B * D * (S * H + Sk * kv),
-        backward_factor=2.5,
-    )
 
 
 def norm(M: int, N: int, kind: str = "layer", residual: bool = False) -> Problem:
@@ -298,17 +130,14 @@ def adam(sizes: list[tuple[int, ...]], label: str, decoupled: bool = True) -> Pr
     return Problem("adam", label, shapes, public, call, stock, elements=7 * count, differentiable=False)
 
 
-OPS = ("attention", "norm", "layernorm_ffn", "adam")
+OPS = ("attention", "decode_attention", "norm", "layernorm_ffn", "adam")
 
 
 def small(op: str) -> list[Problem]:
     """Small calls with odd sizes, for ``bigkern doctor``: seconds for all of them."""
     return {
-        "attention": [
-            attention(2, 4, 129, 64, causal=True),
-            attention(1, 4, 63, 32, causal=False, kv_heads=2),
-            attention(1, 2, 257, 128, causal=False),
-        ],
+        "attention": _small_attention(),
+        "decode_attention": _small_decode(),
         "norm": [norm(65, 768), norm(7, 1023, residual=True), norm(33, 512, "rms")],
         "layernorm_ffn": [
             layernorm_ffn(33, 64, 256),
@@ -325,18 +154,9 @@ def small(op: str) -> list[Problem]:
 def thorough(op: str) -> list[Problem]:
     """More calls, for ``bigkern doctor --verify``: sizes and options that choose other code in a kernel."""
     if op == "attention":
-        return [
-            *(
-                attention(1, 2, 193, D, causal)
-                for D in (16, 40, 64, 80, 96, 128, 160, 256)
-                for causal in (False, True)
-            ),
-            *(attention(2, 4, S, 64, True, kv_heads=1) for S in (1, 7, 128, 1023)),
-            attention(1, 4, 65, 128, "bottom_right", keys=511),
-            attention(1, 4, 300, 64, keys=77, masked=True),
-            attention(2, 2, 130, 64, True, biased=True),
-            attention(4, 8, 1024, 128, True),
-        ]
+        return _thorough_attention()
+    if op == "decode_attention":
+        return _thorough_decode()
     if op == "norm":
         sizes = ((1, 1), (3, 63), (129, 1024), (1000, 4096), (17, 8191))
         return [
@@ -361,7 +181,76 @@ def typical(op: str) -> Problem:
     """The call that ``bigkern env`` asks about: of an ordinary size."""
     return {
         "attention": attention(4, 12, 512, 64, causal=True),
+        "decode_attention": decode([4096] * 8, 12, 4096, 64),
         "norm": norm(2048, 768),
         "layernorm_ffn": layernorm_ffn(512, 768, 3072),
         "adam": adam([(768, 768), (768,)], "2 tensors"),
     }[op]
+
+
+# ---- attention, feature by feature ------------------------------------------------------------------
+
+
+def _small_attention() -> list[Problem]:
+    """Odd sizes, and every feature once."""
+    return [
+        attention(2, 4, 129, 64, causal=True),
+        attention(1, 4, 63, 32, causal=False, kv_heads=2),
+        attention(1, 2, 257, 128, causal=False),
+        attention(2, 4, 33, 64, "bottom_right", kv_heads=2, keys=97),
+        attention(1, 2, 97, 64, True, window=(31, 0)),
+        attention(1, 2, 65, 64, softcap=2.0),
+        attention(1, 4, 65, 64, True, alibi=True),
+        attention(1, 4, 65, 64, True, sinks=True, kv_heads=2),
+        attention(1, 2, 65, 64, dropout=0.2),
+        attention(2, 2, 65, 64, True, bias="learned"),
+        attention(1, 2, 65, 64, lse=True),
+        varlen((33, 1, 65), 2, 64, True),
+    ]
+
+
+def _thorough_attention() -> list[Problem]:
+    """Sizes that choose other code in a kernel, and the features together."""
+    every: dict[str, Any] = {
+        "kv_heads": 2, "keys": 231, "bias": "learned", "window": (99, 0), "softcap": 5.0, "alibi": True,
+        "sinks": True, "dropout": 0.1, "lse": True,
+    }  # fmt: skip
+    return [
+        *(
+            attention(1, 2, 193, D, causal)
+            for D in (16, 40, 64, 80, 96, 128, 160, 256)
+            for causal in (False, True)
+        ),
+        *(attention(2, 4, S, 64, True, kv_heads=1) for S in (1, 7, 128, 1023)),
+        attention(1, 4, 65, 128, "bottom_right", keys=511),
+        attention(1, 4, 300, 64, keys=77, masked=True),
+        attention(2, 2, 130, 64, True, bias="fixed"),
+        attention(4, 8, 1024, 128, True),
+        *(attention(1, 2, 321, 64, window=window) for window in ((0, 0), (17, 40), (200, 0))),
+        attention(1, 4, 190, 128, "bottom_right", kv_heads=2, keys=401, window=(129, 0)),
+        *(attention(2, 4, 193, D, "bottom_right", **every) for D in (64, 128, 256)),
+        attention(2, 4, 259, 64, masked=True, bias="learned", dropout=0.3),
+        varlen((129, 0, 1, 300, 64), 4, 128, True, kv_heads=2),
+        varlen((65, 7, 0, 128), 4, 64, "bottom_right", keys=(200, 0, 33, 128)),
+        varlen((65, 200), 2, 256, True, window=(33, 0), dropout=0.1),
+    ]
+
+
+def _small_decode() -> list[Problem]:
+    return [
+        decode((129, 1, 0), 4, 150, 64),
+        decode((129, 64, 7), 8, 150, 64, kv_heads=2),
+        decode((129, 33), 4, 160, 64, kv_heads=2, page_size=16),
+        decode((97, 33), 4, 100, 64, kv_heads=2, queries=3, window=(40, 0)),
+        decode((65, 9), 4, 65, 64, softcap=2.0, alibi=True, sinks=True),
+    ]
+
+
+def _thorough_decode() -> list[Problem]:
+    return [
+        *(decode((301, 44), 4, 301, D, kv_heads=2) for D in (16, 40, 80, 96, 128, 160, 256)),
+        *(decode((4097, 513, 1), 8, 4100, 128, kv_heads=n) for n in (1, 2, 8)),
+        *(decode((1000, 77, 0), 8, 1024, 128, kv_heads=2, page_size=size) for size in (16, 64, 256)),
+        decode((700, 41), 8, 720, 64, kv_heads=1, queries=8, page_size=16, window=(300, 0)),
+        decode((700, 41), 8, 700, 256, kv_heads=4, queries=5, softcap=5.0, alibi=True, sinks=True),
+    ]
