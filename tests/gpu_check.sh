@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in one command and under nine minutes: build, GPU tests, sanitizers on a
-# subset, benchmarks. Needs no network: a python3 with torch (CUDA), triton, pybind11, ninja, pytest; nvcc.
+# Everything that only a GPU can show, in one command and under nine minutes: build, GPU tests, a search for races,
+# sanitizers on a subset, benchmarks. Needs no network: a python3 with torch (CUDA), triton, pybind11, ninja, pytest; nvcc.
 #
 #   tests/gpu_check.sh PYTHON OUT
 #
-# OUT receives: build.log, tests.log, sanitizer.log, bench.log, evidence.json, parity.csv, results-<machine>.tar.gz
+# OUT receives: build.log, tests.log, race.log, sanitizer-*.log, bench.log, evidence.json, parity.csv, results-<machine>.tar.gz
 # A step that fails does not stop the others; the exit code tells.
 set -uo pipefail
 python=$(command -v "$1")
@@ -43,10 +43,12 @@ layouts() {
 }
 export -f layouts
 step layouts 60 bash -c layouts
+step warm 90 "$python" ../tests/gpu_warm.py
 step doctor 60 "$python" -m bigkern doctor --verify
 cp "$out/cache/bigkern/evidence.json" "$out/" 2>/dev/null
 step tests 200 "$python" -m pytest ../tests -q -p no:cacheprovider -k "not simt and not train and not gate"
 "$python" ../tests/parity_table.py >"$out/parity.txt" 2>&1 && cp ../build/parity.csv "$out/"
+step race 45 "$python" ../tests/gpu_race.py 1000
 for tool in memcheck racecheck; do
   step "sanitizer-$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
     "$python" ../tests/gpu_sanitized.py

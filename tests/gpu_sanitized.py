@@ -14,28 +14,66 @@ from bigkern.ops.adam import adam
 
 BACKENDS = ("cuda", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEVICE = "cuda"
 
 
 def run_attention(dtype: torch.dtype) -> None:
     for D in (40, 64, 128, 256):
-        q = torch.randn(2, 4, 67, D, dtype=dtype, device="cuda", requires_grad=True)
-        k = torch.randn(2, 2, 83, D, dtype=dtype, device="cuda", requires_grad=True)
-        mask = torch.rand(2, 1, 67, 83, device="cuda") < 0.8
+        q = torch.randn(2, 4, 67, D, dtype=dtype, device=DEVICE, requires_grad=True)
+        k = torch.randn(2, 2, 83, D, dtype=dtype, device=DEVICE, requires_grad=True)
+        mask = torch.rand(2, 1, 67, 83, device=DEVICE) < 0.8
         for options in ({}, {"causal": "bottom_right"}, {"mask": mask}):
             bigkern.attention(q, k, k, **options).sum().backward()
 
 
+def run_attention_features(dtype: torch.dtype) -> None:
+    """Window, softcap, ALiBi, sinks, dropout and a bias with a gradient; each alone would take too long."""
+    for D in (64, 128):
+        q = torch.randn(2, 4, 67, D, dtype=dtype, device=DEVICE, requires_grad=True)
+        k = torch.randn(2, 2, 83, D, dtype=dtype, device=DEVICE, requires_grad=True)
+        slopes, sinks = torch.rand(4, device=DEVICE), torch.randn(4, device=DEVICE, requires_grad=True)
+        for shape in ((4, 67, 83), (2, 1, 1, 83)):  # the gradient is summed over batches, or heads and rows
+            bias = torch.randn(shape, dtype=dtype, device=DEVICE, requires_grad=True)
+            options = {"bias": bias, "alibi_slopes": slopes, "sinks": sinks, "softcap": 5.0, "dropout_p": 0.1}
+            o, lse = bigkern.attention(q, k, k, **options, window=(40, 9), return_lse=True)
+            (o.sum() + lse.sum()).backward()
+        bigkern.attention(q, k, k, causal="bottom_right", window=(31, 0)).sum().backward()
+
+
+def run_packed_attention(dtype: torch.dtype) -> None:
+    q = torch.randn(131, 4, 64, dtype=dtype, device=DEVICE, requires_grad=True)
+    k = torch.randn(140, 2, 64, dtype=dtype, device=DEVICE, requires_grad=True)
+    ends = ([0, 0, 1, 70, 131], [0, 9, 9, 77, 140])  # no queries, no keys, and some of both
+    q_ends, k_ends = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ends)
+    for causal in (False, "bottom_right"):
+        o = bigkern.varlen_attention(q, k, k, q_ends, k_ends, 69, 68, causal=causal, dropout_p=0.1)
+        o.sum().backward()
+
+
+def run_decode_attention(dtype: torch.dtype) -> None:
+    lengths = torch.tensor([129, 16, 0], dtype=torch.int32, device=DEVICE)
+    table = torch.arange(27, dtype=torch.int32, device=DEVICE).flip(0).view(3, 9)
+    for D in (40, 128):
+        for queries in (1, 3):
+            q = torch.randn(3, 4, queries, D, dtype=dtype, device=DEVICE)
+            whole, pages = (
+                torch.randn(*n, D, dtype=dtype, device=DEVICE) for n in ((3, 2, 133), (27, 2, 16))
+            )
+            bigkern.decode_attention(q, whole, whole, lengths, window=(100, 0))
+            bigkern.decode_attention(q, pages, pages, lengths, page_table=table, softcap=5.0)
+
+
 def run_norms(dtype: torch.dtype) -> None:
     for N in (63, 1024):
-        x = torch.randn(37, N, dtype=dtype, device="cuda", requires_grad=True)
-        w = torch.ones(N, dtype=dtype, device="cuda", requires_grad=True)
+        x = torch.randn(37, N, dtype=dtype, device=DEVICE, requires_grad=True)
+        w = torch.ones(N, dtype=dtype, device=DEVICE, requires_grad=True)
         y, total = bigkern.layer_norm(x, (N,), w, w, residual=x)
         (y + total + bigkern.rms_norm(x, (N,), w)).sum().backward()
 
 
 def run_layernorm_ffn(dtype: torch.dtype) -> None:
     def parameter(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, dtype=dtype, device="cuda", requires_grad=True)
+        return torch.randn(*shape, dtype=dtype, device=DEVICE, requires_grad=True)
 
     x, w2, b2 = parameter(37, 72), parameter(72, 136), parameter(72)
     for activation, rows in (("gelu", 136), ("swiglu", 272)):
@@ -48,16 +86,27 @@ def run_layernorm_ffn(dtype: torch.dtype) -> None:
 
 def run_adam(dtype: torch.dtype) -> None:
     sizes = (1, 7, 1023, 4097)
-    params, grads, m, v, top = ([torch.rand(n, dtype=dtype, device="cuda") for n in sizes] for _ in range(5))
-    steps = [torch.zeros((), device="cuda") for _ in sizes]
+    params, grads, m, v, top = ([torch.rand(n, dtype=dtype, device=DEVICE) for n in sizes] for _ in range(5))
+    steps = [torch.zeros((), device=DEVICE) for _ in sizes]
     adam(params, grads, m, v, top, steps, amsgrad=True, decoupled=True, weight_decay=0.1)
+
+
+RUNS = (
+    run_attention,
+    run_attention_features,
+    run_packed_attention,
+    run_decode_attention,
+    run_norms,
+    run_layernorm_ffn,
+    run_adam,
+)
 
 
 def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("gpu_sanitized: there is no GPU here")
     for backend in BACKENDS:
-        for run in (run_attention, run_norms, run_layernorm_ffn, run_adam):
+        for run in RUNS:
             for dtype in DTYPES:
                 with bigkern.use(backend):
                     run(dtype)
