@@ -93,10 +93,11 @@ def by_autograd(
 
     def tasks(inputs: Inputs) -> dict[str, Task]:
         wanted = [value for value in inputs.values() if value.requires_grad]
+        plain = _without_graph(inputs)
 
         def forward(_: Any) -> Any:
             with torch.no_grad():
-                return call(inputs)
+                return call(plain)
 
         if not wanted:
             return {"forward": Task(forward, within=within)}
@@ -114,10 +115,15 @@ def by_autograd(
 
     def compared(inputs: Inputs) -> dict[str, Tensor]:
         with within():
-            return results(call, inputs)
+            return results(call, inputs if torch.is_grad_enabled() else _without_graph(inputs))
 
     words = backend
     return Contestant(name, tasks, (lambda inputs: words) if isinstance(words, str) else words, compared)
+
+
+def _without_graph(inputs: Inputs) -> Inputs:
+    """Some ask whether their tensors require gradients, and not whether gradients are enabled."""
+    return {name: value.detach() for name, value in inputs.items()}
 
 
 def ours(problem: Problem) -> Contestant:
@@ -351,6 +357,8 @@ def _results(contestant: Contestant, inputs: Inputs) -> tuple[dict[str, Tensor],
 
 
 def _first_line(error: Exception) -> str:
+    while isinstance(error.__cause__, Exception):  # what was underneath: torch.compile wraps it
+        error = error.__cause__
     words = str(error).strip().split("\n")[0]
     return words if isinstance(error, LeftOut) else f"{type(error).__name__}: {words}"
 
