@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import torch
@@ -214,7 +215,8 @@ def _sdpa_over_cache(problem: Problem, lengths: list[int], paged: bool) -> list[
 def _flash_decoding(problem: Problem) -> list[Contestant]:
     def call(function: Any, inputs: Inputs) -> Any:
         (q, k, v, lengths), options = problem.arguments(inputs)
-        table = {"block_table": options["page_table"]} if "page_table" in options else {}
+        name = "page_table" if "page_table" in signature(function).parameters else "block_table"  # 3, and 2
+        table = {name: options["page_table"]} if "page_table" in options else {}
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         o = _first(function(q, k, v, cache_seqlens=lengths, causal=True, **table))
         return o.transpose(1, 2)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import bigkern
 from bigkern import registry
 from bigkern.benchmarks import (
     attention_peers,
@@ -109,6 +110,64 @@ def test_attention_peers_agree_and_are_timed(
     modes = {row.mode for row in rows if row.contestant == "sdpa"}
     assert modes == ({"forward", "backward", "both"} if case.problem.differentiable else {"forward"})
     assert {row.group for row in rows} == {"feature"}
+
+
+class Installed:
+    """flash-attn and xformers as they are called, computed by bigkern: are our calls of them right?"""
+
+    class LowerTriangularMask:
+        pass
+
+    @staticmethod
+    def flash_attn_func(q: Any, k: Any, v: Any, *, causal: bool, window_size: tuple[int, int]) -> Any:
+        window = tuple(None if n < 0 else n for n in window_size)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return bigkern.attention(q, k, v, causal=causal, window=window).transpose(1, 2)  # type: ignore[arg-type, union-attr]
+
+    @staticmethod
+    def flash_attn_varlen_func(*packed: Any, causal: bool) -> Any:
+        return bigkern.varlen_attention(*packed, causal=causal), None
+
+    @staticmethod
+    def flash_attn_with_kvcache(
+        q: Any, k: Any, v: Any, *, cache_seqlens: Any, causal: bool, block_table: Any = None
+    ) -> Any:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        o = bigkern.decode_attention(q, k, v, cache_seqlens, page_table=block_table, causal=causal)
+        return o.transpose(1, 2)  # type: ignore[union-attr]
+
+    @staticmethod
+    def memory_efficient_attention(q: Any, k: Any, v: Any, *, attn_bias: Any) -> Any:
+        return Installed.flash_attn_func(q, k, v, causal=attn_bias is not None, window_size=(-1, -1))
+
+
+def test_packages_of_others_are_called_as_they_want(
+    monkeypatch: pytest.MonkeyPatch, bench: harness.Bench
+) -> None:
+    monkeypatch.setattr(attention_peers, "_imported", lambda module, name: getattr(Installed, name, None))
+    problem = attention_problems.attention
+    calls = [
+        (problem(1, 2, 33, 16), attention_peers._of_others(problem(1, 2, 33, 16), False, None)),
+        (problem(1, 2, 33, 16, True), attention_peers._of_others(problem(1, 2, 33, 16, True), True, None)),
+    ]
+    window = problem(1, 2, 33, 16, True, window=(7, 0))
+    packs = attention_problems.varlen([17, 1, 30], 2, 16, True)
+    paged = attention_problems.decode([33, 7], 4, 40, 16, kv_heads=2, page_size=8)
+    calls += [
+        (window, attention_peers._of_others(window, True, 7)),
+        (packs, attention_peers._flash_varlen(packs, True)),
+        (paged, attention_peers._flash_decoding(paged)),
+    ]
+    found = []
+    for asked, peers in calls:
+        stock = harness.by_autograd("sdpa", asked.stock, "torch")
+        rows = harness.measure(
+            harness.Case(asked, [harness.ours(asked), stock, *peers]), torch.float32, bench
+        )
+        assert [row.wrong for row in rows if row.wrong] == []
+        found.append([contestant.name for contestant in peers])
+    flash = ["flash-attn", "flash-attn-3"]
+    assert found == [[*flash, "xformers"], [*flash, "xformers"], flash, flash, flash]
 
 
 def test_torchs_choice_is_named_and_not_timed_twice(bench: harness.Bench) -> None:
