@@ -480,7 +480,7 @@ def random_case(seed: int, largest: int) -> Case:
     )
 
 
-SEEDS = {"cpu": 2000, "torch": 100, "cuda": 60, "triton": 8, "simt": 6}
+SEEDS = {"cpu": 2000, "torch": 100, "cuda": 60, "triton": 24, "simt": 30}
 FUZZ = [(backend, seed) for backend in BACKENDS for seed in range(SEEDS[backend])]
 
 
@@ -621,7 +621,8 @@ def test_second_derivatives(options: dict[str, Any], backend: str) -> None:
         return torch.autograd.grad(dq.square().sum(), (q, k, v))
 
     inputs = [torch.randn(1, 2, 6, 8, device=device_of(backend), requires_grad=True) for _ in "qkv"]
-    right = penalty(*(x.detach().double().requires_grad_() for x in inputs))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        right = penalty(*(x.detach().double().requires_grad_() for x in inputs))
     with run_backend("attention", backend):
         mine = penalty(*inputs)
     for a, b in zip(mine, right, strict=True):
