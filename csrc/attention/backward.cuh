@@ -70,6 +70,17 @@ struct Terms {
   Vec<float, 2> lse, delta;
 };
 
+// Those of the rows from row0 on, where queries are rows; those of a lane's columns from `column`
+// on.
+__device__ __forceinline__ Terms terms_of_rows(const RowStatistics<const float>& x, int row0) {
+  const int i = row0 + row_of(0);
+  return {{{x.lse[i], x.lse[i + 8]}}, {{x.delta[i], x.delta[i + 8]}}};
+}
+__device__ __forceinline__ Terms terms_of_columns(const RowStatistics<const float>& x, int column) {
+  return {load_vec<float, 2>(x.lse + column + column_of(0)),
+          load_vec<float, 2>(x.delta + column + column_of(0))};
+}
+
 // The products q k^T and do v^T of a strip become p, zero where it is dropped, and dx, or, with
 // OF_SCORES, ds. terms_of(n) is for columns 8 n .. 8 n + 7, or for any, where queries are rows.
 template <bool OF_SCORES = false, bool KEYS_ARE_ROWS, int N, class T, bool GENERAL, class F>

@@ -132,9 +132,7 @@ __global__ void __launch_bounds__(Tile<T, D>::THREADS, 1)
     __syncthreads();  // do and v are here
     dot_rows<KEYS, D>(ds, do_tile + own_rows * kPitch<T, D>, v_tile);
     const auto statistics = statistics_of<const float>(call, window, b, h);
-    const int i_own = strip.row0 + row_of(0);
-    const Terms terms{{{statistics.lse[i_own], statistics.lse[i_own + 8]}},
-                      {{statistics.delta[i_own], statistics.delta[i_own + 8]}}};
+    const Terms terms = terms_of_rows(statistics, strip.row0);
     to_gradients<true>(s, ds, scores, strip, j0, [&](int) { return terms; });
 #pragma unroll
     for (int n = 0; n < KEYS / 8; ++n) {

@@ -151,11 +151,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kBlocksAtOnce)
       dot_rows<STEP, D>(s, q_tile + strip * 16 * kPitch<T, D>, k_tiles + at);
       to_scores<T>(s, shape, rows, j0 + j);
       softmax_step<T>(row, s, rescale);
-#pragma unroll
-      for (int n = 0; n < COLUMNS / 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) acc[n][e] *= rescale[e / 2];
-      }
+      scale_rows(acc, rescale);
       accumulate<STEP, COLUMNS, D>(acc, s, v_tiles + at + column0);
     }
     __syncthreads();  // every warp is done with this stage

@@ -71,18 +71,14 @@ __global__ void __launch_bounds__(Tile<T, D>::THREADS, 1)
     const T* const do_tile = do_tiles + step % Tile::STAGES * Tile::kStreamed;
     const Scores<T, GENERAL> scores{shape, b, h};
     const auto statistics = statistics_of<const float>(call, window, b, h);
-    const auto terms_of = [&](int n) {
-      const int i = i0 + n * 8 + column_of(0);
-      return Terms{load_vec<float, 2>(statistics.lse + i),
-                   load_vec<float, 2>(statistics.delta + i)};
-    };
     ptx::cp_async_wait<Tile::STAGES - 1>();
     __syncthreads();  // q and do of this step are here
 
     float s[STREAMED / 8][4], dx[STREAMED / 8][4];
     dot_rows<STREAMED, D>(s, k_strip, q_tile);
     dot_rows<STREAMED, D>(dx, v_strip, do_tile);
-    to_gradients(s, dx, scores, strip, i0, terms_of);
+    to_gradients(s, dx, scores, strip, i0,
+                 [&](int n) { return terms_of_columns(statistics, i0 + n * 8); });
     accumulate<STREAMED, COLUMNS, D>(dv, s, do_tile + column0);
     accumulate<STREAMED, COLUMNS, D>(dk, dx, q_tile + column0);
     __syncthreads();  // every warp is done with this stage

@@ -58,9 +58,7 @@ __global__ void __launch_bounds__(Tile<T, D>::THREADS, GENERAL ? 1 : Tile<T, D>:
   const Strip<false> strip(window, i0 + own_rows);
   const Scores<T, GENERAL> scores{shape, b, h};
   const auto statistics = statistics_of<const float>(call, window, b, h);
-  const int i_own = strip.row0 + row_of(0);
-  const Terms terms{{{statistics.lse[i_own], statistics.lse[i_own + 8]}},
-                    {{statistics.delta[i_own], statistics.delta[i_own + 8]}}};
+  const Terms terms = terms_of_rows(statistics, strip.row0);
   float dq[COLUMNS / 8][4] = {};
   const auto q = rows_of<const T>(call.q, b, h, window.q_begin, window.Sq, shape.D);
   const auto dout = rows_of<const T>(call.dout, b, h, window.q_begin, window.Sq, shape.Dv);

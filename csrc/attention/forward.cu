@@ -121,11 +121,7 @@ __global__ void __launch_bounds__(Tile<T, D>::THREADS, GENERAL ? 1 : Tile<T, D>:
         for_each_draw(s, scores, strip, j0, [](float& p, bool keep) { p = keep ? p : 0.0f; });
       }
     }
-#pragma unroll
-    for (int n = 0; n < COLUMNS / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) acc[n][e] *= rescale[e / 2];
-    }
+    scale_rows(acc, rescale);
     accumulate<KEYS, COLUMNS, D>(acc, s, v_tile + column0);
   }
 

@@ -47,4 +47,14 @@ __device__ __forceinline__ void softmax_step(Softmax& row, float (&s)[N][4], flo
   }
 }
 
+// Multiplies the two rows that a lane holds of a strip.
+template <int N>
+__device__ __forceinline__ void scale_rows(float (&acc)[N][4], const float (&scale)[2]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) acc[n][e] *= scale[e / 2];
+  }
+}
+
 }  // namespace bigkern::attention::cuda
