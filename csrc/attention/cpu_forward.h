@@ -21,7 +21,7 @@ void online_softmax(const KeyBlock& block, const TileScratch& f) {
     for (int64_t j = 0; j < block.keys; ++j) highest = max(highest, load(x + j * kLanes));
     const vf shift = select(highest == -infinity, zero(), highest);  // nothing seen yet: p = e^-inf
     const vf rescale = exp_flush(before - shift);
-    vf sum = load(f.sum + lane) * rescale;
+    vf sum = zero();  // of the block alone: rounding errors grow with its keys, not with all keys
     const auto weight = [&](int64_t j) BIGKERN_FN {
       const vf p = exp_flush(load(x + j * kLanes) - shift);
       sum += p;
@@ -37,7 +37,7 @@ void online_softmax(const KeyBlock& block, const TileScratch& f) {
       for (int64_t j = 0; j < block.keys; ++j) store(x + j * kLanes, weight(j));
     }
     store(f.max + lane, highest);
-    store(f.sum + lane, sum);
+    store(f.sum + lane, fma(load(f.sum + lane), rescale, sum));
     store(f.rescale + lane, rescale);
   }
 }

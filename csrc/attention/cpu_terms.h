@@ -80,7 +80,7 @@ ATTENTION_INLINE Weighed weigh(const BackwardScratch& f, const float* kept, int6
   const vf dp = load(f.ds + at);
   if (kept == nullptr) return {p, p * (dp - delta)};
   const vf factor = load(kept + at);
-  return {p * factor, p * (dp * factor - delta)};
+  return {p * factor, p * fma(dp, factor, -delta)};
 }
 
 }  // namespace
