@@ -256,6 +256,18 @@ TEST(attention_heads_of_every_width) {
   }
 }
 
+// The general kernels, and those of the bias.
+TEST(attention_features_at_every_width) {
+  for (const int64_t D : {64, 128, 256}) {
+    Problem problem{1, 2, 1, 40, 70, D, D, 30, 10};
+    problem.mask = full, problem.bias = heads, problem.softcap = 1.5f;
+    problem.sloped = problem.sunk = problem.dropped = problem.dlse = true;
+    expect_right<float>(problem, 2 * kFloat);
+    expect_right<bf16>(problem, 2 * kBrain);
+    expect_right<fp16>(problem, 2 * kHalf);
+  }
+}
+
 TEST(attention_causal_corners) {
   for (const Corner corner : {Corner::top_left, Corner::bottom_right}) {
     expect_right<float>({1, 1, 1, 130, 70, 16, 16, kUnlimited, 0, corner}, kFloat);
