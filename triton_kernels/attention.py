@@ -57,18 +57,29 @@ class Tiles(NamedTuple):
 
 # (architecture, bytes an element, head dim up to) -> tiles. 2 bytes run on tensor cores, 4 on plain FMA.
 CONFIGURATIONS = {
-    (80, 2, 64): Tiles(Tile(128, 32, 4, 3), Tile(32, 128, 8, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
-    (80, 2, 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-    (80, 2, 256): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
-    (80, 4, 64): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
+    (80, 2, 64): Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+    (80, 2, 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
+    (80, 2, 256): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 16, 8, 1)),
+    (80, 4, 64): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
     (80, 4, 128): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
-    (80, 4, 256): Tiles(Tile(32, 32, 16, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+    (80, 4, 256): Tiles(Tile(32, 32, 16, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
     (90, 2, 64): Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
-    (90, 2, 128): Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
-    (90, 2, 256): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
+    (90, 2, 128): Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+    (90, 2, 256): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 1)),
     (90, 4, 64): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
     (90, 4, 128): Tiles(Tile(32, 16, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
-    (90, 4, 256): Tiles(Tile(32, 32, 16, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    (90, 4, 256): Tiles(Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+}
+
+# Where windows, biases and the like need registers of their own.
+GENERAL = {
+    (80, 2, 64): CONFIGURATIONS[80, 2, 64]._replace(key_value=Tile(32, 128, 8, 1)),
+    (80, 2, 256): CONFIGURATIONS[80, 2, 256]._replace(query=Tile(32, 32, 8, 1)),
+    (80, 4, 64): CONFIGURATIONS[80, 4, 64]._replace(forward=Tile(64, 32, 8, 1)),
+    (80, 4, 256): CONFIGURATIONS[80, 4, 256]._replace(query=Tile(16, 16, 8, 2)),
+    (90, 2, 128): CONFIGURATIONS[90, 2, 128]._replace(query=Tile(128, 32, 8, 2)),
+    (90, 2, 256): CONFIGURATIONS[90, 2, 256]._replace(forward=Tile(128, 16, 8, 2), query=Tile(128, 16, 8, 2)),
+    (90, 4, 128): CONFIGURATIONS[90, 4, 128]._replace(key_value=Tile(16, 32, 8, 1)),
 }
 
 
@@ -103,15 +114,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *rules: object) -> tuple[Tensor, 
     call = Rules(*rules)  # type: ignore[arg-type]
     if call.scale < 0:
         q, call = -q, call._replace(scale=-call.scale)
-    Hq, packed = q.shape[1], call.cu_seqlens_q is not None
+    B, Hq, packed = batches(q, call), q.shape[1], call.cu_seqlens_q is not None
     o = empty_bshd(q, Hq, q.shape[2], v.shape[3])
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    tile = tiles_of(q, v).forward
-    programs = triton.cdiv(call.max_seqlen_q, tile.BR) * batches(q, call) * Hq
+    shape, terms = shape_of(q, k, call), terms_of(call)
+    tile = tiles_of(q, v, shape, terms).forward
+    programs = triton.cdiv(shape.Sq, tile.BR) * B * Hq
     if programs > 0:
         attention_kernel[(programs,)](
-            view(q, packed), view(k, packed), view(v, packed), terms_of(call), call.sinks, view(o, packed),
-            statistic(lse, packed), factor_of(call), shape_of(q, k, call), **sizes(q, v), **options(tile),
+            view(q, packed), view(k, packed), view(v, packed), terms, call.sinks, view(o, packed),
+            statistic(lse, packed), factor_of(call), shape, **sizes(q, v), **options(tile),
         )  # fmt: skip
     return o, lse
 
@@ -129,42 +141,37 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk and dv, each stored as ``[B, S, H, D]``, and dbias, empty unless ``bias_grad``."""
     call = Rules(*rules)  # type: ignore[arg-type]
-    Hq, Hkv, B, packed = q.shape[1], k.shape[1], batches(q, call), call.cu_seqlens_q is not None
+    B, Hq, packed = batches(q, call), q.shape[1], call.cu_seqlens_q is not None
     dq, dk, dv = (empty_bshd(x, *x.shape[1:]) for x in (q, k, v))
     dbias = q.new_empty(call.bias.shape if bias_grad and call.bias is not None else 0)
     lse_log2, delta = torch.empty(2, *lse.shape, dtype=torch.float32, device=q.device)
-    shape, tiles, constants = shape_of(q, k, call), tiles_of(q, v), sizes(q, v)
     if lse.numel() > 0:
-        statistics_kernel[(triton.cdiv(lse.shape[2], 32) * lse.shape[0] * Hq,)](
+        S, DV = o.shape[2:]
+        statistics_kernel[(triton.cdiv(S, 32) * lse.shape[0] * Hq,)](
             view(do), view(o), lse.contiguous(), None if dlse is None else dlse.contiguous(), lse_log2, delta,
-            Hq, lse.shape[2], DV=v.shape[3], BDV=constants["BDV"], BR=32, num_warps=4, **launch.OPTIONS,
+            Hq, S, DV=DV, BDV=launch.padded(DV), BR=32, num_warps=4, **launch.OPTIONS,
         )  # fmt: skip
-    inputs = (
-        *(view(x, packed) for x in (do, q, k, v)),
-        terms_of(call),
-        statistic(lse_log2, packed),
-        statistic(delta, packed),
-    )
-    scales = (call.scale, factor_of(call))
-    programs = triton.cdiv(call.max_seqlen_q, tiles.query.BR) * B * Hq
+    shape, terms, factor = shape_of(q, k, call), terms_of(call), factor_of(call)
+    tiles, constants = tiles_of(q, v, shape, terms), sizes(q, v)
+    views = [view(x, packed) for x in (do, q, k, v)]
+    inputs = (*views, terms, statistic(lse_log2, packed), statistic(delta, packed))
+    programs = triton.cdiv(shape.Sq, tiles.query.BR) * B * Hq
     if programs > 0:
         query_gradient_kernel[(programs,)](
-            *inputs, view(dq, packed), *scales, shape, **constants, **options(tiles.query)
+            *inputs, view(dq, packed), call.scale, factor, shape, **constants, **options(tiles.query)
         )
-    programs = triton.cdiv(call.max_seqlen_k, tiles.key_value.BC) * B * Hkv
+    programs = triton.cdiv(shape.Sk, tiles.key_value.BC) * B * shape.Hkv
     if programs > 0:
         key_value_gradient_kernel[(programs,)](
-            *inputs, view(dk, packed), view(dv, packed), *scales, shape, **constants,
+            *inputs, view(dk, packed), view(dv, packed), call.scale, factor, shape, **constants,
             **options(tiles.key_value),
         )  # fmt: skip
     if dbias.numel() > 0:
-        owned = Owned(dbias, dbias.shape[1], B // dbias.shape[0], Hq // dbias.shape[1])
-        per_query, per_key = dbias.shape[2] > 1, dbias.shape[3] > 1
-        programs = dbias.shape[0] * dbias.shape[1]
-        programs *= triton.cdiv(dbias.shape[2], tiles.bias.BR) * triton.cdiv(dbias.shape[3], tiles.bias.BC)
+        b, h, i, j = dbias.shape
+        programs = b * h * triton.cdiv(i, tiles.bias.BR) * triton.cdiv(j, tiles.bias.BC)
         bias_gradient_kernel[(programs,)](
-            *inputs, owned, factor_of(call), shape, **constants, PER_QUERY=per_query, PER_KEY=per_key,
-            **options(tiles.bias),
+            *inputs, Owned(dbias, h, B // b, Hq // h), factor, shape, **constants,
+            PER_QUERY=i > 1, PER_KEY=j > 1, **options(tiles.bias),
         )  # fmt: skip
     return dq, dk, dv, dbias
 
@@ -205,9 +212,11 @@ def factor_of(call: Rules) -> float:
     return (call.softcap or call.scale) * LOG2_E.value
 
 
-def tiles_of(q: Tensor, v: Tensor) -> Tiles:
+def tiles_of(q: Tensor, v: Tensor, shape: Shape, terms: Terms | None) -> Tiles:
     D = max(64, launch.padded(max(q.shape[3], v.shape[3])))
-    return CONFIGURATIONS[launch.architecture(q.device), q.element_size(), D]
+    key = launch.architecture(q.device), q.element_size(), D
+    plain = terms is None and shape.left is None
+    return CONFIGURATIONS[key] if plain else GENERAL.get(key, CONFIGURATIONS[key])
 
 
 def options(tile: Tile) -> dict[str, int | bool]:

@@ -4,8 +4,7 @@ p  = exp(s - lse)                delta = rowsum(do * o) - dlse
 dv = dropout(p)^T do             ds    = p * (dropout(do v^T) - delta)
 dx = ds * (1 - tanh(..)^2)       dq    = scale * dx k          dk = scale * dx^T q
 
-Both products of a tile, q k^T and do v^T, come first, then one pass over their elements, then the products
-with the results: so at most two tiles of fp32 are alive.
+A tile's products come in the order q k^T, p^T do, do v^T, dx^T q, so that p leaves for dv before dp arrives.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_scores import gradients
+from .attention_scores import capped, dropped, product_gradient, score_gradient, weights
 from .attention_tiles import (
     LOG2_E,
     load_rows,
@@ -80,15 +79,20 @@ def key_value_gradient_kernel(
             q_tile = load_rows(q_rows, start, seq.Sq, D, BD, BR, True)
             do_tile = load_rows(do_rows, start, seq.Sq, DV, BDV, BR, True)
             x = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-            dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
             rows = start + tl.arange(0, BR)
             i, j = rows[None, :], column + tl.arange(0, BC)[:, None]
             row_lse = tl.load(
                 statistic_of(lse_log2, b, h, seq.q_begin) + i, mask=i < seq.Sq, other=float("inf")
             )
-            row_delta = tl.load(statistic_of(delta, b, h, seq.q_begin) + i, mask=i < seq.Sq, other=0.0)
-            p, _, dx = gradients(x, dp, row_lse, row_delta, factor, terms, b, h, i, j, seq, shape, EDGE)
-            dv_tile = tl.dot(p.to(do_tile.dtype), do_tile, dv_tile, input_precision="ieee")
+            x = capped(x, terms)
+            p = weights(x, row_lse, factor, terms, b, h, i, j, seq, shape, EDGE)
+            pv = dropped(p, terms, b, h, i, j, shape)
+            dv_tile = tl.dot(pv.to(do_tile.dtype), do_tile, dv_tile, input_precision="ieee")
+            dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
+            row_delta = tl.load(  # late: registers
+                statistic_of(delta, b, h, seq.q_begin) + i, mask=i < seq.Sq, other=0.0
+            )
+            dx = product_gradient(score_gradient(p, dp, row_delta, terms, b, h, i, j, shape), x, terms)
             dk_tile = tl.dot(dx.to(q_tile.dtype), q_tile, dk_tile, input_precision="ieee")
     store_rows(rows_of(dk, b, kv_head, seq.k_begin), column, seq.Sk, dk_tile * scale, D, BD, BC)
     store_rows(rows_of(dv, b, kv_head, seq.k_begin), column, seq.Sk, dv_tile, DV, BDV, BC)
@@ -105,11 +109,12 @@ def collect(
         k_tile = load_rows(k_rows, start, seq.Sk, D, BD, BC, EDGE)
         v_tile = load_rows(v_rows, start, seq.Sk, DV, BDV, BC, EDGE)
         x = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")  # [BR, BC] fp32
-        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
         i, j = row + tl.arange(0, BR)[:, None], start + tl.arange(0, BC)[None, :]
-        _, _, dx = gradients(
-            x, dp, row_lse[:, None], row_delta[:, None], factor, terms, b, h, i, j, seq, shape, EDGE
-        )
+        x = capped(x, terms)
+        p = weights(x, row_lse[:, None], factor, terms, b, h, i, j, seq, shape, EDGE)
+        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
+        ds = score_gradient(p, dp, row_delta[:, None], terms, b, h, i, j, shape)
+        dx = product_gradient(ds, x, terms)
         dq_tile = tl.dot(dx.to(k_tile.dtype), k_tile, dq_tile, input_precision="ieee")
     return dq_tile
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_scores import gradients
+from .attention_scores import capped, score_gradient, weights
 from .attention_tiles import load_rows, rows_of, sequence, statistic_of, visible_keys, visible_queries
 
 
@@ -103,10 +103,10 @@ def bias_gradient_kernel(
         k_tile = load_rows(rows_of(k, b, h // shape.group, 0), j0, seq.Sk, D, BD, BC, True)
         v_tile = load_rows(rows_of(v, b, h // shape.group, 0), j0, seq.Sk, DV, BDV, BC, True)
         x = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
         i, j = i0 + tl.arange(0, BR)[:, None], j0 + tl.arange(0, BC)[None, :]
         row_lse = tl.load(statistic_of(lse_log2, b, h, 0) + i, mask=i < seq.Sq, other=float("inf"))
+        p = weights(capped(x, terms), row_lse, factor, terms, b, h, i, j, seq, shape, True)
+        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
         row_delta = tl.load(statistic_of(delta, b, h, 0) + i, mask=i < seq.Sq, other=0.0)
-        _, ds, _ = gradients(x, dp, row_lse, row_delta, factor, terms, b, h, i, j, seq, shape, True)
-        sums += ds
+        sums += score_gradient(p, dp, row_delta, terms, b, h, i, j, shape)
     store_sums(dbias, owner, own_row, own_column, sums, shape, PER_QUERY, PER_KEY, BR, BC)

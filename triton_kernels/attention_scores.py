@@ -199,16 +199,24 @@ def dropped(p, terms, b, h, i, j, shape):
     return p
 
 
-# ---- their gradients -------------------------------------------------------------------------------
+# ---- backward --------------------------------------------------------------------------------------
 
 
 @triton.jit
-def gradients(x, dp, lse, delta, factor, terms, b, h, i, j, seq, shape, EDGE: tl.constexpr):
-    """From x = q k^T and dp = do v^T: the weights that v was multiplied by, ds, and dx / scale."""
-    x = capped(x, terms)
-    p = tl.exp2(logits(x, factor, terms, b, h, i, j, seq, shape, EDGE) - lse)
-    ds = p * (dropped(dp, terms, b, h, i, j, shape) - delta)
-    dx = ds
+def weights(x, lse, factor, terms, b, h, i, j, seq, shape, EDGE: tl.constexpr):
+    """p = exp(s - lse), recomputed from capped dot products; lse broadcasts to x."""
+    return tl.exp2(logits(x, factor, terms, b, h, i, j, seq, shape, EDGE) - lse)
+
+
+@triton.jit
+def score_gradient(p, dp, delta, terms, b, h, i, j, shape):
+    """ds, from dp = do v^T."""
+    return p * (dropped(dp, terms, b, h, i, j, shape) - delta)
+
+
+@triton.jit
+def product_gradient(ds, x, terms):
+    """What dq and dk are made of: ds, through the softcap if there is one."""
     if terms is not None and terms.softcap is not None:
-        dx = ds * (1.0 - x * x)
-    return dropped(p, terms, b, h, i, j, shape), ds, dx
+        ds = ds * (1.0 - x * x)
+    return ds
