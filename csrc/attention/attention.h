@@ -75,6 +75,7 @@ struct Shape {
   PerHead slopes, sinks;        // ALiBi; a logit that takes part in the row's sum only
   Dropout dropout;
   const int32_t *q_begins, *k_begins;  // packed: sequence b is rows begins[b] .. begins[b + 1]
+  int64_t total_q;                     // packed: the rows of q in all
 
   BIGKERN_HD Sequence sequence(int64_t b) const {
     Sequence s{0, 0, Sq, Sk, 0};
@@ -85,6 +86,8 @@ struct Shape {
     s.offset = corner == Corner::bottom_right ? s.Sk - s.Sq : 0;
     return s;
   }
+
+  BIGKERN_HD int64_t rows_of_q() const { return q_begins != nullptr ? total_q : B * Sq; }
 
   // Whether a score depends on more than its dot product and the window.
   bool general() const {

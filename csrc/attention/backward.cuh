@@ -46,7 +46,7 @@ BIGKERN_HD int64_t statistics_begin(int64_t n, int64_t b) {
   return (n / kQueryPad + b) * kQueryPad;
 }
 BIGKERN_HD int64_t statistics_rows(const Shape& shape) {
-  return statistics_begin(shape.B * shape.Sq, shape.B);
+  return statistics_begin(shape.rows_of_q(), shape.B);
 }
 
 // For each query, its lse times kUnit, +inf where it has nothing to attend to, and its delta.

@@ -165,6 +165,7 @@ Shape shape_of(const Tensor& q, const Tensor& k, const Tensor& v, const Rules& r
     STD_TORCH_CHECK(!rules.mask.has_value() && !rules.bias.has_value(),
                     "packed sequences have neither mask nor bias");
     s.B = rules.cu_seqlens_q->size(0) - 1;
+    s.total_q = s.Sq;
     s.Sq = std::min(s.Sq, rules.max_seqlen_q), s.Sk = std::min(s.Sk, rules.max_seqlen_k);
   }
   set_rules(s, rules);

@@ -98,6 +98,7 @@ struct Case {
       shape.Sq = std::max<int64_t>(shape.Sq, Sq), shape.Sk = std::max<int64_t>(shape.Sk, Sk);
     }
     shape.q_begins = begins.data(), shape.k_begins = begins.data() + n + 1;
+    shape.total_q = begins[n];
   }
 
   static int64_t total(const Problem& p, bool queries) {
