@@ -141,11 +141,11 @@ def attention_cases(arch: int) -> Iterator[Case]:
                 yield f"{name} D={D} {features}", attention_call(DTYPES[name], D, features), needed
 
 
-FEATURES = ("plain", "causal", "packed", "everything")
+FEATURES = ("plain", "causal", "window", "packed", "packed window", "everything")
 
 
 def attention_call(dtype: torch.dtype, D: int, features: str) -> Callable[[], object]:
-    """Forward and backward: packed sequences in a causal window, or dense ones with all there is."""
+    """Forward and backward: dense, packed, in a window, and with all there is."""
 
     def call() -> None:
         B, H, S = 2, 8, SENTENCE
@@ -155,14 +155,14 @@ def attention_call(dtype: torch.dtype, D: int, features: str) -> Callable[[], ob
             window_right=-1, softcap=0.0, dropout_p=0.0, max_seqlen_q=S, max_seqlen_k=S,
         )  # fmt: skip
         dlse = None
-        if features == "causal":
-            rules = rules._replace(causal="top_left", window_right=0)
-        if features == "packed":
+        if features not in ("plain", "everything"):
+            rules = rules._replace(causal="bottom_right", window_right=0)
+        if "packed" in features:
             q, k, v, do = (x[:1] for x in (q, k, v, do))
             ends = meta(5, dtype=torch.int32)
-            rules = rules._replace(
-                causal="bottom_right", window_left=256, window_right=0, cu_seqlens_q=ends, cu_seqlens_k=ends
-            )
+            rules = rules._replace(cu_seqlens_q=ends, cu_seqlens_k=ends)
+        if "window" in features:
+            rules = rules._replace(window_left=256)
         if features == "everything":
             rules = rules._replace(
                 mask=meta(B, 1, S, S, dtype=torch.bool), bias=meta(1, H, S, S, dtype=dtype),
@@ -266,7 +266,7 @@ ROOMS: dict[str, Callable[[int], Iterator[Case]]] = {
 
 
 QUICK = {
-    "attention": r"bfloat16 .* causal",
+    "attention": r"bfloat16 .* (causal|packed)$",
     "decode": r"bfloat16",
     "norm": r"bfloat16 N=(1023|65536) layer",
     "activation": r"bfloat16 (gelu|geglu)$",

@@ -25,18 +25,20 @@ Dao, FlashAttention-2 (2023); Milakov and Gimelshein, Online normalizer calculat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import launch
 from .attention_backward import key_value_gradient_kernel, query_gradient_kernel, statistics_kernel
 from .attention_bias import Owned, bias_gradient_kernel
 from .attention_forward import attention_kernel
 from .attention_scores import Terms, broadcast, dropout_of, given, slopes_of
-from .attention_tiles import LOG2_E, Shape, empty_bshd, statistic, view
+from .attention_tiles import LOG2_E, Shape, View, describable, descriptor, empty_bshd, statistic, view
 
 
 class Tile(NamedTuple):
@@ -77,9 +79,19 @@ GENERAL = {
     (80, 2, 256): CONFIGURATIONS[80, 2, 256]._replace(query=Tile(32, 32, 8, 1)),
     (80, 4, 64): CONFIGURATIONS[80, 4, 64]._replace(forward=Tile(64, 32, 8, 1)),
     (80, 4, 256): CONFIGURATIONS[80, 4, 256]._replace(query=Tile(16, 16, 8, 2)),
-    (90, 2, 128): CONFIGURATIONS[90, 2, 128]._replace(query=Tile(128, 32, 8, 2)),
+    (90, 2, 128): CONFIGURATIONS[90, 2, 128]._replace(forward=Tile(128, 32, 8, 3), query=Tile(128, 32, 8, 2)),
     (90, 2, 256): CONFIGURATIONS[90, 2, 256]._replace(forward=Tile(128, 16, 8, 2), query=Tile(128, 16, 8, 2)),
     (90, 4, 128): CONFIGURATIONS[90, 4, 128]._replace(key_value=Tile(16, 32, 8, 1)),
+}
+
+
+# Where tiles come through tensor descriptors (TMA), and the registers of their addresses go into larger ones.
+DESCRIBED = {
+    (90, 2, 64): CONFIGURATIONS[90, 2, 64]._replace(query=Tile(64, 64, 4, 3)),
+    (90, 2, 128): CONFIGURATIONS[90, 2, 128]._replace(
+        forward=Tile(128, 128, 8, 2), key_value=Tile(64, 128, 8, 2)
+    ),
+    (90, 2, 256): CONFIGURATIONS[90, 2, 256]._replace(forward=Tile(128, 64, 8, 2)),
 }
 
 
@@ -118,12 +130,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *rules: object) -> tuple[Tensor, 
     o = empty_bshd(q, Hq, q.shape[2], v.shape[3])
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     shape, terms = shape_of(q, k, call), terms_of(call)
-    tile = tiles_of(q, v, shape, terms).forward
-    programs = triton.cdiv(shape.Sq, tile.BR) * B * Hq
+    tiles, stream = tiles_of(shape, terms, q, k, v)
+    BC = tiles.forward.BC
+    programs = triton.cdiv(shape.Sq, tiles.forward.BR) * B * Hq
     if programs > 0:
         attention_kernel[(programs,)](
-            view(q, packed), view(k, packed), view(v, packed), terms, call.sinks, view(o, packed),
-            statistic(lse, packed), factor_of(call), shape, **sizes(q, v), **options(tile),
+            view(q, packed), stream(k, BC), stream(v, BC), terms, call.sinks, view(o, packed),
+            statistic(lse, packed), factor_of(call), shape, **sizes(q, v), **options(tiles.forward),
         )  # fmt: skip
     return o, lse
 
@@ -152,26 +165,29 @@ def attention_backward(
             Hq, S, DV=DV, BDV=launch.padded(DV), BR=32, num_warps=4, **launch.OPTIONS,
         )  # fmt: skip
     shape, terms, factor = shape_of(q, k, call), terms_of(call), factor_of(call)
-    tiles, constants = tiles_of(q, v, shape, terms), sizes(q, v)
-    views = [view(x, packed) for x in (do, q, k, v)]
-    inputs = (*views, terms, statistic(lse_log2, packed), statistic(delta, packed))
+    tiles, stream = tiles_of(shape, terms, q, k, v, do)
+    statistics, constants = (statistic(lse_log2, packed), statistic(delta, packed)), sizes(q, v)
     programs = triton.cdiv(shape.Sq, tiles.query.BR) * B * Hq
     if programs > 0:
+        BC = tiles.query.BC
         query_gradient_kernel[(programs,)](
-            *inputs, view(dq, packed), call.scale, factor, shape, **constants, **options(tiles.query)
-        )
+            view(do, packed), view(q, packed), stream(k, BC), stream(v, BC), terms, *statistics,
+            view(dq, packed), call.scale, factor, shape, **constants, **options(tiles.query),
+        )  # fmt: skip
     programs = triton.cdiv(shape.Sk, tiles.key_value.BC) * B * shape.Hkv
     if programs > 0:
+        BR = tiles.key_value.BR
         key_value_gradient_kernel[(programs,)](
-            *inputs, view(dk, packed), view(dv, packed), call.scale, factor, shape, **constants,
+            stream(do, BR), stream(q, BR), view(k, packed), view(v, packed), terms, *statistics,
+            view(dk, packed), view(dv, packed), call.scale, factor, shape, **constants,
             **options(tiles.key_value),
         )  # fmt: skip
     if dbias.numel() > 0:
         b, h, i, j = dbias.shape
         programs = b * h * triton.cdiv(i, tiles.bias.BR) * triton.cdiv(j, tiles.bias.BC)
         bias_gradient_kernel[(programs,)](
-            *inputs, Owned(dbias, h, B // b, Hq // h), factor, shape, **constants,
-            PER_QUERY=i > 1, PER_KEY=j > 1, **options(tiles.bias),
+            *(view(x) for x in (do, q, k, v)), terms, *statistics, Owned(dbias, h, B // b, Hq // h), factor,
+            shape, **constants, PER_QUERY=i > 1, PER_KEY=j > 1, **options(tiles.bias),
         )  # fmt: skip
     return dq, dk, dv, dbias
 
@@ -212,11 +228,19 @@ def factor_of(call: Rules) -> float:
     return (call.softcap or call.scale) * LOG2_E.value
 
 
-def tiles_of(q: Tensor, v: Tensor, shape: Shape, terms: Terms | None) -> Tiles:
+def tiles_of(
+    shape: Shape, terms: Terms | None, q: Tensor, k: Tensor, v: Tensor, *do: Tensor
+) -> tuple[Tiles, Callable[[Tensor, int], View | TensorDescriptor]]:
+    """The tiles of a call, and how its kernels see a tensor that they walk through in so many rows a tile."""
     D = max(64, launch.padded(max(q.shape[3], v.shape[3])))
     key = launch.architecture(q.device), q.element_size(), D
-    plain = terms is None and shape.left is None
-    return CONFIGURATIONS[key] if plain else GENERAL.get(key, CONFIGURATIONS[key])
+    packed = shape.q_begins is not None
+    if terms is None and not packed and key in DESCRIBED and all(describable(x) for x in (q, k, v, *do)):
+        return DESCRIBED[key], descriptor
+    tiles = CONFIGURATIONS[key]
+    if terms is not None or shape.left is not None:
+        tiles = GENERAL.get(key, tiles)
+    return tiles, lambda x, rows: view(x, packed)
 
 
 def options(tile: Tile) -> dict[str, int | bool]:

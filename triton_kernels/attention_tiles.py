@@ -7,6 +7,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import launch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -61,11 +64,30 @@ class Rows(NamedTuple):
     stride: tl.tensor
 
 
+class DescribedRows(NamedTuple):
+    """The same of a dense tensor behind a tensor descriptor, whose tiles arrive with zeros beyond its end."""
+
+    data: tl.tensor_descriptor
+    b: tl.tensor
+    h: tl.tensor
+
+
 def view(x: Tensor, packed: bool = False) -> View:
     """Offsets inside a tile are 32-bit: what has an odd last stride, or enormous rows, is copied."""
     if (x.shape[3] > 1 and x.stride(3) != 1) or x.stride(2) >= 2**23:
         x = x.contiguous()
     return View(x, 0 if packed else x.stride(0), x.stride(1), x.stride(2))
+
+
+def describable(x: Tensor) -> bool:
+    """Whether tensor descriptors can express a [B, H, S, D] tensor: all in multiples of 16 bytes."""
+    steps = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3]))
+    return x.stride(3) == 1 and x.numel() > 0 and 0 not in x.stride() and not any(n % 16 for n in steps)
+
+
+def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """Tiles of so many rows of a [B, H, S, D] tensor."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, launch.padded(x.shape[3])])
 
 
 def statistic(x: Tensor, packed: bool = False) -> Statistic:
@@ -145,7 +167,11 @@ def visible_queries(column, seq, shape, BR: tl.constexpr, BC: tl.constexpr):
 @triton.jit
 def rows_of(x, b, h, begin):
     """The rows from `begin` of one head of the [B, H, S, D] tensor x, of 2^31 elements or more."""
-    return Rows(x.data + b * x.batch + h * x.head + tl.cast(begin, tl.int64) * x.row, x.row)
+    if isinstance(x, tl.tensor_descriptor):
+        rows = DescribedRows(x, tl.cast(b, tl.int32), tl.cast(h, tl.int32))
+    else:
+        rows = Rows(x.data + b * x.batch + h * x.head + tl.cast(begin, tl.int64) * x.row, x.row)
+    return rows
 
 
 @triton.jit
@@ -169,13 +195,14 @@ def within(start, end, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr):
 @triton.jit
 def load_rows(rows, start, end, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, EDGE: tl.constexpr):
     """[ROWS, BD] rows from `start`, zero where they do not exist; only an EDGE tile may pass `end`."""
-    at = row_tile(rows, start, BD, ROWS)
-    if EDGE:
-        tile = tl.load(at, mask=within(start, end, D, BD, ROWS), other=0.0)
+    if isinstance(rows.data, tl.tensor_descriptor):
+        tile = rows.data.load([rows.b, rows.h, start, 0]).reshape(ROWS, BD)
+    elif EDGE:
+        tile = tl.load(row_tile(rows, start, BD, ROWS), mask=within(start, end, D, BD, ROWS), other=0.0)
     elif D != BD:
-        tile = tl.load(at, mask=(tl.arange(0, BD) < D)[None, :], other=0.0)
+        tile = tl.load(row_tile(rows, start, BD, ROWS), mask=(tl.arange(0, BD) < D)[None, :], other=0.0)
     else:
-        tile = tl.load(at)
+        tile = tl.load(row_tile(rows, start, BD, ROWS))
     return tile
 
 
