@@ -133,7 +133,7 @@ def run(arguments: tuple[Any, ...], return_lse: bool) -> Tensor | tuple[Tensor, 
     elif not plain(q, k, v, mask, bias, slopes, sinks):
         o, lse = torch.ops.bigkern.attention(*arguments)
     elif torch.is_grad_enabled() and _any_requires_grad(q, k, v, bias, sinks):
-        o, lse = _Attention.apply(backend, *arguments)
+        o, lse = _Attention.apply(backend, arguments, q, k, v, bias, sinks)
     else:
         o, lse = backend.forward(*arguments)
     return (o, lse) if return_lse else o
@@ -194,7 +194,8 @@ for _key in ("CPU", "CUDA"):
     LIBRARY.impl("attention", _forward, _key)
     LIBRARY.impl("attention_backward", _backward, _key)
 
-_TENSORS = 10  # the op's arguments begin with as many tensors; q, k, v, bias and sinks have gradients
+_TENSORS = 10  # the op's arguments begin with as many tensors ...
+_DIFFERENTIABLE = (0, 1, 2, 4, 6)  # ... of which q, k, v, bias and sinks have gradients
 
 
 def _save(ctx: Any, arguments: tuple[Any, ...], o: Tensor, lse: Tensor) -> None:
@@ -209,24 +210,30 @@ def _gradients(
     dlse: Tensor | None,
     saved: tuple[Any, ...],
     numbers: tuple[Any, ...],
-    bias_grad: bool,
-    sinks_grad: bool,
+    needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """One for each of the op's arguments."""
+    """Those of q, k, v, bias and sinks."""
+    if do is None and dlse is None:
+        return (None,) * len(_DIFFERENTIABLE)
     q, k, v, mask, bias, slopes, sinks, dropout, cu_q, cu_k, o, lse = saved
-    if do is None:
-        do = torch.zeros_like(o)
+    do = torch.zeros_like(o) if do is None else do
+    bias_grad, sinks_grad = needed[3:]
     rules = (mask, bias, slopes, sinks, dropout, cu_q, cu_k, *numbers)
     dq, dk, dv, dbias = backward(do, dlse, q, k, v, o, lse, bias_grad, *rules)
     dsinks = reference.sinks_gradient(do, dlse, o, lse, sinks) if sinks_grad else None
-    return dq, dk, dv, None, dbias if bias_grad else None, None, dsinks, *(None,) * (len(rules) - 4)
+    return dq, dk, dv, dbias if bias_grad else None, dsinks
 
 
 class _Attention(torch.autograd.Function):
-    """Eager autograd straight onto the chosen backend: a fifth of the cost of a Python custom op."""
+    """Eager autograd straight onto the chosen backend: a fifth of the cost of a Python custom op.
+
+    Autograd takes time for each argument, so it is given those that have gradients, and the others as one.
+    """
 
     @staticmethod
-    def forward(ctx: Any, backend: registry.Backend, *arguments: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, backend: registry.Backend, arguments: tuple[Any, ...], *differentiable: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         o, lse = backend.forward(*arguments)
         ctx.backend = backend
         _save(ctx, arguments, o, lse)
@@ -234,14 +241,10 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
-        if do is None and dlse is None:
-            return (None,) * (1 + len(needed))
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
-            return None, *_differentiable_gradients(do, dlse, saved[:_TENSORS], ctx.numbers, needed)
-        return None, *_gradients(
-            ctx.backend.backward, do, dlse, saved, ctx.numbers, bool(needed[4]), bool(needed[6])
-        )
+            return None, None, *_differentiable_gradients(do, dlse, saved[:_TENSORS], ctx.numbers, needed)
+        return None, None, *_gradients(ctx.backend.backward, do, dlse, saved, ctx.numbers, needed)
 
 
 def _differentiable_gradients(
@@ -254,15 +257,12 @@ def _differentiable_gradients(
     """Gradients asked for with ``create_graph``, by autograd through the reference."""
     results = reference.attention(*tensors, *numbers)
     asked = [(result, grad) for result, grad in zip(results, (do, dlse), strict=True) if grad is not None]
-    wanted = [i for i, need in enumerate(needed) if need]
-    grads = torch.autograd.grad(
-        [result for result, _ in asked],
-        [tensors[i] for i in wanted],
-        [grad for _, grad in asked],
-        create_graph=True,
-    )
-    by_place = dict(zip(wanted, grads, strict=True))
-    return tuple(by_place.get(i) for i in range(len(needed)))
+    if not asked:
+        return (None,) * len(needed)
+    inputs = [tensors[place] for place, need in zip(_DIFFERENTIABLE, needed, strict=True) if need]
+    outputs, upstream = zip(*asked, strict=True)
+    grads = iter(torch.autograd.grad(outputs, inputs, upstream, create_graph=True))
+    return tuple(next(grads) if need else None for need in needed)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -270,11 +270,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _autograd(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    needed = ctx.needs_input_grad
-    if do is None and dlse is None:
-        return (None,) * len(needed)
+    needed = tuple(ctx.needs_input_grad[place] for place in _DIFFERENTIABLE)
     backward = torch.ops.bigkern.attention_backward
-    return _gradients(backward, do, dlse, ctx.saved_tensors, ctx.numbers, needed[4], needed[6])
+    grads = _gradients(backward, do, dlse, ctx.saved_tensors, ctx.numbers, needed)
+    by_place = dict(zip(_DIFFERENTIABLE, grads, strict=True))
+    return tuple(by_place.get(place) for place in range(len(ctx.needs_input_grad)))
 
 
 torch.library.register_autograd("bigkern::attention", _autograd, setup_context=_setup_context, lib=LIBRARY)

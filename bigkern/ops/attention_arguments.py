@@ -263,14 +263,15 @@ def dropout_key(p: float, seed: int, offset: int) -> Tensor | None:
     return torch.tensor([key & 0xFFFFFFFF, key >> 32], dtype=torch.int64, device="cpu")
 
 
+_DROPOUT_P, _DROPOUT_KEY = (3 + Rules._fields.index(name) for name in ("dropout_p", "dropout_key"))
+
+
 def with_drawn_key(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The op's arguments; if there is dropout and no seed was given, with a key from torch's generator."""
-    q, k, v, *flat = arguments
-    rules = Rules(*flat)
-    if rules.dropout_p == 0.0 or rules.dropout_key is not None:
+    if arguments[_DROPOUT_P] == 0.0 or arguments[_DROPOUT_KEY] is not None:
         return arguments
     key = torch.randint(0, 2**32, (2,), dtype=torch.int64, device="cpu")
-    return q, k, v, *rules._replace(dropout_key=key)
+    return *arguments[:_DROPOUT_KEY], key, *arguments[_DROPOUT_KEY + 1 :]
 
 
 def _splitmix64(x: int) -> int:
