@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import test_attention
+import test_decode_attention
 import torch
 import torch.nn.functional as F
 from parity import BACKENDS, assert_parity, device_of, poisoned_empty_memory
@@ -20,7 +22,15 @@ from bigkern.reference import norm as norm_reference
 if "triton" not in BACKENDS:
     pytest.skip("neither a GPU nor TRITON_INTERPRET=1", allow_module_level=True)
 
-from bigkern.triton_kernels import adam, attention, attention_tiles, launch, layernorm_ffn
+from bigkern.triton_kernels import (
+    adam,
+    attention,
+    attention_decode,
+    attention_scores,
+    attention_tiles,
+    launch,
+    layernorm_ffn,
+)
 from bigkern.triton_kernels.norm import LONGEST_FORWARD
 
 DEVICE = device_of("triton")
@@ -55,45 +65,59 @@ def rules(q: Tensor, k: Tensor, scale: float, causal: str, **changes: Any) -> tu
     return plain._replace(**changes)
 
 
+CAUSAL = {"Sq": 150, "Sk": 170, "causal": "bottom_right"}
+WINDOW = {"Sq": 150, "Sk": 170, "window": (40, 20)}
+EVERYTHING = {
+    "Sq": 70, "Sk": 90, "window": (50, 30), "mask": "full", "bias": "heads", "bias_grad": True,
+    "softcap": 1.5, "alibi": "heads", "sinks": True, "dropout": 0.2, "lse_grad": True,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("D", [24, 96, 136])
+@pytest.mark.parametrize("features", [CAUSAL, WINDOW, EVERYTHING], ids=["causal", "window", "everything"])
 def test_attention_in_every_configuration(
-    monkeypatch: pytest.MonkeyPatch, arch: int, dtype: torch.dtype, D: int
+    monkeypatch: pytest.MonkeyPatch, arch: int, dtype: torch.dtype, D: int, features: dict[str, Any]
 ) -> None:
-    """Plain tiles, tiles on the diagonal and a ragged end, through every row of the table."""
+    """Plain tiles, tiles on an edge and a ragged end, through every row of the tables."""
     monkeypatch.setattr(launch, "architecture", lambda device: arch)
-    q, do = (draw(1, 2, 150, D, dtype=dtype) for _ in range(2))
-    k, v = (draw(1, 1, 170, D, dtype=dtype) for _ in range(2))
-    options = rules(q, k, D**-0.5, "bottom_right")
-    poisoned_empty_memory()
-    o, lse = attention.attention(q, k, v, *options)
-    grads = attention.attention_backward(do, None, q, k, v, o, lse, False, *options)[:3]
-    o64, lse64 = attention_reference.attention(*double(q, k, v), *options)
-    grads64 = attention_reference.attention_backward(*double(do, None, q, k, v), o64, lse64, False, *options)[
-        :3
-    ]
-    _, lse_low = attention_reference.attention(q, k, v, *options)
-    inputs = [t.clone().requires_grad_() for t in (q, k, v)]
-    seen = attention_reference.visible(150, 170, options, q.device)
-    stock = F.scaled_dot_product_attention(*inputs, seen, scale=D**-0.5, enable_gqa=True)
-    check("attention", "o lse", (o, lse), (o64, lse64), (stock, lse_low))
-    check("attention", "dq dk dv", grads, grads64, torch.autograd.grad(stock, inputs, do), grad=True)
+    test_attention.check(test_attention.Case(dtype=dtype, Hkv=1, D=D, Dv=D, **features), "triton")
+
+
+def test_tensor_descriptors_express_whole_vectors() -> None:
+    q = draw(2, 16, 4, 24, dtype=torch.bfloat16).transpose(1, 2)
+    assert attention_tiles.describable(q)
+    assert not attention_tiles.describable(q[..., :1].expand(2, 4, 16, 24))
+    assert not attention_tiles.describable(q[:1].expand(2, 4, 16, 24))
+    assert not attention_tiles.describable(q[:, :, :0])
+    assert not attention_tiles.describable(draw(2, 4, 16, 25, dtype=torch.bfloat16))
+
+
+def test_decoding_joins_many_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(attention_decode, "LEAST_SPAN", 16)
+    case = test_decode_attention.Case(lengths=(600, 3, 0), sinks=True, Sq=3, window=(500, 0))
+    assert attention_decode.spans_of(6, 603, 132) == 37
+    test_decode_attention.check(case, "triton")
 
 
 def test_a_mask_is_padded_but_not_expanded() -> None:
-    mask = (torch.rand(2, 1, 5, 17) > 0.5).to(DEVICE).expand(2, 3, 5, 17)
-    seen = attention_tiles.broadcast(mask)
+    mask = (torch.rand(2, 1, 5, 17) > 0.5).to(DEVICE)
+    seen = attention_scores.broadcast(mask)
     assert seen is not None
     assert seen.head == 0
     assert seen.row == 32
     assert seen.data.untyped_storage().nbytes() == 2 * 5 * 32
     torch.testing.assert_close(seen.data.bool(), mask)
+    expanded = attention_scores.broadcast(mask.expand(2, 3, 5, 17))
+    assert expanded is not None
+    assert expanded.data.shape == mask.shape
 
 
 def test_a_mask_with_whole_vectors_is_not_copied() -> None:
-    mask = torch.ones(1, 1, 8, 32, dtype=torch.bool, device=DEVICE).expand(2, 3, 8, 32)
-    seen = attention_tiles.broadcast(mask)
+    mask = torch.ones(1, 1, 8, 32, dtype=torch.bool, device=DEVICE)
+    seen = attention_scores.broadcast(mask)
     assert seen is not None
     assert seen.data.data_ptr() == mask.data_ptr()
 

@@ -3,7 +3,9 @@
 The interpreter keeps a bfloat16 as a uint16. Its ``tl.dot`` multiplies those integers as if they were
 numbers, and its conversion from float32 truncates, where the hardware rounds to nearest even. Both are
 replaced here, for the tests; kernels do no bfloat16 arithmetic other than products (they widen at load).
-Triton 3.6 also cannot turn its scalars, arrays of one element, into loop bounds under numpy 2.4.
+Products of fp32 that ask for ``tf32x3`` are made as tensor cores are believed to make them, so that the
+parity rule can judge them. Triton 3.6 also cannot turn its scalars, arrays of one element, into loop bounds
+under numpy 2.4.
 """
 
 from __future__ import annotations
@@ -25,6 +27,31 @@ def from_bfloat16(bits: Any) -> Any:
     return (np.ascontiguousarray(bits).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+def to_tf32(x: Any) -> Any:
+    """float32 -> the nearest number of 11 significant bits, as a float32."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def tensor_core(a: Any, b: Any, sums: Any) -> Any:
+    """sums + a @ b, eight products at a time, each time cut, not rounded, to fp32."""
+    for k in range(0, a.shape[1], 8):
+        exact = sums.astype(np.float64) + a[:, k : k + 8].astype(np.float64) @ b[k : k + 8].astype(np.float64)
+        sums = exact.astype(np.float32)
+        beyond = np.abs(sums.astype(np.float64)) > np.abs(exact)
+        sums = np.where(beyond, np.nextafter(sums, np.float32(0)), sums)
+    return sums
+
+
+def tf32x3(a: Any, b: Any) -> Any:
+    """a @ b from the upper and lower halves of both: all but lower times lower."""
+    a_big, b_big = to_tf32(a), to_tf32(b)
+    a_small, b_small = to_tf32(a - a_big), to_tf32(b - b_big)
+    small = tensor_core(a_small, b_big, np.zeros((a.shape[0], b.shape[1]), np.float32))
+    small = tensor_core(a_big, b_small, small)
+    return tensor_core(a_big, b_big, np.where(np.isnan(small), np.float32(0), small))  # of infinite factors
+
+
 def repair() -> None:
     """Install the replacements; twice does no harm."""
     import triton.language as tl
@@ -42,6 +69,8 @@ def repair() -> None:
         return convert_float(data, source, target, rounding)
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_imprecise: Any) -> Any:
+        if "x3" in str(input_precision).lower() and a.dtype.scalar == tl.float32:
+            return interpreter.TensorHandle(tf32x3(a.data, b.data) + d.data, d.dtype.scalar)
         x, y = (from_bfloat16(t.data) if t.dtype.scalar == tl.bfloat16 else t.data for t in (a, b))
         return interpreter.TensorHandle(np.matmul(x, y, dtype=d.data.dtype) + d.data, d.dtype.scalar)
 

@@ -42,12 +42,16 @@ from .attention_tiles import LOG2_E, Shape, View, describable, descriptor, empty
 
 
 class Tile(NamedTuple):
-    """A launch: BR query rows and BC key columns a tile, warps a program, stages of the load pipeline."""
+    """A launch: BR query rows and BC key columns a tile, warps a program, stages of the load pipeline.
+
+    And how fp32 factors are multiplied: "ieee" by plain FMA, "tf32x3" in three parts on tensor cores.
+    """
 
     BR: int
     BC: int
     warps: int
     stages: int
+    precision: str = "ieee"
 
 
 class Tiles(NamedTuple):
@@ -92,6 +96,11 @@ DESCRIBED = {
         forward=Tile(128, 128, 8, 2), key_value=Tile(64, 128, 8, 2)
     ),
     (90, 2, 256): CONFIGURATIONS[90, 2, 256]._replace(forward=Tile(128, 64, 8, 2)),
+    (90, 4, 64): CONFIGURATIONS[90, 4, 64]._replace(
+        forward=Tile(128, 32, 8, 2, "tf32x3"),
+        key_value=Tile(32, 128, 8, 1, "tf32x3"),
+        query=Tile(64, 32, 4, 2, "tf32x3"),
+    ),
 }
 
 
@@ -243,10 +252,11 @@ def tiles_of(
     return tiles, lambda x, rows: view(x, packed)
 
 
-def options(tile: Tile) -> dict[str, int | bool]:
+def options(tile: Tile) -> dict[str, int | str]:
     return {
         "BR": tile.BR,
         "BC": tile.BC,
+        "PRECISION": tile.precision,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         **launch.OPTIONS,

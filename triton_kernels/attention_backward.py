@@ -51,7 +51,7 @@ def statistics_kernel(
 def key_value_gradient_kernel(
     do, q, k, v, terms, lse_log2, delta, dk, dv, scale, factor, shape,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BC keys of one head. Scores are transposed, [BC, BR]: p^T and dx^T are first factors.
 
@@ -78,7 +78,7 @@ def key_value_gradient_kernel(
         for start in range(begin, end, BR):
             q_tile = load_rows(q_rows, start, seq.Sq, D, BD, BR, True)
             do_tile = load_rows(do_rows, start, seq.Sq, DV, BDV, BR, True)
-            x = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+            x = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
             rows = start + tl.arange(0, BR)
             i, j = rows[None, :], column + tl.arange(0, BC)[:, None]
             row_lse = tl.load(
@@ -87,13 +87,13 @@ def key_value_gradient_kernel(
             x = capped(x, terms)
             p = weights(x, row_lse, factor, terms, b, h, i, j, seq, shape, EDGE)
             pv = dropped(p, terms, b, h, i, j, shape)
-            dv_tile = tl.dot(pv.to(do_tile.dtype), do_tile, dv_tile, input_precision="ieee")
-            dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
+            dv_tile = tl.dot(pv.to(do_tile.dtype), do_tile, dv_tile, input_precision=PRECISION)
+            dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
             row_delta = tl.load(  # late: registers
                 statistic_of(delta, b, h, seq.q_begin) + i, mask=i < seq.Sq, other=0.0
             )
             dx = product_gradient(score_gradient(p, dp, row_delta, terms, b, h, i, j, shape), x, terms)
-            dk_tile = tl.dot(dx.to(q_tile.dtype), q_tile, dk_tile, input_precision="ieee")
+            dk_tile = tl.dot(dx.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
     store_rows(rows_of(dk, b, kv_head, seq.k_begin), column, seq.Sk, dk_tile * scale, D, BD, BC)
     store_rows(rows_of(dv, b, kv_head, seq.k_begin), column, seq.Sk, dv_tile, DV, BDV, BC)
 
@@ -102,20 +102,20 @@ def key_value_gradient_kernel(
 def collect(
     dq_tile, q_tile, do_tile, row_lse, row_delta, k_rows, v_rows, terms, b, h, row, begin, end, factor, seq,
     shape, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
-    BC: tl.constexpr, EDGE: tl.constexpr,
+    BC: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Add what keys [begin, end) give to the BR queries from `row`."""
     for start in range(begin, end, BC):
         k_tile = load_rows(k_rows, start, seq.Sk, D, BD, BC, EDGE)
         v_tile = load_rows(v_rows, start, seq.Sk, DV, BDV, BC, EDGE)
-        x = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")  # [BR, BC] fp32
+        x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # [BR, BC] fp32
         i, j = row + tl.arange(0, BR)[:, None], start + tl.arange(0, BC)[None, :]
         x = capped(x, terms)
         p = weights(x, row_lse[:, None], factor, terms, b, h, i, j, seq, shape, EDGE)
-        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
+        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
         ds = score_gradient(p, dp, row_delta[:, None], terms, b, h, i, j, shape)
         dx = product_gradient(ds, x, terms)
-        dq_tile = tl.dot(dx.to(k_tile.dtype), k_tile, dq_tile, input_precision="ieee")
+        dq_tile = tl.dot(dx.to(k_tile.dtype), k_tile, dq_tile, input_precision=PRECISION)
     return dq_tile
 
 
@@ -123,7 +123,7 @@ def collect(
 def query_gradient_kernel(
     do, q, k, v, terms, lse_log2, delta, dq, scale, factor, shape,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of BR queries of one head."""
     row, b, h = query_rows(shape, BR)
@@ -144,14 +144,14 @@ def query_gradient_kernel(
     if shape.left is not None:
         dq_tile = collect(
             dq_tile, q_tile, do_tile, row_lse, row_delta, k_rows, v_rows, terms, b, h, row, begin,
-            tl.minimum(plain, end), factor, seq, shape, D, DV, BD, BDV, BR, BC, True,
+            tl.minimum(plain, end), factor, seq, shape, D, DV, BD, BDV, BR, BC, PRECISION, True,
         )  # fmt: skip
     dq_tile = collect(
         dq_tile, q_tile, do_tile, row_lse, row_delta, k_rows, v_rows, terms, b, h, row, plain, edge,
-        factor, seq, shape, D, DV, BD, BDV, BR, BC, False,
+        factor, seq, shape, D, DV, BD, BDV, BR, BC, PRECISION, False,
     )  # fmt: skip
     dq_tile = collect(
         dq_tile, q_tile, do_tile, row_lse, row_delta, k_rows, v_rows, terms, b, h, row, edge, end,
-        factor, seq, shape, D, DV, BD, BDV, BR, BC, True,
+        factor, seq, shape, D, DV, BD, BDV, BR, BC, PRECISION, True,
     )  # fmt: skip
     store_rows(rows_of(dq, b, h, seq.q_begin), row, seq.Sq, dq_tile * scale, D, BD, BR)

@@ -83,6 +83,7 @@ def bias_gradient_kernel(
     do, q, k, v, terms, lse_log2, delta, dbias, factor, shape,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_QUERY: tl.constexpr, PER_KEY: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dbias of BR queries, or of all unless PER_QUERY, and of BC keys, or of all unless PER_KEY."""
     row_tiles = tl.cdiv(shape.Sq, BR) if PER_QUERY else 1
@@ -102,11 +103,11 @@ def bias_gradient_kernel(
         do_tile = load_rows(rows_of(do, b, h, 0), i0, seq.Sq, DV, BDV, BR, True)
         k_tile = load_rows(rows_of(k, b, h // shape.group, 0), j0, seq.Sk, D, BD, BC, True)
         v_tile = load_rows(rows_of(v, b, h // shape.group, 0), j0, seq.Sk, DV, BDV, BC, True)
-        x = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+        x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         i, j = i0 + tl.arange(0, BR)[:, None], j0 + tl.arange(0, BC)[None, :]
         row_lse = tl.load(statistic_of(lse_log2, b, h, 0) + i, mask=i < seq.Sq, other=float("inf"))
         p = weights(capped(x, terms), row_lse, factor, terms, b, h, i, j, seq, shape, True)
-        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
+        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
         row_delta = tl.load(statistic_of(delta, b, h, 0) + i, mask=i < seq.Sq, other=0.0)
         sums += score_gradient(p, dp, row_delta, terms, b, h, i, j, shape)
     store_sums(dbias, owner, own_row, own_column, sums, shape, PER_QUERY, PER_KEY, BR, BC)

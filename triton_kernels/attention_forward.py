@@ -23,17 +23,17 @@ from .attention_tiles import (
 def attend(
     acc, m, l, q_tile, k_rows, v_rows, terms, b, h, row, begin, end, factor, seq, shape,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
-    BC: tl.constexpr, EDGE: tl.constexpr,
+    BC: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Fold keys [begin, end) into the running output, maximum and sum of the BR queries from `row`."""
     for start in range(begin, end, BC):
         k_tile = load_rows(k_rows, start, seq.Sk, D, BD, BC, EDGE)
-        x = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")  # [BR, BC] fp32
+        x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # [BR, BC] fp32
         i, j = row + tl.arange(0, BR)[:, None], start + tl.arange(0, BC)[None, :]
         p, rescale, m, l = online_softmax(x, m, l, factor, terms, b, h, i, j, seq, shape, EDGE)
         p = dropped(p, terms, b, h, i, j, shape)
         v_tile = load_rows(v_rows, start, seq.Sk, DV, BDV, BC, EDGE)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision="ieee")
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision=PRECISION)
     return acc, m, l
 
 
@@ -41,7 +41,7 @@ def attend(
 def attention_kernel(
     q, k, v, terms, sinks, o, lse, factor, shape,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o and lse of BR queries of one head."""
     row, b, h = query_rows(shape, BR)
@@ -61,15 +61,15 @@ def attention_kernel(
     if shape.left is not None:
         acc, m, l = attend(
             acc, m, l, q_tile, k_rows, v_rows, terms, b, h, row, begin, tl.minimum(plain, end), factor, seq,
-            shape, D, DV, BD, BDV, BR, BC, True,
+            shape, D, DV, BD, BDV, BR, BC, PRECISION, True,
         )  # fmt: skip
     acc, m, l = attend(
         acc, m, l, q_tile, k_rows, v_rows, terms, b, h, row, plain, edge, factor, seq, shape,
-        D, DV, BD, BDV, BR, BC, False,
+        D, DV, BD, BDV, BR, BC, PRECISION, False,
     )  # fmt: skip
     acc, m, l = attend(
         acc, m, l, q_tile, k_rows, v_rows, terms, b, h, row, edge, end, factor, seq, shape,
-        D, DV, BD, BDV, BR, BC, True,
+        D, DV, BD, BDV, BR, BC, PRECISION, True,
     )  # fmt: skip
     l = tl.where(l == 0.0, 1.0, l)  # a row that saw nothing: o = 0, lse = m = -inf
     store_rows(rows_of(o, b, h, seq.q_begin), row, seq.Sq, acc / l[:, None], DV, BDV, BR)
