@@ -92,8 +92,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   const Tensor dout = with_dense_rows(dout_), o = with_dense_rows(o_);
   const Tensor q = with_dense_rows(q_), k = with_dense_rows(k_), v = with_dense_rows(v_);
   const Tensor lse = torch::stable::contiguous(lse_);
-  const OptionalTensor dlse =
-      dlse_.has_value() ? OptionalTensor(torch::stable::contiguous(*dlse_)) : std::nullopt;
+  const Tensor dlse = dlse_.has_value() ? torch::stable::contiguous(*dlse_) : lse;
+  const void* dlse_data = dlse_.has_value() ? dlse.const_data_ptr() : nullptr;
   Tensor dq = empty_bshd(q, s.Hq, q.size(2), s.D);
   Tensor dk = empty_bshd(q, s.Hkv, k.size(2), s.D);
   Tensor dv = empty_bshd(q, s.Hkv, k.size(2), s.Dv);
@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
                 in(v),
                 in(o),
                 statistic(lse, static_cast<const float*>(lse.const_data_ptr())),
-                statistic(lse, data_of<float>(dlse)),
+                statistic(lse, static_cast<const float*>(dlse_data)),
                 out(dq),
                 out(dk),
                 out(dv),
