@@ -19,7 +19,7 @@ from torch import Tensor
 
 FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
-ROUNDINGS = 2.0
+ROUNDINGS = 1.0
 
 
 @dataclass(frozen=True, slots=True)

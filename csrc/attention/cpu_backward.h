@@ -35,8 +35,8 @@ void weigh_block(const Shape& s, const KeyBlock& block, const BackwardScratch& f
       auto [p, ds] = weigh(f, kept, row + lane, lse, delta);
       if (GENERAL && s.softcap != 0) ds *= load(f.slope + row + lane);
       if constexpr (paired<T>) {
-        store(reinterpret_cast<bf16*>(f.p + row) + lane, p);
-        store(reinterpret_cast<bf16*>(f.ds + row) + lane, ds);
+        store_raw(reinterpret_cast<bf16*>(f.p + row) + lane, operand_bf16(p));
+        store_raw(reinterpret_cast<bf16*>(f.ds + row) + lane, operand_bf16(ds));
         if (j % 2 == 0) even = ds;
         const bool last = j + 1 == block.keys;
         if (j % 2 == 1 || last) {

@@ -14,16 +14,27 @@ namespace {
 
 // ---- scores -------------------------------------------------------------------------------------
 
+// sums[i] += the products of q [V W] and row i from column d on, each row at one go: memory is read
+// in order.
+template <int V, class T>
+ATTENTION_INLINE void add_products(const float* q, const T* const* rows, int64_t d, vf (&sums)[W]) {
+  vf qd[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) qd[v] = load(q + d + v * W);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sums[i] = fma(load(rows[i] + d + v * W), qd[v], sums[i]);
+  }
+}
+
 // Scores of the W keys at `rows`: scale q k^T, one lane a key.
 template <class T>
 vf dot_keys(const float* q, const T* const* rows, int64_t D, float scale) {
   vf sums[W] = {};
   int64_t d = 0;
-  for (; d + W <= D; d += W) {
-    const vf qd = load(q + d);
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) sums[i] = fma(load(rows[i] + d), qd, sums[i]);
-  }
+  for (; d + 4 * W <= D; d += 4 * W) add_products<4>(q, rows, d, sums);
+  for (; d + W <= D; d += W) add_products<1>(q, rows, d, sums);
   if (d < D) {
     const vf qd = load(q + d);
 #pragma GCC unroll 16
@@ -65,6 +76,15 @@ struct BlockRows {
     for (int64_t j = n; j < padded(n); ++j) row[j] = row[n - 1];
   }
 };
+
+// Asks for rows of n elements that will soon be read.
+template <class T>
+void prefetch_rows(const T* const* rows, int64_t count, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t d = 0; d < n; d += kLine) __builtin_prefetch(rows[r] + d, 0, 2);
+  }
+}
 
 // What a general shape does to a row's dot products x with n keys from `first` on.
 template <class T>
@@ -159,9 +179,17 @@ void attend_rows(const Decode& call, const QueryTile& tile, const Horizon& horiz
   for (int64_t first = begin; first < end; first += kKeys) {
     const int64_t n = at_most(end - first, kKeys);
     const BlockRows<T> k(call, call.k, tile, first, n), v(call, call.v, tile, first, n);
+    const int64_t ahead = at_most(end - first - n, kKeys);  // the next block's
+    const BlockRows<T> next_k(call, call.k, tile, first + n, ahead);
+    const BlockRows<T> next_v(call, call.v, tile, first + n, ahead);
     for (int64_t r = 0; r < tile.rows; ++r) {
       const float* qr = scratch.q + r * padded(s.D);
-      for (int64_t j = 0; j < n; j += W) store(x + j, dot_keys(qr, k.row + j, s.D, s.scale));
+      for (int64_t j = 0; j < n; j += W) {
+        store(x + j, dot_keys(qr, k.row + j, s.D, s.scale));
+        const int64_t soon = r == 0 ? std::clamp<int64_t>(ahead - j, 0, W) : 0;
+        prefetch_rows(next_k.row + j, soon, s.D);
+        prefetch_rows(next_v.row + j, soon, s.Dv);
+      }
       if (s.general()) restrict_row<T>(s, tile, rules, r, first, n, x);
       forbid_unseen(horizon, r, first, n, x);
       const RowResult row(s, results, r);

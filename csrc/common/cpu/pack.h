@@ -57,14 +57,8 @@ inline void store_first(float* p, vf x) {
 
 // 2W bf16 in K order as W words.
 inline vf pair_along(vf first, vf second) {
-  const vh halves[2] = {narrow_bf16(first), narrow_bf16(second)};
+  const vh halves[2] = {operand_bf16(first), operand_bf16(second)};
   return load_raw<vf>(halves);
-}
-
-// W words, each one bf16 of an even k and its odd neighbour.
-inline vf pair_across(vf even, vf odd) {
-  return vf(__builtin_convertvector(narrow_bf16(even), vu) |
-            (__builtin_convertvector(narrow_bf16(odd), vu) << 16));
 }
 
 inline int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }

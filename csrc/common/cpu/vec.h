@@ -108,6 +108,28 @@ BIGKERN_VEC vf dot_bf16(vf acc, vi a, vi b) {
 #endif
 }
 constexpr bool has_dot_bf16 = BIGKERN_LEVEL >= 3;
+
+// Rounded for dot_bf16, which takes a subnormal as 0: so may the conversion.
+BIGKERN_VEC vh operand_bf16(vf x) {
+#if BIGKERN_LEVEL >= 3
+  return (vh)_mm512_cvtneps_pbh(__m512(x));
+#else
+  return narrow_bf16(x);
+#endif
+}
+
+// W words for dot_bf16, each one bf16 of an even k and its odd neighbour.
+BIGKERN_VEC vf pair_across(vf even, vf odd) {
+#if BIGKERN_LEVEL >= 3
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(__m512(odd), __m512(even));
+  return vf(_mm512_permutexvar_epi16(order, halves));
+#else
+  return vf(__builtin_convertvector(narrow_bf16(even), vu) |
+            (__builtin_convertvector(narrow_bf16(odd), vu) << 16));
+#endif
+}
 BIGKERN_VEC vi load_pairs(const bf16* p) { return load_raw<vi>(p); }  // 2W bf16
 BIGKERN_VEC vi set1_pair(const bf16* p) { return set1_int(load_raw<int32_t>(p)); }
 
