@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bigkern.ops._library import DEBUG
+from bigkern.ops.dropout import check_dropout, drawn_key, dropout_key
 from bigkern.reference.attention import Rules
 
 Causal = Literal[False, True, "none", "top_left", "bottom_right"]
@@ -245,24 +246,6 @@ def _window(window: Window) -> Window:
 
 # ---- dropout ---------------------------------------------------------------------------------------
 
-
-def check_dropout(p: float) -> float:
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), not {p}")
-    return float(p)
-
-
-def dropout_key(p: float, seed: int, offset: int) -> Tensor | None:
-    """Two random 32-bit numbers from seed and offset; None without dropout."""
-    for name, number in (("seed", seed), ("offset", offset)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-            raise ValueError(f"{name} must be an int that is not negative, not {number!r}")
-    if p == 0.0:
-        return None
-    key = _splitmix64(_splitmix64(seed) + offset)
-    return torch.tensor([key & 0xFFFFFFFF, key >> 32], dtype=torch.int64, device="cpu")
-
-
 _DROPOUT_P, _DROPOUT_KEY = (3 + Rules._fields.index(name) for name in ("dropout_p", "dropout_key"))
 
 
@@ -270,14 +253,4 @@ def with_drawn_key(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The op's arguments; if there is dropout and no seed was given, with a key from torch's generator."""
     if arguments[_DROPOUT_P] == 0.0 or arguments[_DROPOUT_KEY] is not None:
         return arguments
-    key = torch.randint(0, 2**32, (2,), dtype=torch.int64, device="cpu")
-    return *arguments[:_DROPOUT_KEY], key, *arguments[_DROPOUT_KEY + 1 :]
-
-
-def _splitmix64(x: int) -> int:
-    """Vigna's SplitMix64: neighbouring numbers become unrelated ones."""
-    low64 = 0xFFFFFFFFFFFFFFFF
-    x = (x + 0x9E3779B97F4A7C15) & low64
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & low64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & low64
-    return x ^ (x >> 31)
+    return *arguments[:_DROPOUT_KEY], drawn_key(), *arguments[_DROPOUT_KEY + 1 :]

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from bigkern import registry
 from bigkern.ops._library import (
@@ -23,34 +24,45 @@ from bigkern.ops._library import (
     unavailable,
     unproven,
 )
+from bigkern.ops.dropout import check_dropout, drawn_key, dropout_key
 from bigkern.ops.norm import MAX_COLUMNS, autocast
 from bigkern.ops.norm import stock as stock_norm
 from bigkern.reference import layernorm_ffn as reference
+from bigkern.reference.dropout import dropped
 from bigkern.reference.layernorm_ffn import Pieces
+from bigkern.reference.norm import HIDDEN, OUTPUT
 
 define(
     "layernorm_ffn(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? norm_weight,"
-    " Tensor? norm_bias, str norm, str activation, str placement, bool residual, float eps, bool save)"
+    " Tensor? norm_bias, Tensor? dropout_key, str norm, str activation, str placement, bool residual,"
+    " float eps, float dropout_p, float hidden_dropout_p, str save)"
     " -> (Tensor y, Tensor? s, Tensor? mean, Tensor? rstd, Tensor? preactivation)"
 )
 define(
-    "layernorm_ffn_backward(Tensor dy, Tensor x, Tensor w1, Tensor w2, Tensor? norm_weight,"
-    " Tensor? norm_bias, Tensor? s, Tensor? mean, Tensor rstd, Tensor preactivation, str norm,"
-    " str activation, str placement, bool residual, float eps, bool[] wanted)"
+    "layernorm_ffn_backward(Tensor dy, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2,"
+    " Tensor? norm_weight, Tensor? norm_bias, Tensor? dropout_key, Tensor? s, Tensor? mean, Tensor? rstd,"
+    " Tensor? preactivation, str norm, str activation, str placement, bool residual, float eps,"
+    " float dropout_p, float hidden_dropout_p, bool[] wanted, Tensor(a!)? w1_sum, Tensor(b!)? w2_sum)"
     " -> (Tensor? dx, Tensor? dw1, Tensor? db1, Tensor? dw2, Tensor? db2, Tensor? dnorm_weight,"
     " Tensor? dnorm_bias)"
 )
-define_native("bias_activation(Tensor(a!) product, Tensor? bias, str activation) -> Tensor out")
+define_native(
+    "bias_activation(Tensor(a!) product, Tensor? bias, str activation, float dropout_p=0.0,"
+    " Tensor? dropout_key=None) -> Tensor out"
+)
 define_native(
     "bias_activation_backward(Tensor dout, Tensor preactivation, str activation, bool want_bias,"
-    " bool rebuild) -> (Tensor dpre, Tensor? out, Tensor? dbias)"
+    " bool rebuild, float dropout_p=0.0, Tensor? dropout_key=None)"
+    " -> (Tensor dpre, Tensor? out, Tensor? dbias)"
 )
+define_native("dropout_add(Tensor x, Tensor? residual, float dropout_p, Tensor dropout_key) -> Tensor")
 
 GATED = reference.GATED
 
 Norm = Literal["layer", "rms"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu"]
 Placement = Literal["pre", "post"]
+Save = Literal["preactivation", "input"]
 
 Result = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 Gradients = tuple[Tensor | None, ...]
@@ -73,11 +85,17 @@ def layernorm_ffn(
     placement: Placement = "pre",
     residual: bool = True,
     eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    hidden_dropout_p: float = 0.0,
+    seed: int | None = None,
+    offset: int = 0,
+    save: Save = "preactivation",
+    weight_grads: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     r"""The second half of a Transformer block: norm, two linear layers, activation and residual.
 
-    ``pre``:  ``y = x + act(norm(x) @ w1.T + b1) @ w2.T + b2``
-    ``post``: ``y = norm(x + act(x @ w1.T + b1) @ w2.T + b2)``
+    ``pre``:  ``y = x + drop(drop(act(norm(x) @ w1.T + b1)) @ w2.T + b2)``
+    ``post``: ``y = norm(x + drop(drop(act(x @ w1.T + b1)) @ w2.T + b2))``
 
     Args:
         x: ``[..., D]``; float32, bfloat16 or float16 (float64 runs on stock PyTorch).
@@ -92,17 +110,29 @@ def layernorm_ffn(
             ``"swiglu"`` = silu(gate) * up, ``"geglu"`` = gelu(gate) * up.
         placement: where the norm is: before the first product, or after the residual.
         residual: whether x is added.
-        eps: added to the norm's variance or mean square.
+        eps: added to the norm's variance or mean square; not negative.
+        dropout_p: probability in [0, 1) with which each element is dropped before the residual is added;
+            the others are divided by ``1 - dropout_p``. Always active if positive.
+        hidden_dropout_p: the same for the activation, before the second product.
+        seed, offset: two non-negative ints that fix what is dropped, on every backend alike; without a
+            seed torch's generator does.
+        save: what the backward finds: ``"preactivation"``, or ``"input"``, x alone, with the rest of the
+            block computed again: less memory for one more forward, the same gradients.
+        weight_grads: two fp32 tensors of w1's and w2's shapes, to which the backward adds the gradients
+            of w1 and w2; ``w1.grad`` and ``w2.grad`` are left alone. Eager mode only.
 
     Returns:
         ``y`` of x's shape and dtype.
 
-    Saved for backward: x, the weights, the preactivation (``[..., F]``, gated ``[..., 2F]``), the fp32
-    statistics of each row, and for post the norm's input. Without a gradient to compute, nothing.
+    Saved for backward: x, the parameters, and with ``save="preactivation"`` the preactivation (``[..., F]``,
+    gated ``[..., 2F]``), the fp32 statistics of each row, and for post the norm's input. What is dropped is
+    drawn again. Without a gradient to compute, nothing.
 
     Raises:
         TypeError: an argument is not a tensor, or its dtype is not x's.
-        ValueError: shapes, devices, norm, activation, placement or eps do not fit.
+        ValueError: shapes, devices, norm, activation, placement, eps, a probability, seed, offset, save or
+            weight_grads do not fit.
+        RuntimeError: weight_grads under torch.compile or a transform of torch.func.
 
     Source: Vaswani et al. (2017); Xiong et al., On Layer Normalization in the Transformer
     Architecture (2020); Shazeer, GLU Variants Improve Transformer (2020).
@@ -113,7 +143,7 @@ def layernorm_ffn(
         >>> bigkern.layernorm_ffn(x, w1, None, w2, None, torch.ones(64), activation="silu").shape
         torch.Size([2, 16, 64])
     """
-    arguments = bind(
+    arguments: tuple[Any, ...] = bind(
         x,
         w1,
         b1,
@@ -126,14 +156,24 @@ def layernorm_ffn(
         placement=placement,
         residual=residual,
         eps=eps,
+        dropout_p=dropout_p,
+        hidden_dropout_p=hidden_dropout_p,
+        seed=seed,
+        offset=offset,
+        save=save,
     )
+    eager = plain(*arguments[:7])
+    if weight_grads is not None:
+        _check_sums(weight_grads, w1, w2, eager)
     backend = LAYERNORM_FFN.resolve(*arguments)
     if backend.name == "torch":
-        return stock(*arguments)
-    if not plain(*arguments[:7]):
+        return stock(*arguments, weight_grads=weight_grads)
+    arguments = _with_drawn_key(arguments)
+    if not eager:
         return cast(Tensor, torch.ops.bigkern.layernorm_ffn(*arguments)[0])
-    save = arguments[-1]
-    return cast(Tensor, _LayernormFfn.apply(backend, *arguments) if save else backend.forward(*arguments)[0])
+    if arguments[-1] == "nothing":
+        return cast(Tensor, backend.forward(*arguments)[0])
+    return cast(Tensor, _LayernormFfn.apply(backend, weight_grads, *arguments))
 
 
 # ---- checks ----------------------------------------------------------------------------------------
@@ -155,16 +195,29 @@ def bind(
     placement: str = "pre",
     residual: bool = True,
     eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    hidden_dropout_p: float = 0.0,
+    seed: int | None = None,
+    offset: int = 0,
+    save: str = "preactivation",
 ) -> tuple[Any, ...]:
-    """Check a public call and turn it into the op's arguments; the last: whether a backward may follow."""
+    """Check a public call and turn it into the op's arguments.
+
+    Save is ``"nothing"`` where no backward can follow. The key is None without a seed.
+    """
     if norm not in ("layer", "rms"):
         raise ValueError(f'norm must be "layer" or "rms", not {norm!r}')
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
     if placement not in ("pre", "post"):
         raise ValueError(f'placement must be "pre" or "post", not {placement!r}')
-    if not math.isfinite(eps):
-        raise ValueError(f"eps must be finite, not {eps}")
+    if save not in ("preactivation", "input"):
+        raise ValueError(f'save must be "preactivation" or "input", not {save!r}')
+    if not 0.0 <= eps < math.inf:
+        raise ValueError(f"eps must be finite and not negative, not {eps}")
+    dropout_p = check_dropout(dropout_p)
+    hidden_dropout_p = check_dropout(hidden_dropout_p, "hidden_dropout_p")
+    key = None if seed is None else dropout_key(max(dropout_p, hidden_dropout_p), seed, offset)
     if norm == "rms" and norm_bias is not None:
         raise ValueError('norm_bias must be None for norm="rms"')
     tensors = (x, w1, b1, w2, b2, norm_weight, norm_bias)
@@ -186,8 +239,32 @@ def bind(
         if tensor is not None and tensor.shape != shape:
             given = f"x {tuple(x.shape)}, w2 {tuple(w2.shape)} and activation {activation}"
             raise ValueError(f"{name} must be {shape} to match {given}, not {tuple(tensor.shape)}")
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return *tensors, norm, activation, placement, residual, eps, save
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        save = "nothing"
+    numbers = (eps, dropout_p, hidden_dropout_p)
+    return *tensors, key, norm, activation, placement, residual, *numbers, save
+
+
+def _with_drawn_key(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The op's arguments; if there is dropout and no seed was given, with a key from torch's generator."""
+    *_, dropout_p, hidden_dropout_p, _save = arguments
+    if arguments[7] is not None or dropout_p == hidden_dropout_p == 0.0:
+        return arguments
+    return *arguments[:7], drawn_key(), *arguments[8:]
+
+
+def _check_sums(weight_grads: Any, w1: Tensor, w2: Tensor, eager: bool) -> None:
+    if not isinstance(weight_grads, tuple | list) or len(weight_grads) != 2:
+        raise ValueError(f"weight_grads must be two tensors, for w1 and w2, not {weight_grads!r}")
+    for i, (total, weight) in enumerate(zip(weight_grads, (w1, w2), strict=True)):
+        name = f"weight_grads[{i}]"
+        if not isinstance(total, Tensor) or total.dtype != torch.float32:
+            given = total.dtype if isinstance(total, Tensor) else type(total).__name__
+            raise ValueError(f"{name} must be a float32 tensor, not {given}")
+        if total.shape != weight.shape or total.device != weight.device or not total.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, {tuple(weight.shape)} and on {weight.device}")
+    if not eager:
+        raise RuntimeError("weight_grads needs eager mode: no torch.compile, no transform of torch.func")
 
 
 _NAMES = ("x", "w1", "b1", "w2", "b2", "norm_weight", "norm_bias")
@@ -209,9 +286,9 @@ def _check_tensor(name: str, tensor: Any, x: Tensor) -> None:
 
 @torch.library.register_fake("bigkern::layernorm_ffn", lib=LIBRARY)
 def _fake(x: Tensor, w1: Tensor, *rest: Any) -> Result:
-    *_, norm, _activation, placement, _residual, _eps, save = rest
+    *_, norm, _activation, placement, _residual, _eps, _p, _hidden_p, save = rest
     y = x.new_empty(x.shape)
-    if not save:
+    if save != "preactivation":
         return y, None, None, None, None
     M = math.prod(x.shape[:-1])
     rstd = x.new_empty(M, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -221,20 +298,24 @@ def _fake(x: Tensor, w1: Tensor, *rest: Any) -> Result:
 
 
 @torch.library.register_fake("bigkern::layernorm_ffn_backward", lib=LIBRARY)
-def _fake_backward(dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, *rest: Any) -> Gradients:
+def _fake_backward(dy: Tensor, x: Tensor, w1: Tensor, b1: Any, w2: Tensor, *rest: Any) -> Gradients:
+    *_, wanted, w1_sum, w2_sum = rest
     D, rows = x.shape[-1], w1.shape[0]
     shapes = (x.shape, w1.shape, (rows,), w2.shape, (D,), (D,), (D,))
-    return tuple(x.new_empty(shape) if want else None for shape, want in zip(shapes, rest[-1], strict=True))
+    wanted = [
+        want and not (i in (1, 3) and (w1_sum, w2_sum)[i // 2] is not None) for i, want in enumerate(wanted)
+    ]
+    return tuple(x.new_empty(shape) if want else None for shape, want in zip(shapes, wanted, strict=True))
 
 
 def _forward(*arguments: Any) -> Result:
     return cast(Result, LAYERNORM_FFN.resolve(*arguments).forward(*arguments))
 
 
-def _backward(dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, *rest: Any) -> Gradients:
-    norm_weight, norm_bias, _s, _mean, _rstd, _preactivation, *options, _wanted = rest
-    backend = LAYERNORM_FFN.resolve(x, w1, None, w2, None, norm_weight, norm_bias, *options, True)
-    return cast(Gradients, cast(Any, backend.backward)(dy, x, w1, w2, *rest))
+def _backward(dy: Tensor, *rest: Any) -> Gradients:
+    tensors, options = rest[:8], rest[12:-3]  # without what was saved, without what is wanted
+    backend = LAYERNORM_FFN.resolve(*tensors, *options, "preactivation")
+    return cast(Gradients, cast(Any, backend.backward)(dy, *rest))
 
 
 for _key in ("CPU", "CUDA"):
@@ -246,22 +327,22 @@ class _LayernormFfn(torch.autograd.Function):
     """Eager autograd straight onto the chosen backend: a fifth of the cost of a Python custom op."""
 
     @staticmethod
-    def forward(ctx: Any, backend: registry.Backend, *arguments: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, backend: registry.Backend, weight_grads: Any, *arguments: Any) -> Tensor:  # type: ignore[override]
         result = backend.forward(*arguments)
         _save(ctx, arguments, result)
-        ctx.backend = backend
+        ctx.backend, ctx.weight_grads = backend, weight_grads
         return cast(Tensor, result[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        return None, *_gradients(ctx.backend.backward, ctx, dy, ctx.needs_input_grad[1:8])
+        wanted = ctx.needs_input_grad[2:9]
+        return None, None, *_gradients(ctx.backend.backward, ctx, dy, wanted, ctx.weight_grads)
 
 
 def _save(ctx: Any, arguments: tuple[Any, ...], result: Result) -> None:
-    x, w1, _b1, w2, _b2, norm_weight, norm_bias, *options, _save = arguments
-    ctx.save_for_backward(x, w1, w2, norm_weight, norm_bias, *result[1:])
-    ctx.options = options
+    *ctx.options, _save = arguments[8:]
+    ctx.save_for_backward(*arguments[:8], *result[1:])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
@@ -272,15 +353,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
 
 def _autograd(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Any, ...]:
     if dy is None:
-        return (None,) * 13
+        return (None,) * 16
     return _gradients(torch.ops.bigkern.layernorm_ffn_backward, ctx, dy, ctx.needs_input_grad[:7])
 
 
 def _gradients(
-    backward: Callable[..., Gradients], ctx: Any, dy: Tensor, needed: Sequence[bool]
+    backward: Callable[..., Gradients],
+    ctx: Any,
+    dy: Tensor,
+    needed: Sequence[bool],
+    weight_grads: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Any, ...]:
-    """Of x, w1, b1, w2, b2, norm_weight and norm_bias, then the six options."""
-    return *backward(dy, *ctx.saved_tensors, *ctx.options, list(needed)), *(None,) * 6
+    """Of x, w1, b1, w2, b2, norm_weight and norm_bias, then the key and the eight options."""
+    sums = weight_grads or (None, None)
+    return *backward(dy, *ctx.saved_tensors, *ctx.options, list(needed), *sums), *(None,) * 9
 
 
 torch.library.register_autograd(
@@ -301,19 +387,53 @@ def stock(
     b2: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    key: Tensor | None,
     norm: str,
     activation: str,
     placement: str,
     residual: bool,
     eps: float,
-    save: bool,
+    dropout_p: float,
+    hidden_dropout_p: float,
+    save: str,
+    *,
+    weight_grads: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The same block by torch's own functions, differentiable by torch's own autograd."""
     affine = (norm_weight, norm_bias, eps, norm)
-    n = stock_norm(x, None, *affine)[0] if placement == "pre" else x
-    y = F.linear(stock_activation(F.linear(n, w1, b1), activation), w2, b2)
-    y = x + y if residual else y
-    return y if placement == "pre" else stock_norm(y, None, *affine)[0]
+
+    def drop(t: Tensor, p: float, head: int) -> Tensor:
+        if key is None or p == 0.0:
+            return F.dropout(t, p)
+        return dropped(t, key, p, head)
+
+    def block(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        n = stock_norm(x, None, *affine)[0] if placement == "pre" else x
+        a = drop(stock_activation(F.linear(n, w1, b1), activation), hidden_dropout_p, HIDDEN)
+        y = drop(F.linear(a, w2, b2), dropout_p, OUTPUT)
+        y = x + y if residual else y
+        return y if placement == "pre" else stock_norm(y, None, *affine)[0]
+
+    if weight_grads is not None:
+        w1, w2 = (_AddGradient.apply(w, into) for w, into in zip((w1, w2), weight_grads, strict=True))
+    if save == "input":
+        return cast(Tensor, checkpoint(block, x, w1, w2, use_reentrant=False))
+    return block(x, w1, w2)
+
+
+class _AddGradient(torch.autograd.Function):
+    """A weight as it is; its gradient goes to an fp32 sum."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, into: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.into = into
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:  # type: ignore[override]
+        ctx.into += gradient
+        return None, None
 
 
 def stock_activation(p: Tensor, activation: str) -> Tensor:
@@ -356,19 +476,63 @@ def block_of(pieces: Pieces) -> tuple[Callable[..., Result], Callable[..., Gradi
     )
 
 
-def native_pieces(native: Any) -> Pieces:
-    def bias_activation(product: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        return product, native.bias_activation(product, *rest)  # the bias is added in place
+def composed_pieces(
+    norm: Callable[..., Any],
+    norm_backward: Callable[..., Any],
+    bias_activation: Callable[..., Any],
+    bias_activation_backward: Callable[..., Any],
+    dropout_add: Callable[..., Any],
+) -> Pieces:
+    """Products by torch, and each of the kernels around them as a pass of its own."""
+
+    def up(
+        x: Tensor, w1: Tensor, b1: Tensor | None, activation: str, dropout: Any, save: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        product = F.linear(x, w1, b1)  # b1 costs no pass there, and rounding once keeps relu's gradient
+        return product if save else None, bias_activation(product, None, activation, *dropout)
+
+    def down(a: Tensor, w2: Tensor, b2: Tensor | None, residual: Tensor | None, dropout: Any) -> Tensor:
+        y = F.linear(a, w2, b2)
+        if dropout[0] > 0.0:
+            return cast(Tensor, dropout_add(y, residual, *dropout))
+        return y if residual is None else y.add_(residual)
+
+    def down_norm(
+        a: Tensor, w2: Tensor, b2: Tensor | None, residual: Tensor | None, dropout: Any, *affine: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        if residual is None:
+            s = down(a, w2, b2, None, dropout)
+            y, _, mean, rstd = norm(s, None, *affine)
+        else:
+            y, s, mean, rstd = norm(F.linear(a, w2, b2), residual, *affine, *dropout)
+        return y, s, mean, rstd
+
+    def down_backward(dy: Tensor, dropout: Any, want_bias: bool) -> tuple[Tensor, Tensor | None]:
+        dz = dropout_add(dy, None, *dropout) if dropout[0] > 0.0 else dy
+        return dz, dz.sum(0) if want_bias else None
+
+    def up_backward(
+        dz: Tensor, w2: Tensor, preactivation: Tensor, activation: str, dropout: Any, *wanted: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        result = bias_activation_backward(dz @ w2, preactivation, activation, *wanted, *dropout)
+        return cast(tuple[Tensor, Tensor | None, Tensor | None], result)
 
     return Pieces(
-        lambda *arguments: native.norm(*arguments),
-        lambda *arguments: native.norm_backward(*arguments),
-        bias_activation,
-        lambda *arguments: native.bias_activation_backward(*arguments),
+        norm, norm_backward, up, down, down_norm, down_backward, up_backward, reference.weight_gradient
     )
 
 
-TRITON_PIECES = Pieces(*(triton_kernel("layernorm_ffn", name) for name in Pieces._fields))
+def native_pieces(native: Any) -> Pieces:
+    names = ("norm", "norm_backward", "bias_activation", "bias_activation_backward", "dropout_add")
+    return composed_pieces(*(getattr(native, name) for name in names))
+
+
+TRITON_PIECES = composed_pieces(
+    *(
+        triton_kernel("layernorm_ffn", name)
+        for name in ("norm", "norm_backward", "bias_activation", "bias_activation_backward", "dropout_add")
+    )
+)
 
 
 def cuda_backend(native: Any, *, emulated: bool = False) -> registry.Backend:

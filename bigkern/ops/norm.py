@@ -13,19 +13,24 @@ from torch.autograd.function import once_differentiable
 
 from bigkern import registry
 from bigkern.ops._library import KERNEL_DTYPES, LIBRARY, define, plain, triton_kernel, unavailable, unproven
+from bigkern.ops.dropout import check_dropout, drawn_key, dropout_key
 from bigkern.reference import norm as reference
+from bigkern.reference.dropout import dropped
+from bigkern.reference.norm import OUTPUT
 
 define(
-    "norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, str kind)"
+    "norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, str kind,"
+    " float dropout_p=0.0, Tensor? dropout_key=None)"
     " -> (Tensor y, Tensor? sum, Tensor? mean, Tensor rstd)"
 )
 define(
     "norm_backward(Tensor dy, Tensor? dsum, Tensor s, Tensor? weight, Tensor? mean, Tensor rstd, str kind,"
-    " bool want_weight, bool want_bias) -> (Tensor dx, Tensor? dweight, Tensor? dbias)"
+    " bool want_weight, bool want_bias, float dropout_p=0.0, Tensor? dropout_key=None)"
+    " -> (Tensor ds, Tensor? dx, Tensor? dweight, Tensor? dbias)"
 )
 
 Result = tuple[Tensor, Tensor | None, Tensor | None, Tensor]
-Gradients = tuple[Tensor, Tensor | None, Tensor | None]
+Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # of s, x, weight and bias
 
 
 # ---- the public functions --------------------------------------------------------------------------
@@ -38,10 +43,13 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    offset: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""LayerNorm over the last dimensions, and the residual addition before it in the same pass.
 
-    ``y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias``, ``s = x + residual``
+    ``y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias``, ``s = drop(x) + residual``
 
     Args:
         x: ``[*, *normalized_shape]``; float32, bfloat16 or float16 (float64 runs on stock PyTorch).
@@ -50,16 +58,20 @@ def layer_norm(
         bias: of shape ``normalized_shape``, or None for 0.
         eps: added to the variance.
         residual: x's shape and dtype, added to x first.
+        dropout_p: probability in [0, 1) with which each element of x is dropped before the residual is
+            added; the others are divided by ``1 - dropout_p``. Needs a residual; always active if positive.
+        seed, offset: two non-negative ints that fix what is dropped, on every backend alike; without a
+            seed torch's generator does.
 
     Returns:
-        ``y`` of x's shape and dtype; with a residual ``(y, x + residual)``, both differentiable.
+        ``y`` of x's shape and dtype; with a residual ``(y, s)``, both differentiable.
 
     Saved for backward: s, weight, and one fp32 mean and one fp32 1 / deviation a row.
 
     Raises:
         TypeError: an argument is not a tensor, or a dtype does not fit.
         RuntimeError: shapes do not fit, as in :func:`torch.nn.functional.layer_norm`.
-        ValueError: devices or eps do not fit.
+        ValueError: devices, eps, dropout_p, seed or offset do not fit.
 
     Source: Ba, Kiros and Hinton, Layer Normalization (2016).
 
@@ -70,7 +82,10 @@ def layer_norm(
         >>> y.shape
         torch.Size([2, 16, 64])
     """
-    return _norm(x, normalized_shape, bind(x, normalized_shape, weight, bias, eps, residual))
+    arguments = bind(
+        x, normalized_shape, weight, bias, eps, residual, dropout_p=dropout_p, seed=seed, offset=offset
+    )
+    return _norm(x, arguments)
 
 
 def rms_norm(
@@ -79,10 +94,13 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
     residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    offset: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""RMSNorm over the last dimensions, and the residual addition before it in the same pass.
 
-    ``y = s / sqrt(mean(s^2) + eps) * weight``, ``s = x + residual``
+    ``y = s / sqrt(mean(s^2) + eps) * weight``, ``s = drop(x) + residual``
 
     Args:
         x: ``[*, *normalized_shape]``; float32, bfloat16 or float16 (float64 runs on stock PyTorch).
@@ -90,9 +108,13 @@ def rms_norm(
         weight: of shape ``normalized_shape``, or None for 1.
         eps: default as in torch: the machine epsilon of float32 (of float64 for float64).
         residual: x's shape and dtype, added to x first.
+        dropout_p: probability in [0, 1) with which each element of x is dropped before the residual is
+            added; the others are divided by ``1 - dropout_p``. Needs a residual; always active if positive.
+        seed, offset: two non-negative ints that fix what is dropped, on every backend alike; without a
+            seed torch's generator does.
 
     Returns:
-        ``y`` of x's shape and dtype; with a residual ``(y, x + residual)``, both differentiable.
+        ``y`` of x's shape and dtype; with a residual ``(y, s)``, both differentiable.
 
     Saved for backward: s, weight, and one fp32 1 / root-mean-square a row.
 
@@ -106,12 +128,15 @@ def rms_norm(
         >>> bigkern.rms_norm(torch.randn(2, 16, 64), (64,), torch.ones(64)).shape
         torch.Size([2, 16, 64])
     """
-    return _norm(x, normalized_shape, bind(x, normalized_shape, weight, None, eps, residual, kind="rms"))
+    drop: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "offset": offset}
+    return _norm(x, bind(x, normalized_shape, weight, None, eps, residual, kind="rms", **drop))
 
 
-def _norm(x: Tensor, normalized_shape: Any, arguments: tuple[Any, ...]) -> Tensor | tuple[Tensor, Tensor]:
+def _norm(x: Tensor, arguments: tuple[Any, ...]) -> Tensor | tuple[Tensor, Tensor]:
     backend = NORM.resolve(*arguments)
-    tensors = arguments[:4]
+    tensors, dropout_p, key = arguments[:4], *arguments[6:]
+    if dropout_p > 0.0 and key is None and backend.name != "torch":
+        arguments = *arguments[:7], drawn_key()
     if backend.name == "torch":
         y, total = stock(*arguments)
     elif not plain(*tensors):
@@ -141,9 +166,13 @@ def bind(
     residual: Tensor | None = None,
     *,
     kind: str = "layer",
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    offset: int = 0,
 ) -> tuple[Any, ...]:
-    """Check a public call and turn it into the op's arguments ``(x, residual, weight, bias, eps, kind)``.
+    """Check a public call and turn it into the op's arguments.
 
+    They are ``(x, residual, weight, bias, eps, kind, dropout_p, key)``; the key is None without a seed.
     Several normalized dimensions become one. ``kind="rms"`` is :func:`rms_norm`.
     """
     if not isinstance(x, Tensor):
@@ -171,12 +200,16 @@ def bind(
             raise RuntimeError(f"residual must have x's shape {tuple(x.shape)}, not {tuple(residual.shape)}")
     if eps is None:
         eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
-    elif not math.isfinite(eps):
-        raise ValueError(f"eps must be finite, not {eps}")
+    elif not 0.0 <= eps < math.inf:
+        raise ValueError(f"eps must be finite and not negative, not {eps}")
+    dropout_p = check_dropout(dropout_p)
+    if dropout_p > 0.0 and residual is None:
+        raise ValueError("dropout_p needs a residual: it is what dropout(x) is added to")
+    key = None if seed is None else dropout_key(dropout_p, seed, offset)
     if len(shape) > 1:
         x, residual = (None if t is None else t.flatten(-len(shape)) for t in (x, residual))  # type: ignore[assignment]
         weight, bias = (None if t is None else t.flatten() for t in (weight, bias))
-    return x, residual, weight, bias, eps, kind
+    return x, residual, weight, bias, eps, kind, dropout_p, key
 
 
 def _check_tensor(name: str, tensor: Any, x: Tensor) -> None:
@@ -190,7 +223,9 @@ def _check_tensor(name: str, tensor: Any, x: Tensor) -> None:
 
 
 @torch.library.register_fake("bigkern::norm", lib=LIBRARY)
-def _fake(x: Tensor, residual: Tensor | None, _weight: Any, _bias: Any, _eps: float, kind: str) -> Result:
+def _fake(
+    x: Tensor, residual: Tensor | None, _weight: Any, _bias: Any, _eps: float, kind: str, *_dropout: Any
+) -> Result:
     statistics = x.new_empty(math.prod(x.shape[:-1]), dtype=torch.promote_types(x.dtype, torch.float32))
     total = None if residual is None else x.new_empty(x.shape)
     return x.new_empty(x.shape), total, statistics if kind == "layer" else None, torch.empty_like(statistics)
@@ -198,11 +233,12 @@ def _fake(x: Tensor, residual: Tensor | None, _weight: Any, _bias: Any, _eps: fl
 
 @torch.library.register_fake("bigkern::norm_backward", lib=LIBRARY)
 def _fake_backward(
-    dy: Tensor, dsum: Any, s: Tensor, weight: Tensor | None, mean: Any, rstd: Any, kind: str, *wanted: bool
-) -> Gradients:
+    dy: Tensor, dsum: Any, s: Tensor, weight: Tensor | None, mean: Any, rstd: Any, kind: str,
+    want_weight: bool, want_bias: bool, dropout_p: float = 0.0, _key: Any = None,
+) -> Gradients:  # fmt: skip
     like = s if weight is None else weight
-    dweight, dbias = (like.new_empty(s.shape[-1:]) if want else None for want in wanted)
-    return s.new_empty(s.shape), dweight, dbias
+    dweight, dbias = (like.new_empty(s.shape[-1:]) if want else None for want in (want_weight, want_bias))
+    return s.new_empty(s.shape), s.new_empty(s.shape) if dropout_p > 0.0 else None, dweight, dbias
 
 
 def _backend_of_node(*arguments: Any) -> registry.Backend:
@@ -218,8 +254,8 @@ def _forward(*arguments: Any) -> Result:
 
 
 def _backward(dy: Tensor, dsum: Tensor | None, s: Tensor, weight: Tensor | None, *rest: Any) -> Gradients:
-    _mean, _rstd, kind, *_wanted = rest
-    backend = _backend_of_node(s, None, weight, None, 0.0, kind)
+    kind = rest[2]
+    backend = _backend_of_node(s, None, weight, None, 0.0, kind, 0.0, None)
     return cast(Gradients, cast(Any, backend.backward)(dy, dsum, s, weight, *rest))
 
 
@@ -233,10 +269,9 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, backend: registry.Backend, *arguments: Any) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
-        x, _residual, weight, _bias, _eps, ctx.kind = arguments
         y, total, mean, rstd = backend.forward(*arguments)
         ctx.backend = backend
-        ctx.save_for_backward(x if total is None else total, weight, mean, rstd)
+        _save(ctx, arguments, total, mean, rstd)
         ctx.set_materialize_grads(False)
         return y, total
 
@@ -246,10 +281,16 @@ class _Norm(torch.autograd.Function):
         return None, *_gradients(ctx.backend.backward, ctx, dy, dsum, ctx.needs_input_grad[1:5])
 
 
+def _save(
+    ctx: Any, arguments: tuple[Any, ...], total: Tensor | None, mean: Tensor | None, rstd: Tensor
+) -> None:
+    x, _residual, weight, _bias, _eps, ctx.kind, ctx.dropout_p, key = arguments
+    ctx.save_for_backward(x if total is None else total, weight, mean, rstd, key)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
-    x, _residual, weight, _bias, _eps, ctx.kind = inputs
     _y, total, mean, rstd = output
-    ctx.save_for_backward(x if total is None else total, weight, mean, rstd)
+    _save(ctx, inputs, total, mean, rstd)
     ctx.mark_non_differentiable(*(t for t in (mean, rstd) if t is not None))
     ctx.set_materialize_grads(False)
 
@@ -265,12 +306,16 @@ def _gradients(
     dsum: Tensor | None,
     needed: Sequence[bool],
 ) -> tuple[Any, ...]:
-    """Of x, residual, weight, bias, eps and kind."""
-    if dy is None:  # only x + residual was used
-        return dsum, dsum, None, None, None, None
-    s, weight, mean, rstd = ctx.saved_tensors
-    dx, dweight, dbias = backward(dy, dsum, s, weight, mean, rstd, ctx.kind, needed[2], needed[3])
-    return dx, dx if needed[1] else None, dweight, dbias, None, None
+    """Of x, residual, weight, bias, eps, kind, dropout_p and the key."""
+    s, weight, mean, rstd, key = ctx.saved_tensors
+    if dy is None:  # only the sum was used
+        if dsum is None:
+            return (None,) * 8
+        return dropped(dsum, key, ctx.dropout_p, OUTPUT), dsum, None, None, None, None, None, None
+    ds, dx, dweight, dbias = backward(
+        dy, dsum, s, weight, mean, rstd, ctx.kind, needed[2], needed[3], ctx.dropout_p, key
+    )
+    return ds if dx is None else dx, ds if needed[1] else None, dweight, dbias, None, None, None, None
 
 
 torch.library.register_autograd("bigkern::norm", _autograd, setup_context=_setup_context, lib=LIBRARY)
@@ -284,9 +329,18 @@ MAX_COLUMNS = 65536  # of the GPU kernels: a row stays on one block
 
 
 def stock(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    kind: str,
+    dropout_p: float = 0.0,
+    key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``(y, sum)`` by torch's own functions, differentiable by torch's own autograd."""
+    if dropout_p > 0.0:
+        x = F.dropout(x, dropout_p) if key is None else dropped(x, key, dropout_p, OUTPUT)
     total = None if residual is None else x + residual
     s = x if total is None else total
     if kind == "layer":
@@ -307,8 +361,8 @@ def rows_backend(forward: Callable[..., Result], backward: Callable[..., Gradien
         return y.view(x.shape), None if total is None else total.view(x.shape), mean, rstd
 
     def norm_backward(dy: Tensor, dsum: Tensor | None, s: Tensor, *rest: Any) -> Gradients:
-        dx, dweight, dbias = backward(on_rows(dy), on_rows(dsum), on_rows(s), *rest)
-        return dx.view(s.shape), dweight, dbias
+        ds, dx, dweight, dbias = backward(on_rows(dy), on_rows(dsum), on_rows(s), *rest)
+        return ds.view(s.shape), None if dx is None else dx.view(s.shape), dweight, dbias
 
     return norm, norm_backward
 
@@ -344,7 +398,9 @@ LAYER_FASTER_FROM = 1 << 18  # with a gradient; without one torch's own is as fa
 RMS_FORWARD_FASTER_FROM = 1 << 15  # with a gradient: at every size
 
 
-def _cpu_declines(x: Tensor, residual: Any, weight: Any, bias: Any, eps: float, kind: str) -> registry.Reason:
+def _cpu_declines(
+    x: Tensor, residual: Any, weight: Any, bias: Any, eps: float, kind: str, *_dropout: Any
+) -> registry.Reason:
     gradient = _wants_gradient(x, residual, weight, bias)
     if kind == "layer" and not gradient:
         return "stock LayerNorm is as fast where no gradient is wanted"

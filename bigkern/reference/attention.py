@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bigkern.reference.dropout import kept
+
 
 class Rules(NamedTuple):
     """How scores come from dot products: what attention's arguments say besides the tensors multiplied."""
@@ -92,35 +94,6 @@ def restricted(x: Tensor, rules: Rules) -> Tensor:
 
 
 # ---- dropout ---------------------------------------------------------------------------------------
-
-GOLDEN = 0x9E3779B9
-MASK32 = 0xFFFFFFFF
-
-
-def mix(x: Tensor, half_way: Tensor | int = 0) -> Tensor:
-    """A bijection of 32-bit numbers in int64 (Wellons' lowbias32), with a number added half-way."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D + half_way) & MASK32
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK32
-    return x ^ (x >> 16)
-
-
-def kept(key: Tensor, p: float, heads: Tensor, Sq: int, Sk: int) -> Tensor:
-    """[*heads.shape, Sq, Sk] bool: the weights that dropout keeps, whose 32 random bits reach p * 2^32.
-
-    The bits depend on the key, the head (b * Hq + h), the query and the key position alone, so that no
-    kernel has to store them; csrc/attention/dropout.h has the formula.
-    """
-    key0, key1 = key.to(heads.device).unbind()
-    i, j = torch.arange(Sq, device=heads.device)[:, None], torch.arange(Sk, device=heads.device)
-    k0 = mix((key0 + heads[..., None, None] * GOLDEN) & MASK32)
-    k1 = mix(key1 ^ k0)
-    a = mix((k0 + i * GOLDEN) & MASK32)
-    c = mix((k1 + a) & MASK32)
-    return mix((a + j * GOLDEN) & MASK32, c) >= dropout_threshold(p)
-
-
-def dropout_threshold(p: float) -> int:
-    return min(round(p * 2**32), MASK32)
 
 
 def drop(p: Tensor, rules: Rules, first: int) -> Tensor:

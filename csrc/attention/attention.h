@@ -17,7 +17,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "attention/dropout.h"
+#include "common/dropout.h"
 #include "common/dtypes.h"
 #include "common/parallel.h"
 

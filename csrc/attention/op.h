@@ -75,19 +75,6 @@ PerHead per_head(const OptionalTensor& x, const char* name, const Shape& s) {
   return {data_of<float>(x), x->dim() == 2 ? s.Hq : 0};
 }
 
-Dropout dropout_of(const OptionalTensor& key, double p) {
-  STD_TORCH_CHECK(key.has_value() || p == 0, "dropout needs a dropout_key");
-  if (!key.has_value()) return {0, 0, 0, 1.0f};
-  STD_TORCH_CHECK(key->scalar_type() == torch::headeronly::ScalarType::Long && key->is_cpu() &&
-                      key->numel() == 2 && key->is_contiguous(),
-                  "dropout_key must be two int64 numbers on the CPU");
-  STD_TORCH_CHECK(p >= 0 && p < 1, "dropout_p must be in [0, 1), not ", p);
-  const int64_t* keys = data_of<int64_t>(key);
-  const double threshold = std::min(std::nearbyint(p * 4294967296.0), 4294967295.0);
-  return {static_cast<uint32_t>(keys[0]), static_cast<uint32_t>(keys[1]),
-          static_cast<uint32_t>(threshold), static_cast<float>(1 / (1 - p))};
-}
-
 bool is_int32(const Tensor& x) {
   return x.scalar_type() == torch::headeronly::ScalarType::Int && x.is_contiguous();
 }

@@ -11,11 +11,14 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "common/dropout.h"
 #include "common/dtypes.h"
 #include "common/parallel.h"
 
@@ -58,6 +61,21 @@ inline Tensor empty_f32(const Tensor& x, const std::vector<int64_t>& sizes) {
 inline Tensor empty_bytes(const Tensor& x, size_t bytes) {
   return torch::stable::new_empty(x, {static_cast<int64_t>(bytes)},
                                   torch::headeronly::ScalarType::Byte);
+}
+
+// The generator of a key that Python drew, and the probability of dropping; without a key, no
+// dropout.
+inline Dropout dropout_of(const OptionalTensor& key, double p) {
+  STD_TORCH_CHECK(key.has_value() || p == 0, "dropout needs a dropout_key");
+  if (!key.has_value()) return {0, 0, 0, 1.0f};
+  STD_TORCH_CHECK(key->scalar_type() == torch::headeronly::ScalarType::Long && key->is_cpu() &&
+                      key->numel() == 2 && key->is_contiguous(),
+                  "dropout_key must be two int64 numbers on the CPU");
+  STD_TORCH_CHECK(p >= 0 && p < 1, "dropout_p must be in [0, 1), not ", p);
+  const int64_t* keys = static_cast<const int64_t*>(key->const_data_ptr());
+  const double threshold = std::min(std::nearbyint(p * 4294967296.0), 4294967295.0);
+  return {static_cast<uint32_t>(keys[0]), static_cast<uint32_t>(keys[1]),
+          static_cast<uint32_t>(threshold), static_cast<float>(1 / (1 - p))};
 }
 
 // torch's own thread pool, behind the torch-free interface that the CPU kernels take.

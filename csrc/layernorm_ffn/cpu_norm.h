@@ -216,7 +216,7 @@ void norm_backward(const NormBackwardParams& p, const Parallel& parallel) {
                                  static_cast<const T*>(p.weight),
                                  p.mean ? p.mean[i] : 0.0f,
                                  p.rstd[i],
-                                 p.dx ? static_cast<T*>(p.dx) + at : nullptr,
+                                 p.ds ? static_cast<T*>(p.ds) + at : nullptr,
                                  nullptr,
                                  nullptr,
                                  false};

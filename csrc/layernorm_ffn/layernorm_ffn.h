@@ -1,7 +1,7 @@
 // The C++ contract of the norm and FFN ops: raw pointers and sizes. No torch.
 //
-//   pre-norm    y = (x +) W2 act(W1 norm(x) + b1) + b2
-//   post-norm   s = (x +) W2 act(W1 x + b1) + b2      y = norm(s)
+//   pre-norm    y = (x +) drop(W2 drop(act(W1 norm(x) + b1)) + b2)
+//   post-norm   s = (x +) drop(W2 drop(act(W1 x + b1)) + b2)      y = norm(s)
 //
 // Every matrix is row-major and contiguous: x [M, D] is M tokens, W1 [F, D] and W2 [D, F] are laid
 // out like torch.nn.Linear's weights. Statistics, accumulators and gradient sums are fp32; storage
@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/dropout.h"
 #include "common/dtypes.h"
 #include "common/parallel.h"
 
@@ -26,7 +27,10 @@ enum class Placement : int { pre, post };
 
 constexpr bool is_gated(Activation a) { return a == Activation::swiglu || a == Activation::geglu; }
 
-// ---- norm: y = (v - mean) * rstd * weight + bias over rows of N, v = x or x + residual ----------
+// The heads of the generator: which dropout of an op it is. Element (m, n) is row m, column n.
+constexpr uint32_t kOutput = 0, kHidden = 1;
+
+// ---- norm: y = (v - mean) * rstd * weight + bias over rows of N, v = x or drop(x) + residual ----
 
 struct NormParams {
   Dtype dtype;
@@ -38,10 +42,11 @@ struct NormParams {
   const void* weight;    // [N], null ok: 1
   const void* bias;      // [N], null ok: 0
   void* y;               // [M, N]
-  void* sum;             // [M, N] x + residual rounded to dtype, which is what is normalised;
+  void* sum;             // [M, N] drop(x) + residual rounded to dtype, which is what is normalised;
                          // null exactly when residual is
   float* mean;           // [M], null for rms; null ok: not wanted
   float* rstd;           // [M], null ok: not wanted
+  Dropout dropout;       // of x, head kOutput; only with a residual
 };
 
 struct NormBackwardParams {
@@ -49,15 +54,17 @@ struct NormBackwardParams {
   int64_t M, N;
   Norm norm;
   const void* dy;      // [M, N]
-  const void* dsum;    // [M, N] gradient arriving at `sum` by another way, added to dx; null ok
+  const void* dsum;    // [M, N] gradient arriving at `sum` by another way, added to ds; null ok
   const void* s;       // [M, N] what was normalised: x, or sum
   const void* weight;  // [N], null ok: 1
   const float* mean;   // [M], null for rms
   const float* rstd;   // [M]
-  void* dx;            // [M, N] also the gradient of residual
+  void* ds;            // [M, N] the gradient of residual, and without dropout of x
+  void* dx;            // [M, N] with dropout: drop(ds); null without
   void* dweight;       // [N], null ok: not wanted
   void* dbias;         // [N], null ok: not wanted
   void* workspace;
+  Dropout dropout;
 };
 
 // ---- bias + activation, around a product that a library made (GPU backends) ---------------------
@@ -70,19 +77,31 @@ struct BiasActivationParams {
   const void* bias;     // [F] or [2F], null ok
   void* preactivation;  // shaped like product: product + bias rounded to dtype; may alias product;
                         // null ok: not wanted
-  void* out;            // [M, F]
+  void* out;            // [M, F] drop(act(product + bias))
+  Dropout dropout;      // head kHidden
 };
 
 struct BiasActivationBackwardParams {
   Dtype dtype;
   int64_t M, F;
   Activation activation;
-  const void* dout;           // [M, F]
+  const void* dout;           // [M, F] before the activation's dropout is undone
   const void* preactivation;  // [M, F] or [M, 2F]
   void* dpre;                 // shaped like preactivation, may alias it
   void* out;                  // [M, F] the activation rebuilt, null ok: not wanted
   void* dbias;                // [F] or [2F], null ok: not wanted
   void* workspace;
+  Dropout dropout;
+};
+
+// out = drop(x) (+ residual), head kOutput: around the second product, and for its backward.
+struct DropoutAddParams {
+  Dtype dtype;
+  int64_t M, N;
+  const void* x;         // [M, N]
+  const void* residual;  // [M, N], null ok
+  void* out;             // [M, N], may alias x
+  Dropout dropout;
 };
 
 // ---- the whole block (CPU backend) --------------------------------------------------------------
@@ -108,6 +127,8 @@ struct FfnParams {
   void* preactivation;      // [M, F] or [M, 2F], null ok: not wanted
   void* s;                  // [M, D] post-norm only: what is normalised, null ok: not wanted
   void* workspace;
+  Dropout dropout;         // of the second product, head kOutput
+  Dropout hidden_dropout;  // of the activation, head kHidden
 };
 
 struct FfnBackwardParams {
@@ -136,6 +157,10 @@ struct FfnBackwardParams {
   void* dw2;           // [D, F]
   void* db2;           // [D]
   void* workspace;
+  Dropout dropout, hidden_dropout;
+  // Each null, or where the gradient is added instead of being stored; dw1, dw2 are null then.
+  float* w1_sum;  // like w1
+  float* w2_sum;  // [D, F]
 };
 
 // `threads` and `parallel.threads` must agree, and the instruction set must not change in between.
@@ -155,6 +180,7 @@ size_t norm_backward_workspace(const NormBackwardParams& params);
 size_t bias_activation_backward_workspace(const BiasActivationBackwardParams& params);
 int norm_forward(const NormParams& params, void* stream);
 int norm_backward(const NormBackwardParams& params, void* stream);
+int dropout_add(const DropoutAddParams& params, void* stream);
 int bias_activation(const BiasActivationParams& params, void* stream);
 int bias_activation_backward(const BiasActivationBackwardParams& params, void* stream);
 }  // namespace cuda

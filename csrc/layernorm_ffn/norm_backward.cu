@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(L::kThreads, kMaxThreadsPerSm / L::kThreads)
     const float mean_g = p.norm == Norm::layer ? L::sum(sum_g, scratch) * inverse_N : 0.0f;
 
     const T* dsum = p.dsum == nullptr ? nullptr : static_cast<const T*>(p.dsum) + m * N;
-    T* dx = static_cast<T*>(p.dx) + m * N;
+    T* dx = static_cast<T*>(p.ds) + m * N;
     L::each(N, [&](int chunk, int column) {
       const auto weight = load_or<T, L::kWidth>(p.weight, column, 1.0f);
       const auto through = load_or<T, L::kWidth>(dsum, column, 0.0f);
@@ -152,7 +152,7 @@ const Kernel<void (*)(NormBackwardParams)> kTable[] = {
 };
 
 const Kernel<void (*)(NormBackwardParams)>* kernel_for(const NormBackwardParams& p) {
-  const bool aligned = rows_aligned(p.dtype, p.N, p.dy, p.dsum, p.s, p.weight, p.dx);
+  const bool aligned = rows_aligned(p.dtype, p.N, p.dy, p.dsum, p.s, p.weight, p.ds);
   return find(kTable, p.dtype, p.N, aligned);
 }
 

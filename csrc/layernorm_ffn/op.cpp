@@ -1,67 +1,8 @@
 // The norm and FFN ops as torch ops: check, allocate, launch.
-#include "common/op.h"
-
-#include "layernorm_ffn/layernorm_ffn.h"
+#include "layernorm_ffn/op.h"
 
 namespace bigkern::layernorm_ffn {
 namespace {
-
-Norm norm_of(const std::string& kind) {
-  if (kind == "layer") return Norm::layer;
-  STD_TORCH_CHECK(kind == "rms", "kind must be layer or rms, not ", kind);
-  return Norm::rms;
-}
-
-Activation activation_of(const std::string& name) {
-  if (name == "relu") return Activation::relu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "silu") return Activation::silu;
-  if (name == "swiglu") return Activation::swiglu;
-  STD_TORCH_CHECK(name == "geglu",
-                  "activation must be relu, gelu, gelu_tanh, silu, swiglu or geglu, not ", name);
-  return Activation::geglu;
-}
-
-std::vector<int64_t> sizes_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
-
-// [..., N] is M rows of N.
-struct Rows {
-  int64_t M, N;
-};
-
-Rows rows_of(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) > 0, name, " must be [..., N] with N > 0");
-  const int64_t N = x.size(x.dim() - 1);
-  return {x.numel() / N, N};
-}
-
-Tensor dense(const Tensor& x) { return torch::stable::contiguous(x); }
-OptionalTensor dense(const OptionalTensor& x) {
-  return x.has_value() ? OptionalTensor(torch::stable::contiguous(*x)) : std::nullopt;
-}
-
-OptionalTensor empty_if(bool wanted, const Tensor& like, const std::vector<int64_t>& sizes) {
-  return wanted ? OptionalTensor(empty(like, sizes)) : std::nullopt;
-}
-OptionalTensor empty_f32_if(bool wanted, const Tensor& like, int64_t M) {
-  return wanted ? OptionalTensor(empty_f32(like, {M})) : std::nullopt;
-}
-
-void* out(const Tensor& x) { return x.mutable_data_ptr(); }
-void* out(const OptionalTensor& x) { return x.has_value() ? x->mutable_data_ptr() : nullptr; }
-float* out_f32(const OptionalTensor& x) { return static_cast<float*>(out(x)); }
-const float* in_f32(const OptionalTensor& x) { return static_cast<const float*>(data_or_null(x)); }
-
-void check(const OptionalTensor& x, const char* name, Dtype dtype, int64_t numel) {
-  if (!x.has_value()) return;
-  STD_TORCH_CHECK(dtype_of(*x, name) == dtype, name, " has another dtype than x");
-  STD_TORCH_CHECK(x->numel() == numel, name, " must have ", numel, " elements, not ", x->numel());
-}
-
-void check_f32(const OptionalTensor& x, const char* name, int64_t numel) {
-  check(x, name, Dtype::f32, numel);
-}
 
 struct Cpu {
   static void run(const NormParams& p, const Tensor&) { cpu::norm_forward(p, torch_parallel()); }
@@ -91,13 +32,16 @@ struct Cuda {
 template <class Device>
 std::tuple<Tensor, OptionalTensor, OptionalTensor, Tensor> norm(
     const Tensor& x_, const OptionalTensor& residual_, const OptionalTensor& weight_,
-    const OptionalTensor& bias_, double eps, const std::string& kind) {
+    const OptionalTensor& bias_, double eps, const std::string& kind, double dropout_p,
+    const OptionalTensor& dropout_key) {
   const Dtype dtype = dtype_of(x_, "x");
   const auto [M, N] = rows_of(x_, "x");
   check(residual_, "residual", dtype, M * N);
   check(weight_, "weight", dtype, N);
   check(bias_, "bias", dtype, N);
   const Norm norm = norm_of(kind);
+  const Dropout dropout = dropout_of(dropout_key, dropout_p);
+  STD_TORCH_CHECK(residual_.has_value() || !dropout.active(), "dropout needs a residual");
 
   const Tensor x = dense(x_);
   const OptionalTensor residual = dense(residual_), weight = dense(weight_), bias = dense(bias_);
@@ -105,21 +49,22 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, Tensor> norm(
   OptionalTensor sum = empty_if(residual.has_value(), x, sizes_of(x));
   OptionalTensor mean = empty_f32_if(norm == Norm::layer, x, M);
   Tensor rstd = empty_f32(x, {M});
-  Device::run(
-      {dtype, M, N, norm, static_cast<float>(eps), x.const_data_ptr(), data_or_null(residual),
-       data_or_null(weight), data_or_null(bias), out(y), out(sum), out_f32(mean), out_f32(rstd)},
-      x);
+  Device::run({dtype, M, N, norm, static_cast<float>(eps), x.const_data_ptr(),
+               data_or_null(residual), data_or_null(weight), data_or_null(bias), out(y), out(sum),
+               out_f32(mean), out_f32(rstd), dropout},
+              x);
   return {y, sum, mean, rstd};
 }
 
 template <class Device>
-std::tuple<Tensor, OptionalTensor, OptionalTensor> norm_backward(
+std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor> norm_backward(
     const Tensor& dy_, const OptionalTensor& dsum_, const Tensor& s_, const OptionalTensor& weight_,
     const OptionalTensor& mean_, const Tensor& rstd_, const std::string& kind, bool want_weight,
-    bool want_bias) {
+    bool want_bias, double dropout_p, const OptionalTensor& dropout_key) {
   const Dtype dtype = dtype_of(s_, "s");
   const auto [M, N] = rows_of(s_, "s");
   const Norm norm = norm_of(kind);
+  const Dropout dropout = dropout_of(dropout_key, dropout_p);
   check(dy_, "dy", dtype, M * N);
   check(dsum_, "dsum", dtype, M * N);
   check(weight_, "weight", dtype, N);
@@ -130,7 +75,8 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor> norm_backward(
 
   const Tensor dy = dense(dy_), s = dense(s_), rstd = dense(rstd_);
   const OptionalTensor dsum = dense(dsum_), weight = dense(weight_), mean = dense(mean_);
-  Tensor dx = empty(s, sizes_of(s));
+  Tensor ds = empty(s, sizes_of(s));
+  OptionalTensor dx = empty_if(dropout.active(), s, sizes_of(s));
   OptionalTensor dweight = empty_if(want_weight, s, {N}), dbias = empty_if(want_bias, s, {N});
   NormBackwardParams p{dtype,
                        M,
@@ -142,22 +88,24 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor> norm_backward(
                        data_or_null(weight),
                        in_f32(mean),
                        in_f32(rstd),
+                       out(ds),
                        out(dx),
                        out(dweight),
                        out(dbias),
-                       nullptr};
+                       nullptr,
+                       dropout};
   const Tensor workspace = empty_bytes(s, Device::workspace(p));
   p.workspace = out(workspace);
   Device::run(p, s);
-  return {dx, dweight, dbias};
+  return {ds, dx, dweight, dbias};
 }
 
 // ---- bias + activation: the GPU backends' pieces ------------------------------------------------
 
 #ifdef BIGKERN_CUDA
 // Adds the bias to the product in place, and returns the activation of that.
-Tensor bias_activation(const Tensor& product, const OptionalTensor& bias_,
-                       const std::string& name) {
+Tensor bias_activation(const Tensor& product, const OptionalTensor& bias_, const std::string& name,
+                       double dropout_p, const OptionalTensor& dropout_key) {
   const Dtype dtype = dtype_of(product, "product");
   const Activation activation = activation_of(name);
   const auto [M, columns] = rows_of(product, "product");
@@ -171,9 +119,15 @@ Tensor bias_activation(const Tensor& product, const OptionalTensor& bias_,
   const OptionalTensor bias = dense(bias_);
   Tensor activated = empty(product, {M, F});
   void* preactivation = bias.has_value() ? out(product) : nullptr;
-  const BiasActivationParams p{
-      dtype,         M, F, activation, product.const_data_ptr(), data_or_null(bias), preactivation,
-      out(activated)};
+  const BiasActivationParams p{dtype,
+                               M,
+                               F,
+                               activation,
+                               product.const_data_ptr(),
+                               data_or_null(bias),
+                               preactivation,
+                               out(activated),
+                               dropout_of(dropout_key, dropout_p)};
   launch_on_device(product, "bias_activation",
                    [&](void* stream) { return cuda::bias_activation(p, stream); });
   return activated;
@@ -181,7 +135,7 @@ Tensor bias_activation(const Tensor& product, const OptionalTensor& bias_,
 
 std::tuple<Tensor, OptionalTensor, OptionalTensor> bias_activation_backward(
     const Tensor& dout_, const Tensor& preactivation_, const std::string& name, bool want_bias,
-    bool rebuild) {
+    bool rebuild, double dropout_p, const OptionalTensor& dropout_key) {
   const Dtype dtype = dtype_of(preactivation_, "preactivation");
   const Activation activation = activation_of(name);
   const auto [M, columns] = rows_of(preactivation_, "preactivation");
@@ -201,47 +155,45 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor> bias_activation_backward(
                                  out(dpre),
                                  out(activated),
                                  out(dbias),
-                                 nullptr};
+                                 nullptr,
+                                 dropout_of(dropout_key, dropout_p)};
   const Tensor workspace = empty_bytes(dout, cuda::bias_activation_backward_workspace(p));
   p.workspace = out(workspace);
   launch_on_device(dout, "bias_activation_backward",
                    [&](void* stream) { return cuda::bias_activation_backward(p, stream); });
   return {dpre, activated, dbias};
 }
+
+Tensor dropout_add(const Tensor& x_, const OptionalTensor& residual_, double dropout_p,
+                   const Tensor& dropout_key) {
+  const Dtype dtype = dtype_of(x_, "x");
+  const auto [M, N] = rows_of(x_, "x");
+  check(residual_, "residual", dtype, M * N);
+  const Tensor x = dense(x_);
+  const OptionalTensor residual = dense(residual_);
+  Tensor result = empty(x, sizes_of(x));
+  const DropoutAddParams p{dtype,
+                           M,
+                           N,
+                           x.const_data_ptr(),
+                           data_or_null(residual),
+                           out(result),
+                           dropout_of(dropout_key, dropout_p)};
+  launch_on_device(x, "dropout_add", [&](void* stream) { return cuda::dropout_add(p, stream); });
+  return result;
+}
 #endif
 
 // ---- the whole block: the CPU backend -----------------------------------------------------------
 
 #ifndef BIGKERN_SIMT
-Placement placement_of(const std::string& name) {
-  if (name == "pre") return Placement::pre;
-  STD_TORCH_CHECK(name == "post", "placement must be pre or post, not ", name);
-  return Placement::post;
-}
-
-// [F or 2F, D] and [D, F]: the sizes that both directions need.
-struct Sizes {
-  Dtype dtype;
-  int64_t M, D, F, rows;  // rows of w1
-
-  Sizes(const Tensor& x, const Tensor& w1, const Tensor& w2, Activation activation)
-      : dtype(dtype_of(x, "x")) {
-    const Rows of_x = rows_of(x, "x");
-    STD_TORCH_CHECK(of_x.M > 0, "x must have at least one row");
-    STD_TORCH_CHECK(w1.dim() == 2 && w2.dim() == 2, "w1 and w2 must be matrices");
-    M = of_x.M, D = of_x.N, F = w2.size(1), rows = is_gated(activation) ? 2 * F : F;
-    STD_TORCH_CHECK(F > 0 && w1.size(0) == rows && w1.size(1) == D && w2.size(0) == D,
-                    "w1 must be [F, D] ([2F, D] gated) and w2 [D, F]");
-    check(w1, "w1", dtype, rows * D);
-    check(w2, "w2", dtype, D * F);
-  }
-};
-
 std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> layernorm_ffn(
     const Tensor& x_, const Tensor& w1_, const OptionalTensor& b1_, const Tensor& w2_,
     const OptionalTensor& b2_, const OptionalTensor& norm_weight_, const OptionalTensor& norm_bias_,
-    const std::string& kind, const std::string& activation_name, const std::string& placement_name,
-    bool residual, double eps, bool save) {
+    const OptionalTensor& dropout_key, const std::string& kind, const std::string& activation_name,
+    const std::string& placement_name, bool residual, double eps, double dropout_p,
+    double hidden_dropout_p, const std::string& save_name) {
+  const bool save = save_name == "preactivation";
   const Norm norm = norm_of(kind);
   const Activation activation = activation_of(activation_name);
   const Placement placement = placement_of(placement_name);
@@ -280,7 +232,9 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTenso
               out_f32(rstd),
               out(preactivation),
               out(s),
-              nullptr};
+              nullptr,
+              dropout_of(dropout_key, dropout_p),
+              dropout_of(dropout_key, hidden_dropout_p)};
   const Parallel parallel = torch_parallel();
   const Tensor workspace = empty_bytes(x, cpu::ffn_forward_workspace(p, parallel.threads));
   p.workspace = out(workspace);
@@ -291,14 +245,23 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTenso
 using Gradients = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor,
                              OptionalTensor, OptionalTensor, OptionalTensor>;
 
-Gradients layernorm_ffn_backward(const Tensor& dy_, const Tensor& x_, const Tensor& w1_,
-                                 const Tensor& w2_, const OptionalTensor& norm_weight_,
-                                 const OptionalTensor& norm_bias_, const OptionalTensor& s_,
-                                 const OptionalTensor& mean_, const Tensor& rstd_,
-                                 const Tensor& preactivation_, const std::string& kind,
-                                 const std::string& activation_name,
-                                 const std::string& placement_name, bool residual, double /*eps*/,
-                                 const std::vector<bool>& wanted) {
+Gradients layernorm_ffn_backward(
+    const Tensor& dy_, const Tensor& x_, const Tensor& w1_, const OptionalTensor& b1_,
+    const Tensor& w2_, const OptionalTensor& b2_, const OptionalTensor& norm_weight_,
+    const OptionalTensor& norm_bias_, const OptionalTensor& dropout_key, const OptionalTensor& s_,
+    const OptionalTensor& mean_, const OptionalTensor& rstd_, const OptionalTensor& preactivation_,
+    const std::string& kind, const std::string& activation_name, const std::string& placement_name,
+    bool residual, double eps, double dropout_p, double hidden_dropout_p,
+    const std::vector<bool>& wanted, const OptionalTensor& w1_sum, const OptionalTensor& w2_sum) {
+  if (!preactivation_.has_value()) {  // nothing but x was saved: the forward again
+    const auto [y, s, mean, rstd, preactivation] = layernorm_ffn(
+        x_, w1_, b1_, w2_, b2_, norm_weight_, norm_bias_, dropout_key, kind, activation_name,
+        placement_name, residual, eps, dropout_p, hidden_dropout_p, "preactivation");
+    return layernorm_ffn_backward(dy_, x_, w1_, b1_, w2_, b2_, norm_weight_, norm_bias_,
+                                  dropout_key, s, mean, rstd, preactivation, kind, activation_name,
+                                  placement_name, residual, eps, dropout_p, hidden_dropout_p,
+                                  wanted, w1_sum, w2_sum);
+  }
   const Norm norm = norm_of(kind);
   const Activation activation = activation_of(activation_name);
   const Placement placement = placement_of(placement_name);
@@ -314,17 +277,17 @@ Gradients layernorm_ffn_backward(const Tensor& dy_, const Tensor& x_, const Tens
                   "mean belongs to layer, and only to it");
   STD_TORCH_CHECK(s_.has_value() == (placement == Placement::post),
                   "s belongs to post, and only to it");
+  STD_TORCH_CHECK(rstd_.has_value(), "rstd belongs to the preactivation");
   STD_TORCH_CHECK(wanted.size() == 7, "wanted must have 7 entries, not ", wanted.size());
 
-  const Tensor dy = dense(dy_), x = dense(x_), w1 = dense(w1_), w2 = dense(w2_),
-               rstd = dense(rstd_);
-  const Tensor preactivation = dense(preactivation_);
+  const Tensor dy = dense(dy_), x = dense(x_), w1 = dense(w1_), w2 = dense(w2_);
+  const Tensor rstd = dense(*rstd_), preactivation = dense(*preactivation_);
   const OptionalTensor norm_weight = dense(norm_weight_), norm_bias = dense(norm_bias_);
   const OptionalTensor s = dense(s_), mean = dense(mean_);
   OptionalTensor dx = empty_if(wanted[0], x, sizes_of(x));
-  OptionalTensor dw1 = empty_if(wanted[1], x, {of.rows, of.D}),
-                 db1 = empty_if(wanted[2], x, {of.rows});
-  OptionalTensor dw2 = empty_if(wanted[3], x, {of.D, of.F}), db2 = empty_if(wanted[4], x, {of.D});
+  OptionalTensor dw1 = empty_if(wanted[1] && !w1_sum.has_value(), x, {of.rows, of.D});
+  OptionalTensor dw2 = empty_if(wanted[3] && !w2_sum.has_value(), x, {of.D, of.F});
+  OptionalTensor db1 = empty_if(wanted[2], x, {of.rows}), db2 = empty_if(wanted[4], x, {of.D});
   OptionalTensor dweight = empty_if(wanted[5], x, {of.D}), dbias = empty_if(wanted[6], x, {of.D});
   FfnBackwardParams p{of.dtype,
                       of.M,
@@ -351,7 +314,11 @@ Gradients layernorm_ffn_backward(const Tensor& dy_, const Tensor& x_, const Tens
                       out(db1),
                       out(dw2),
                       out(db2),
-                      nullptr};
+                      nullptr,
+                      dropout_of(dropout_key, dropout_p),
+                      dropout_of(dropout_key, hidden_dropout_p),
+                      wanted[1] ? sum_of(w1_sum, "w1_sum", of.rows * of.D) : nullptr,
+                      wanted[3] ? sum_of(w2_sum, "w2_sum", of.D * of.F) : nullptr};
   const Parallel parallel = torch_parallel();
   const Tensor workspace = empty_bytes(x, cpu::ffn_backward_workspace(p, parallel.threads));
   p.workspace = out(workspace);
@@ -369,6 +336,7 @@ namespace ffn = bigkern::layernorm_ffn;
 STABLE_TORCH_LIBRARY_IMPL(bigkern_simt, CPU, m) {
   m.impl("norm", TORCH_BOX(&ffn::norm<ffn::Cuda>));
   m.impl("norm_backward", TORCH_BOX(&ffn::norm_backward<ffn::Cuda>));
+  m.impl("dropout_add", TORCH_BOX(&ffn::dropout_add));
   m.impl("bias_activation", TORCH_BOX(&ffn::bias_activation));
   m.impl("bias_activation_backward", TORCH_BOX(&ffn::bias_activation_backward));
 }
@@ -383,6 +351,7 @@ STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CUDA, m) {
   m.impl("norm", TORCH_BOX(&ffn::norm<ffn::Cuda>));
   m.impl("norm_backward", TORCH_BOX(&ffn::norm_backward<ffn::Cuda>));
+  m.impl("dropout_add", TORCH_BOX(&ffn::dropout_add));
   m.impl("bias_activation", TORCH_BOX(&ffn::bias_activation));
   m.impl("bias_activation_backward", TORCH_BOX(&ffn::bias_activation_backward));
 }

@@ -1,11 +1,13 @@
-// Which attention weights dropout keeps: a counter-based generator, so that forward, backward and
-// every backend draw the same bits for the same (head, query, key) without storing any.
+// What dropout keeps: a counter-based generator, so that forward, backward and every backend draw
+// the same bits for the same element without storing any. Elements are (head, row, column): of
+// attention's weights (b Hq + h, query, key), of a matrix (which dropout of the op it is, row,
+// column).
 //
-//   head key   k0 = mix(key0 + head G)      k1 = mix(key1 ^ k0)          head = b Hq + h
-//   row key    a  = mix(k0 + i G)           c  = mix(k1 + a)             one pair a query
-//   bits       mix, with c added half-way, of a + j G                    one number a key
+//   head key   k0 = mix(key0 + head G)      k1 = mix(key1 ^ k0)
+//   row key    a  = mix(k0 + i G)           c  = mix(k1 + a)             one pair a row
+//   bits       mix, with c added half-way, of a + j G                    one number a column
 //
-// The weight stays if bits >= threshold = p 2^32. mix is a bijection of 32 bits, and so is
+// The element stays if bits >= threshold = p 2^32. mix is a bijection of 32 bits, and so is
 // multiplication by the odd G: within a head no two rows have the same key. G is 2^32 / golden
 // ratio; the mixer is Wellons' lowbias32 (https://nullprogram.com/blog/2018/07/31/).
 #pragma once
@@ -14,7 +16,7 @@
 
 #include "common/dtypes.h"
 
-namespace bigkern::attention {
+namespace bigkern {
 
 constexpr uint32_t kGolden = 0x9e3779b9u, kMix1 = 0x7feb352du, kMix2 = 0x846ca68bu;
 
@@ -40,13 +42,13 @@ struct DropoutHead {
 struct Dropout {
   uint32_t key0, key1;
   uint32_t threshold;  // 0: no dropout
-  float scale;         // 1 / (1 - p), what the kept weights are multiplied by
+  float scale;         // 1 / (1 - p), what is kept is multiplied by it
 
   BIGKERN_HD bool active() const { return threshold != 0; }
-  BIGKERN_HD DropoutHead head(uint32_t bh) const {
-    const uint32_t k0 = mix(key0 + bh * kGolden);
+  BIGKERN_HD DropoutHead head(uint32_t h) const {
+    const uint32_t k0 = mix(key0 + h * kGolden);
     return {k0, mix(key1 ^ k0)};
   }
 };
 
-}  // namespace bigkern::attention
+}  // namespace bigkern
