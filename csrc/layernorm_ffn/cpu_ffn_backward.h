@@ -1,10 +1,10 @@
 // The FFN block's backward on the CPU: four products around the saved pre-activation h.
 //
-//   dz = dy, or the norm's backward of dy (post-norm)                                    [M, D]
-//   da = dz W2          epilogue: a = act(h) rebuilt, dh = da act'(h), db1 += dh         [M, F]
+//   ds = dy, or the norm's backward of dy (post-norm);  dz = drop(ds)                     [M, D]
+//   da = drop(dz W2)    epilogue: a = drop(act(h)), dh = da act'(h), db1 += dh           [M, F]
 //   dW2 = dz^T a        db2 = sum of dz's rows
 //   dW1 = dh^T n        n = norm(x), rebuilt while it is packed (pre-norm), or x
-//   dn = dh W1          pre-norm: then the norm's backward, + dy;  post-norm: + dz       [M, D]
+//   dn = dh W1          pre-norm: then the norm's backward;  both: + ds                  [M, D]
 //
 // da, and n, are never stored. Weight gradients sum over the tokens kTokens at a time, in fp32, so
 // that packed panels stay in the cache however many tokens there are.
@@ -24,6 +24,7 @@ struct ActivationBackwardTile {
   const T* h;  // [M, F] or [M, 2F]
   T *dh, *a;   // like h, and [M, F]; a null: not wanted
   float* db1;  // [row blocks, F or 2F] partial sums, null: not wanted
+  Drop drop;
 
   template <Activation A>
   void column(const Tile& tile, int64_t j, int64_t n) const {
@@ -32,7 +33,7 @@ struct ActivationBackwardTile {
     vf sum = zero(), sum_up = zero();
     for (int r = 0; r < tile.rows; ++r) {
       const int64_t i = tile.i + r, at = i * width + f;
-      const vf da = load(tile.c + r * NR + j);
+      const vf da = drop(load(tile.c + r * NR + j), i, f);
       Curve curve = curve_of<A>(load_upto(h + at, n));
       vf d = da * curve.slope;
       if constexpr (gated) {
@@ -44,7 +45,7 @@ struct ActivationBackwardTile {
       }
       store_upto(dh + at, d, n);
       sum += d;
-      if (a) store_upto(a + i * F + f, curve.value, n);
+      if (a) store_upto(a + i * F + f, drop(curve.value, i, f), n);
     }
     if (!db1) return;
     accumulate(db1 + tile.row_block * width, f, sum, n, tile.first);
@@ -60,10 +61,10 @@ struct ActivationBackwardTile {
   }
 };
 
-// a = act(h), where nothing but dW2 is wanted.
+// a = drop(act(h)), where nothing but dW2 is wanted.
 template <class T>
-void rebuild_activation(const T* h, int64_t M, int64_t F, Activation activation, T* a,
-                        const Parallel& parallel) {
+void rebuild_activation(const T* h, int64_t M, int64_t F, Activation activation, const Drop& drop,
+                        T* a, const Parallel& parallel) {
   with_activation(activation, [&](auto constant) BIGKERN_FN {
     constexpr Activation A = decltype(constant)::value;
     const int64_t width = is_gated(A) ? 2 * F : F;
@@ -72,7 +73,7 @@ void rebuild_activation(const T* h, int64_t M, int64_t F, Activation activation,
         for (int64_t f = 0; f < F; f += W) {
           vf value = value_of<A>(load_upto(h + i * width + f, F - f));
           if constexpr (is_gated(A)) value *= load_upto(h + i * width + F + f, F - f);
-          store_upto(a + i * F + f, value, F - f);
+          store_upto(a + i * F + f, drop(value, i, f), F - f);
         }
       }
     });
@@ -102,21 +103,27 @@ template <class T>
 struct FfnBackward {
   const FfnBackwardParams& p;
   int threads;
-  bool pre, want_dh, want_dn, want_dnorm;
+  bool pre, want_dh, want_dn, want_dnorm, want_dw1, want_dw2;
+  Drop drop, hidden_drop;
   int64_t width;   // of h: F or 2F
   int64_t tokens;  // of one part of a weight gradient
   bool widen;      // parts are added up in fp32 first: T itself is too coarse
   Plan da, dw2, dw1, dn;
 
   // Where things lie in the workspace, in floats.
-  size_t dz_at, dn_at, a_at, dh_at, db1_at, sums_at, stats_at, weight_at, gemm_at, total;
+  size_t ds_at, dz_at, dn_at, a_at, dh_at, db1_at, sums_at, stats_at, weight_at, gemm_at, total;
 
   FfnBackward(const FfnBackwardParams& params, int thread_count)
-      : p(params), threads(thread_count) {
+      : p(params),
+        threads(thread_count),
+        drop(p.dropout, kOutput),
+        hidden_drop(p.hidden_dropout, kHidden) {
     pre = p.placement == Placement::pre;
+    want_dw1 = p.dw1 || p.w1_sum;
+    want_dw2 = p.dw2 || p.w2_sum;
     want_dnorm = p.dnorm_weight || p.dnorm_bias;
     want_dn = p.dx || (pre && want_dnorm);
-    want_dh = want_dn || p.dw1 || p.db1;
+    want_dh = want_dn || want_dw1 || p.db1;
     width = is_gated(p.activation) ? 2 * p.F : p.F;
     const int64_t parts = (p.M + kTokens - 1) / kTokens;
     tokens = parts > 1 ? ((p.M + parts - 1) / parts + 1) / 2 * 2 : p.M;  // even: bf16 pairs
@@ -134,9 +141,10 @@ struct FfnBackward {
       if (wanted) at += round_up((size_t(count) * size + 3) / 4, kAlign);
       return here;
     };
-    dz_at = take(!pre, p.M * p.D, sizeof(T));
+    ds_at = take(!pre, p.M * p.D, sizeof(T));
+    dz_at = take(drop.active(), p.M * p.D, sizeof(T));
     dn_at = take(pre && want_dn, p.M * p.D, sizeof(float));
-    a_at = take(p.dw2, p.M * p.F, sizeof(T));
+    a_at = take(want_dw2, p.M * p.F, sizeof(T));
     dh_at = take(want_dh, p.M * width, sizeof(T));
     db1_at = take(p.db1, da.row_blocks * width, sizeof(float));
     sums_at = take(true, row_sum_blocks(p.M) * 2 * p.D, sizeof(float));
@@ -157,11 +165,12 @@ struct FfnBackward {
   RowStats* stats() const { return reinterpret_cast<RowStats*>(floats(stats_at)); }
   static const T* in(const void* q) { return static_cast<const T*>(q); }
   static T* out(void* q) { return static_cast<T*>(q); }
-  const T* dz() const { return pre ? in(p.dy) : stored(dz_at); }
+  const T* ds() const { return pre ? in(p.dy) : stored(ds_at); }
+  const T* dz() const { return drop.active() ? stored(dz_at) : ds(); }
 
-  // The norm's backward: post-norm from dy to dz, pre-norm from dn to dx.
+  // The norm's backward: post-norm from dy to ds, pre-norm from dn to dx; `dropped` as drop(dv).
   template <class G>
-  void norm_backward(const G* gradient, const T* added, const T* v, T* dv,
+  void norm_backward(const G* gradient, const T* added, const T* v, T* dv, T* dropped,
                      const Parallel& parallel) const {
     const auto make_row = [&](int64_t i) BIGKERN_FN {
       const int64_t at = i * p.D;
@@ -172,39 +181,43 @@ struct FfnBackward {
                                    p.mean ? p.mean[i] : 0.0f,
                                    p.rstd[i],
                                    dv ? dv + at : nullptr,
+                                   dropped ? dropped + at : nullptr,
                                    nullptr,
                                    nullptr,
                                    false};
     };
-    norm_backward_rows(p.M, p.D, p.norm, out(p.dnorm_weight), out(p.dnorm_bias), floats(sums_at),
-                       make_row, parallel);
+    norm_backward_rows(p.M, p.D, p.norm, drop, out(p.dnorm_weight), out(p.dnorm_bias),
+                       floats(sums_at), make_row, parallel);
   }
 
   void through_activation(const Parallel& parallel) const {
-    T* a = p.dw2 ? stored(a_at) : nullptr;
+    T* a = want_dw2 ? stored(a_at) : nullptr;
     if (!want_dh) {
-      if (a) rebuild_activation(in(p.preactivation), p.M, p.F, p.activation, a, parallel);
+      const T* h = in(p.preactivation);
+      if (a) rebuild_activation(h, p.M, p.F, p.activation, hidden_drop, a, parallel);
       return;
     }
     float* db1 = p.db1 ? floats(db1_at) : nullptr;
     const ActivationBackwardTile<T> tile = {p.F, p.activation, in(p.preactivation), stored(dh_at),
-                                            a,   db1};
+                                            a,   db1,          hidden_drop};
     const Matrix<T> A = {dz(), p.D, 1}, B = {in(p.w2), p.F, 1};
     gemm<T>(da, A, B, tile, floats(gemm_at), parallel);
     add_partial_sums(db1, p.M > 0 ? da.row_blocks : 0, width, width, out(p.db1), parallel);
   }
 
-  // dw = sum over tokens of A^T B, in parts: make_a(k0), make_b(k0) pack from token k0 on.
+  // dw = sum over tokens of A^T B, in parts, or added to `sum`: make_a(k0), make_b(k0) pack from
+  // token k0 on.
   template <class MakeA, class MakeB>
-  void weight_gradient(Plan plan, T* dw, const MakeA& make_a, const MakeB& make_b,
+  void weight_gradient(Plan plan, T* dw, float* sum, const MakeA& make_a, const MakeB& make_b,
                        const Parallel& parallel) const {
-    if (!dw) return;
+    if (!dw && !sum) return;
+    float* wide = sum ? sum : widen ? floats(weight_at) : nullptr;
     int64_t k0 = 0;
     do {  // once even for no tokens: the gradient is then 0
       plan.K = at_most(tokens, p.M - k0);
       plan.words = words_of<T>(plan.K);
-      if (widen) {
-        const StoreTile<float> tile = {floats(weight_at), plan.N, k0 > 0};
+      if (wide) {
+        const StoreTile<float> tile = {wide, plan.N, sum || k0 > 0};
         gemm<T>(plan, make_a(k0), make_b(k0), tile, floats(gemm_at), parallel);
       } else {
         const StoreTile<T> tile = {dw, plan.N, k0 > 0};
@@ -212,25 +225,39 @@ struct FfnBackward {
       }
       k0 += tokens;
     } while (k0 < p.M);
-    if (widen) add_partial_sums(floats(weight_at), 1, 0, plan.M * plan.N, dw, parallel);
+    if (dw && wide) add_partial_sums(wide, 1, 0, plan.M * plan.N, dw, parallel);
+  }
+
+  void find_dz(const Parallel& parallel) const {
+    T* dropped = drop.active() ? stored(dz_at) : nullptr;
+    if (!pre) {
+      const T* nothing = nullptr;
+      norm_backward(in(p.dy), nothing, in(p.s), stored(ds_at), dropped, parallel);
+    } else if (dropped) {
+      parallel.for_range(0, p.M, 1, [&](int64_t begin, int64_t end) BIGKERN_FN {
+        for (int64_t i = begin; i < end; ++i) {
+          for (int64_t j = 0; j < p.D; j += W) {
+            const vf dz = drop(load_upto(ds() + i * p.D + j, p.D - j), i, j);
+            store_upto(dropped + i * p.D + j, dz, p.D - j);
+          }
+        }
+      });
+    }
   }
 
   void run(const Parallel& parallel) const {
-    const bool want_dz = want_dh || p.dw2 || p.db2 || want_dnorm;
-    if (!pre && want_dz) {
-      norm_backward(in(p.dy), static_cast<const T*>(nullptr), in(p.s), stored(dz_at), parallel);
-    }
+    find_dz(parallel);
     sum_rows(dz(), p.M, p.D, out(p.db2), floats(sums_at), parallel);
     through_activation(parallel);
     weight_gradient(
-        dw2, out(p.dw2),
+        dw2, out(p.dw2), p.w2_sum,
         [&](int64_t k0) BIGKERN_FN { return PackMatrix<MR, T>{{dz() + k0 * p.D, 1, p.D}}; },
         [&](int64_t k0) BIGKERN_FN { return PackMatrix<NR, T>{{stored(a_at) + k0 * p.F, 1, p.F}}; },
         parallel);
-    if (pre && p.dw1) find_stats(parallel);
+    if (pre && want_dw1) find_stats(parallel);
     const PackX<T> x = {in(p.x), p.D, pre ? stats() : nullptr, in(p.norm_weight), in(p.norm_bias)};
     weight_gradient(
-        dw1, out(p.dw1),
+        dw1, out(p.dw1), p.w1_sum,
         [&](int64_t k0)
             BIGKERN_FN { return PackMatrix<MR, T>{{stored(dh_at) + k0 * width, 1, width}}; },
         [&](int64_t k0) BIGKERN_FN { return PackNormalisedColumns<T>{x, k0}; }, parallel);
@@ -240,12 +267,14 @@ struct FfnBackward {
   void through_w1(const Parallel& parallel) const {
     const Matrix<T> A = {stored(dh_at), width, 1}, B = {in(p.w1), p.D, 1};
     if (!pre) {
-      const OutputTile<T> tile = {p.D, nullptr, p.residual ? dz() : nullptr, out(p.dx)};
+      const OutputTile<T> tile = {p.D, nullptr, p.residual ? ds() : nullptr, out(p.dx),
+                                  Drop({}, kOutput)};
       gemm<T>(dn, A, B, tile, floats(gemm_at), parallel);
       return;
     }
     gemm<T>(dn, A, B, StoreTile<float>{floats(dn_at), p.D, false}, floats(gemm_at), parallel);
-    norm_backward(floats(dn_at), p.residual ? in(p.dy) : nullptr, in(p.x), out(p.dx), parallel);
+    const T* through = p.residual ? in(p.dy) : nullptr;
+    norm_backward(floats(dn_at), through, in(p.x), out(p.dx), static_cast<T*>(nullptr), parallel);
   }
 
   // mean and rstd were saved; shift is found again (cpu_norm.h).

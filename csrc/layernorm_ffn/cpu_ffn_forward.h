@@ -83,6 +83,7 @@ struct ActivationTile {
   T* out;            // [M, F], null: pack
   float* packed;     // panels of the block of rows that begins at `row0`
   int64_t row0;
+  Drop drop;
 
   // One row of the tile: c points at its NR sums, a takes its activations.
   template <Activation A>
@@ -94,7 +95,7 @@ struct ActivationTile {
       const vf p = biased(c + j, b1, pre, f + j, n - j);
       vf value = value_of<A>(p);
       if constexpr (gated) value *= biased(c + W, b1, pre, F + f, n);
-      store(a + j, value);
+      store(a + j, drop(value, i, f + j));
     }
   }
   vf biased(const float* c, const T* bias, T* pre, int64_t at, int64_t n) const {
@@ -132,12 +133,13 @@ struct ActivationTile {
   }
 };
 
-// Second epilogue: out = tile + b2 + residual.
+// Second epilogue: out = drop(tile + b2) + residual.
 template <class T>
 struct OutputTile {
   int64_t D;
   const T *b2, *residual;  // null ok
   T* out;
+  Drop drop;
 
   void operator()(const Tile& tile) const {
     for (int r = 0; r < tile.rows; ++r) {
@@ -145,7 +147,8 @@ struct OutputTile {
       for (int64_t j = 0; j < tile.columns; j += W) {
         const int64_t n = tile.columns - j;
         const vf c = load(tile.c + r * NR + j) + load_or(b2, tile.j + j, n, 0.0f);
-        store_upto(out + at + j, c + load_or(residual, at + j, n, 0.0f), n);
+        const vf kept = drop(c, tile.i + r, tile.j + j);
+        store_upto(out + at + j, kept + load_or(residual, at + j, n, 0.0f), n);
       }
     }
   }
@@ -232,8 +235,10 @@ struct FfnForward {
   PackW1<T> pack_w1() const { return {in(p.w1), p.D, p.F, is_gated(p.activation)}; }
   PackMatrix<NR, T> pack_w2() const { return {{in(p.w2), p.F, 1}}; }
   OutputTile<T> output_tile() const {
-    return {p.D, in(p.b2), p.residual ? in(p.x) : nullptr, sum()};
+    return {p.D, in(p.b2), p.residual ? in(p.x) : nullptr, sum(), Drop(p.dropout, kOutput)};
   }
+
+  Drop hidden_drop() const { return Drop(p.hidden_dropout, kHidden); }
 
   void run_fused(const Parallel& parallel) const {
     float *w1 = floats() + w1_at, *w2 = floats() + w2_at, *scratch = floats() + scratch_at;
@@ -245,8 +250,8 @@ struct FfnForward {
       float* a2 = a1 + round_up(up.a_floats(), kAlign);
       before(rows);
       pack_panels<MR>(rows, p.D, up.words, a1, pack_x());
-      const ActivationTile<T> activate = {p.F,     p.activation, in(p.b1),  out(p.preactivation),
-                                          nullptr, a2,           rows.begin};
+      const ActivationTile<T> activate = {p.F,     p.activation, in(p.b1),   out(p.preactivation),
+                                          nullptr, a2,           rows.begin, hidden_drop()};
       multiply_block<paired<T>>(a1, rows, w1, up.columns(0), up.words, block, activate);
       multiply_block<paired<T>>(a2, rows, w2, down.columns(0), down.words, block, output_tile());
       after(rows);
@@ -259,7 +264,7 @@ struct FfnForward {
     const auto over_rows = [&](auto f) BIGKERN_FN { parallel.for_range(0, p.M, 1, f); };
     over_rows([&](int64_t begin, int64_t end) BIGKERN_FN { before({begin, end}); });
     const ActivationTile<T> activate = {p.F,        p.activation, in(p.b1), out(p.preactivation),
-                                        activation, nullptr,      0};
+                                        activation, nullptr,      0,        hidden_drop()};
     gemm<T>(up, pack_x(), pack_w1(), activate, scratch, parallel);
     gemm<T>(down, PackMatrix<MR, T>{{activation, p.F, 1}}, pack_w2(), output_tile(), scratch,
             parallel);

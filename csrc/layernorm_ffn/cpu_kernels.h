@@ -7,6 +7,7 @@ namespace bigkern::layernorm_ffn::BIGKERN_ISA {
 using namespace bigkern::BIGKERN_ISA;
 }
 
+#include "layernorm_ffn/cpu_dropout.h"
 #include "layernorm_ffn/cpu_norm.h"
 #include "layernorm_ffn/cpu_activation.h"
 #include "layernorm_ffn/cpu_ffn_forward.h"

@@ -74,6 +74,7 @@ void normalise_row(const T* v, int64_t N, const RowStats& stats, const T* weight
 template <class T>
 void norm_forward(const NormParams& p, const Parallel& parallel) {
   const int64_t N = p.N, grain = 1 + 16384 / (N + 1);
+  const Drop drop(p.dropout, kOutput);
   parallel.for_range(0, p.M, grain, [&](int64_t begin, int64_t end) BIGKERN_FN {
     for (int64_t i = begin; i < end; ++i) {
       const T* v = static_cast<const T*>(p.x) + i * N;
@@ -81,7 +82,8 @@ void norm_forward(const NormParams& p, const Parallel& parallel) {
         const T* residual = static_cast<const T*>(p.residual) + i * N;
         T* sum = static_cast<T*>(p.sum) + i * N;
         for (int64_t j = 0; j < N; j += W) {
-          store_upto(sum + j, load_upto(v + j, N - j) + load_upto(residual + j, N - j), N - j);
+          const vf x = drop(load_upto(v + j, N - j), i, j);
+          store_upto(sum + j, x + load_upto(residual + j, N - j), N - j);
         }
         v = sum;
       }
@@ -131,11 +133,12 @@ struct NormBackwardRow {
   const T* v;
   const T* weight;  // null ok
   float mean, rstd;
-  T* dx;                   // null ok
+  T* ds;                   // null ok
+  T* dx;                   // drop(ds), null ok
   float *dweight, *dbias;  // partial sums, null ok
   bool first;              // nothing is in them yet
 
-  void run(int64_t N, Norm norm) const {
+  void run(int64_t i, int64_t N, Norm norm, const Drop& drop) const {
     vf sum_d = zero(), sum_g = zero(), sum_gd = zero();
     for (int64_t j = 0; j < N; j += W) {
       const int64_t n = N - j;
@@ -155,10 +158,9 @@ struct NormBackwardRow {
       const vf x_hat = normalised(v + j, n, stats);
       const vf gradient = load_upto(dy + j, n);
       const vf g = gradient * load_or(weight, j, n, 1.0f);
-      if (dx) {
-        const vf dv = (g - average_g - x_hat * average_gx) * rstd;
-        store_upto(dx + j, dv + load_or(dsum, j, n, 0.0f), n);
-      }
+      const vf dv = (g - average_g - x_hat * average_gx) * rstd + load_or(dsum, j, n, 0.0f);
+      if (ds) store_upto(ds + j, dv, n);
+      if (dx) store_upto(dx + j, drop(dv, i, j), n);
       accumulate(dweight, j, gradient * x_hat, n, first);
       accumulate(dbias, j, gradient, n, first);
     }
@@ -168,8 +170,8 @@ struct NormBackwardRow {
 // The backward of rows of any kind: row(i) names what belongs to row i, and the launcher adds where
 // its partial sums go. `partial` has room for row_sum_blocks(M) * 2 * N floats.
 template <class T, class MakeRow>
-void norm_backward_rows(int64_t M, int64_t N, Norm norm, T* dweight, T* dbias, float* partial,
-                        const MakeRow& make_row, const Parallel& parallel) {
+void norm_backward_rows(int64_t M, int64_t N, Norm norm, const Drop& drop, T* dweight, T* dbias,
+                        float* partial, const MakeRow& make_row, const Parallel& parallel) {
   const int64_t blocks = row_sum_blocks(M);
   parallel.for_range(0, blocks, 1, [&](int64_t begin, int64_t end) BIGKERN_FN {
     for (int64_t b = begin; b < end; ++b) {
@@ -179,7 +181,7 @@ void norm_backward_rows(int64_t M, int64_t N, Norm norm, T* dweight, T* dbias, f
         row.dweight = dweight ? partial + b * 2 * N : nullptr;
         row.dbias = dbias ? partial + b * 2 * N + N : nullptr;
         row.first = i == rows.begin;
-        row.run(N, norm);
+        row.run(i, N, norm, drop);
       }
     }
   });
@@ -217,12 +219,14 @@ void norm_backward(const NormBackwardParams& p, const Parallel& parallel) {
                                  p.mean ? p.mean[i] : 0.0f,
                                  p.rstd[i],
                                  p.ds ? static_cast<T*>(p.ds) + at : nullptr,
+                                 p.dx ? static_cast<T*>(p.dx) + at : nullptr,
                                  nullptr,
                                  nullptr,
                                  false};
   };
-  norm_backward_rows(p.M, p.N, p.norm, static_cast<T*>(p.dweight), static_cast<T*>(p.dbias),
-                     static_cast<float*>(p.workspace), make_row, parallel);
+  norm_backward_rows(p.M, p.N, p.norm, Drop(p.dropout, kOutput), static_cast<T*>(p.dweight),
+                     static_cast<T*>(p.dbias), static_cast<float*>(p.workspace), make_row,
+                     parallel);
 }
 
 }  // namespace

@@ -19,6 +19,7 @@ using Doubles = std::vector<double>;
 
 const float nan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kEps = 1e-5f;
+constexpr Dropout kNoDropout = {0, 0, 0, 1.0f};
 
 // ---- the specification, in double ---------------------------------------------------------------
 
@@ -229,16 +230,17 @@ void check_norm(const NormCase& c) {
     std::vector<float> mean(size_t(c.M), nan), rstd(size_t(c.M), nan);
     float* mean_out = c.norm == Norm::layer ? mean.data() : nullptr;
     cpu::norm_forward({c.dtype, c.M, c.N, c.norm, kEps, x.data(), residual.data(), weight.data(),
-                       bias.data(), got_y.data(), sum.data(), mean_out, rstd.data()},
+                       bias.data(), got_y.data(), sum.data(), mean_out, rstd.data(), kNoDropout},
                       parallel);
     check_close("y", got_y, y, tolerance(c.dtype));
     if (c.residual) check_close("sum", sum, s.values, 0);
 
     Tensor got_dx = Tensor::poisoned(c.dtype, MN), got_dw = Tensor::poisoned(c.dtype, c.N),
            got_db = Tensor::poisoned(c.dtype, c.N);
-    NormBackwardParams p = {c.dtype,       c.M,      c.N,           c.norm,   dy.data(),
-                            dsum.data(),   s.data(), weight.data(), mean_out, rstd.data(),
-                            got_dx.data(), nullptr,  nullptr,       nullptr};
+    NormBackwardParams p = {c.dtype,   c.M,         c.N,           c.norm,
+                            dy.data(), dsum.data(), s.data(),      weight.data(),
+                            mean_out,  rstd.data(), got_dx.data(), nullptr,
+                            nullptr,   nullptr,     nullptr,       kNoDropout};
     if (c.weight) p.dweight = got_dw.data();
     if (c.bias) p.dbias = got_db.data();
     auto workspace = poisoned_workspace(cpu::norm_backward_workspace(p, parallel.threads));
@@ -279,7 +281,7 @@ TEST(norm_keeps_nan_in_its_row) {
       std::vector<float> x(3 * 20, 1.0f), y(3 * 20, -1.0f);
       x[25] = nan;
       cpu::norm_forward({Dtype::f32, 3, 20, norm, kEps, x.data(), nullptr, nullptr, nullptr,
-                         y.data(), nullptr, nullptr, nullptr},
+                         y.data(), nullptr, nullptr, nullptr, kNoDropout},
                         parallel);
       for (size_t i = 0; i < 60; ++i) CHECK_EQ(std::isnan(y[i]), i / 20 == 1);
     }
@@ -399,7 +401,7 @@ void check_ffn(const FfnCase& c) {
     FfnParams p = {c.dtype,     c.M,         c.D,         c.F,         c.norm,      c.activation,
                    c.placement, c.residual,  kEps,        d.x.data(),  d.nw.data(), d.nb.data(),
                    d.w1.data(), d.b1.data(), d.w2.data(), d.b2.data(), y.data(),    mean_out,
-                   nullptr,     h.data(),    s.data(),    nullptr};
+                   nullptr,     h.data(),    s.data(),    nullptr,     kNoDropout,  kNoDropout};
     if (c.training) p.rstd = rstd.data();
     auto workspace = poisoned_workspace(cpu::ffn_forward_workspace(p, parallel.threads));
     p.workspace = workspace.data();
@@ -520,7 +522,7 @@ TEST(ffn_is_reproducible) {
     FfnParams p = {c.dtype,     c.M,         c.D,         c.F,         c.norm,      c.activation,
                    c.placement, c.residual,  kEps,        d.x.data(),  d.nw.data(), d.nb.data(),
                    d.w1.data(), d.b1.data(), d.w2.data(), d.b2.data(), y.data(),    nullptr,
-                   nullptr,     nullptr,     nullptr,     nullptr};
+                   nullptr,     nullptr,     nullptr,     nullptr,     kNoDropout,  kNoDropout};
     const Parallel parallel = round % 2 ? std_threads<4>() : Parallel::serial();
     auto workspace = poisoned_workspace(cpu::ffn_forward_workspace(p, parallel.threads));
     p.workspace = workspace.data();
@@ -534,7 +536,7 @@ TEST(nothing_to_do) {
   everywhere([&](const Parallel& parallel) {
     float none = 0;
     cpu::norm_forward({Dtype::f32, 0, 8, Norm::layer, kEps, &none, nullptr, nullptr, nullptr, &none,
-                       nullptr, nullptr, nullptr},
+                       nullptr, nullptr, nullptr, kNoDropout},
                       parallel);
     std::vector<float> w(64, 1.0f), workspace(1 << 18, nan);
     FfnParams p = {};
