@@ -33,13 +33,17 @@ def to_tf32(x: Any) -> Any:
     return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
-def tensor_core(a: Any, b: Any, sums: Any) -> Any:
-    """sums + a @ b, eight products at a time, each time cut, not rounded, to fp32."""
+def product(a: Any, b: Any, sums: Any, cut: bool = False) -> Any:
+    """sums + a @ b in fp32, eight products at a time, each time rounded or cut.
+
+    One order of sums for a @ b and its transpose, as in hardware: the backward relies on equal scores.
+    """
+    a, b = a.astype(np.float64), b.astype(np.float64)
     for k in range(0, a.shape[1], 8):
-        exact = sums.astype(np.float64) + a[:, k : k + 8].astype(np.float64) @ b[k : k + 8].astype(np.float64)
+        exact = sums + a[:, k : k + 8] @ b[k : k + 8]
         sums = exact.astype(np.float32)
-        beyond = np.abs(sums.astype(np.float64)) > np.abs(exact)
-        sums = np.where(beyond, np.nextafter(sums, np.float32(0)), sums)
+        if cut:
+            sums = np.where(np.abs(sums) > np.abs(exact), np.nextafter(sums, np.float32(0)), sums)
     return sums
 
 
@@ -47,9 +51,10 @@ def tf32x3(a: Any, b: Any) -> Any:
     """a @ b from the upper and lower halves of both: all but lower times lower."""
     a_big, b_big = to_tf32(a), to_tf32(b)
     a_small, b_small = to_tf32(a - a_big), to_tf32(b - b_big)
-    small = tensor_core(a_small, b_big, np.zeros((a.shape[0], b.shape[1]), np.float32))
-    small = tensor_core(a_big, b_small, small)
-    return tensor_core(a_big, b_big, np.where(np.isnan(small), np.float32(0), small))  # of infinite factors
+    small = product(a_small, b_big, np.zeros((a.shape[0], b.shape[1]), np.float32), cut=True)
+    small = product(a_big, b_small, small, cut=True)
+    small = np.where(np.isnan(small), np.float32(0), small)  # of infinite factors
+    return product(a_big, b_big, small, cut=True)
 
 
 def repair() -> None:
@@ -72,7 +77,7 @@ def repair() -> None:
         if "x3" in str(input_precision).lower() and a.dtype.scalar == tl.float32:
             return interpreter.TensorHandle(tf32x3(a.data, b.data) + d.data, d.dtype.scalar)
         x, y = (from_bfloat16(t.data) if t.dtype.scalar == tl.bfloat16 else t.data for t in (a, b))
-        return interpreter.TensorHandle(np.matmul(x, y, dtype=d.data.dtype) + d.data, d.dtype.scalar)
+        return interpreter.TensorHandle(product(x, y, d.data), d.dtype.scalar)
 
     patch_tensor = interpreter._patch_lang_tensor
 

@@ -1,24 +1,29 @@
 """Attention without the score matrix: forward and backward in Triton.
 
-    s = scale * q k^T + bias     lse = log sum exp s     o = exp(s - lse) v
+    x = scale * q k^T            x = softcap tanh(x / softcap), if asked
+    s = x + bias - slope |i + offset - j|, -inf where mask or window forbid
+    lse = log (sum exp s + exp sink)          p = exp(s - lse)          o = dropout(p) v
 
 A program of the forward owns BR rows of one head and walks over the keys in tiles of BC, keeping the
 row's maximum m, its sum l and the unnormalised output:
 
-         q [BR, D]      k, v [BC, D]          stays in registers:  acc [BR, DV], m [BR], l [BR]
-      +-----------+   +--+--+--+--+--+        loaded once:         q
-      |  program  | x |  |  |  |  |  |        streamed:            k, v, one tile ahead of the product
-      +-----------+   +--+--+--+--+--+
-                        plain   | edge        masks are built only in edge tiles: where the causal
-                                              diagonal or the end of the keys runs through the tile
+         q [BR, D]        k, v [BC, D]             stays in registers:  acc [BR, DV], m [BR], l [BR]
+      +-----------+   +--+--+--+--+--+--+--+       loaded once:         q
+      |  program  | x |  |  |  |  |  |  |  |       streamed:            k, v, one tile ahead of the product
+      +-----------+   +--+--+--+--+--+--+--+
+                        edge | plain  | edge       masks are built only in edge tiles: where the window's
+                                                   edges, the causal one among them, or the end of the
+                                                   keys run through the tile; what is outside is not visited
 
-The backward recomputes p = exp(s - lse) and runs three kernels: ``statistics`` (delta = rowsum(do * o)),
-``key_value_gradient`` (a program owns BC keys and walks over the queries of all heads that share them) and
-``query_gradient`` (a program owns BR queries and walks over the keys). Each gradient has one owner, so
-there are no atomics and the result is the same in every run.
+The backward recomputes p = exp(s - lse) and runs three kernels: ``statistics`` (delta = rowsum(do * o) -
+dlse), ``key_value_gradient`` (a program owns BC keys and walks over the queries of all heads that share
+them) and ``query_gradient`` (a program owns BR queries and walks over the keys); a fourth, in
+`attention_bias.py`, sums ds for the bias. Each gradient has one owner, so there are no atomics and the
+result is the same in every run.
 
-Scores live in the log2 domain (s * log2 e), because the hardware's exponential is exp2. A row with nothing
-to attend to gives o = 0, lse = -inf and zero gradients.
+A row with nothing to attend to gives o = 0, lse = -inf (its sink, if it has one) and zero gradients. Packed
+sequences lie behind each other in the rows of one batch; a program whose tile is beyond its sequence's end
+leaves at once.
 
 Dao, FlashAttention-2 (2023); Milakov and Gimelshein, Online normalizer calculation for softmax (2018).
 """
@@ -37,8 +42,8 @@ from . import launch
 from .attention_backward import key_value_gradient_kernel, query_gradient_kernel, statistics_kernel
 from .attention_bias import Owned, bias_gradient_kernel
 from .attention_forward import attention_kernel
-from .attention_scores import Terms, broadcast, dropout_of, given, slopes_of
-from .attention_tiles import LOG2_E, Shape, View, describable, descriptor, empty_bshd, statistic, view
+from .attention_scores import Terms, broadcast, dropout_of, factor_of, given, slopes_of
+from .attention_tiles import Shape, View, describable, descriptor, empty_bshd, side, statistic, view
 
 
 class Tile(NamedTuple):
@@ -66,8 +71,8 @@ CONFIGURATIONS = {
     (80, 2, 64): Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
     (80, 2, 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
     (80, 2, 256): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 16, 8, 1)),
-    (80, 4, 64): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
-    (80, 4, 128): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+    (80, 4, 64): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    (80, 4, 128): Tiles(Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
     (80, 4, 256): Tiles(Tile(32, 32, 16, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
     (90, 2, 64): Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
     (90, 2, 128): Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
@@ -85,7 +90,9 @@ GENERAL = {
     (80, 4, 256): CONFIGURATIONS[80, 4, 256]._replace(query=Tile(16, 16, 8, 2)),
     (90, 2, 128): CONFIGURATIONS[90, 2, 128]._replace(forward=Tile(128, 32, 8, 3), query=Tile(128, 32, 8, 2)),
     (90, 2, 256): CONFIGURATIONS[90, 2, 256]._replace(forward=Tile(128, 16, 8, 2), query=Tile(128, 16, 8, 2)),
-    (90, 4, 128): CONFIGURATIONS[90, 4, 128]._replace(key_value=Tile(16, 32, 8, 1)),
+    (90, 4, 128): CONFIGURATIONS[90, 4, 128]._replace(
+        forward=Tile(32, 16, 4, 1), key_value=Tile(16, 32, 8, 1), query=Tile(16, 16, 8, 1)
+    ),
 }
 
 
@@ -140,12 +147,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *rules: object) -> tuple[Tensor, 
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     shape, terms = shape_of(q, k, call), terms_of(call)
     tiles, stream = tiles_of(shape, terms, q, k, v)
-    BC = tiles.forward.BC
+    BC, factor = tiles.forward.BC, factor_of(call.scale, call.softcap, shape)
     programs = triton.cdiv(shape.Sq, tiles.forward.BR) * B * Hq
     if programs > 0:
         attention_kernel[(programs,)](
             view(q, packed), stream(k, BC), stream(v, BC), terms, call.sinks, view(o, packed),
-            statistic(lse, packed), factor_of(call), shape, **sizes(q, v), **options(tiles.forward),
+            statistic(lse, packed), factor, shape, **sizes(q, v), **options(tiles.forward),
         )  # fmt: skip
     return o, lse
 
@@ -166,16 +173,17 @@ def attention_backward(
     B, Hq, packed = batches(q, call), q.shape[1], call.cu_seqlens_q is not None
     dq, dk, dv = (empty_bshd(x, *x.shape[1:]) for x in (q, k, v))
     dbias = q.new_empty(call.bias.shape if bias_grad and call.bias is not None else 0)
-    lse_log2, delta = torch.empty(2, *lse.shape, dtype=torch.float32, device=q.device)
+    score_lse, delta = torch.empty(2, *lse.shape, dtype=torch.float32, device=q.device)
+    shape, terms = shape_of(q, k, call), terms_of(call)
     if lse.numel() > 0:
         S, DV = o.shape[2:]
         statistics_kernel[(triton.cdiv(S, 32) * lse.shape[0] * Hq,)](
-            view(do), view(o), lse.contiguous(), None if dlse is None else dlse.contiguous(), lse_log2, delta,
-            Hq, S, DV=DV, BDV=launch.padded(DV), BR=32, num_warps=4, **launch.OPTIONS,
+            view(do), view(o), lse.contiguous(), None if dlse is None else dlse.contiguous(), score_lse,
+            delta, Hq, S, shape, DV=DV, BDV=launch.padded(DV), BR=32, num_warps=4, **launch.OPTIONS,
         )  # fmt: skip
-    shape, terms, factor = shape_of(q, k, call), terms_of(call), factor_of(call)
+    factor = factor_of(call.scale, call.softcap, shape)
     tiles, stream = tiles_of(shape, terms, q, k, v, do)
-    statistics, constants = (statistic(lse_log2, packed), statistic(delta, packed)), sizes(q, v)
+    statistics, constants = (statistic(score_lse, packed), statistic(delta, packed)), sizes(q, v)
     programs = triton.cdiv(shape.Sq, tiles.query.BR) * B * Hq
     if programs > 0:
         BC = tiles.query.BC
@@ -214,8 +222,9 @@ def shape_of(q: Tensor, k: Tensor, call: Rules) -> Shape:
         call.max_seqlen_q,
         call.max_seqlen_k,
         0 if call.causal == "top_left" else None,
-        None if call.window_left < 0 else call.window_left,
-        None if call.window_right < 0 else call.window_right,
+        side(call.window_left, call.max_seqlen_q, call.max_seqlen_k),
+        side(call.window_right, call.max_seqlen_q, call.max_seqlen_k),
+        1 if q.dtype == torch.float32 else None,
         call.cu_seqlens_q,
         call.cu_seqlens_k,
     )
@@ -230,11 +239,6 @@ def terms_of(call: Rules) -> Terms | None:
         dropout_of(call.dropout_key, call.dropout_p),
     )
     return given(terms)
-
-
-def factor_of(call: Rules) -> float:
-    """What turns a (capped) dot product into a logit of base 2."""
-    return (call.softcap or call.scale) * LOG2_E.value
 
 
 def tiles_of(

@@ -12,9 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_scores import capped, dropped, product_gradient, score_gradient, weights
+from .attention_scores import capped, dropped, product_gradient, score_gradient, to_score, weights
 from .attention_tiles import (
-    LOG2_E,
     load_rows,
     query_rows,
     rows_of,
@@ -28,9 +27,9 @@ from .attention_tiles import (
 
 @triton.jit
 def statistics_kernel(
-    do, o, lse, dlse, lse_log2, delta, Hq, S, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr
+    do, o, lse, dlse, score_lse, delta, Hq, S, shape, DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr
 ):
-    """delta, and lse in the log2 domain, +inf for a row that saw nothing so that p = 0; [B, Hq, S]."""
+    """delta, and lse as a score, +inf for a row that saw nothing so that p = 0; all [B, Hq, S]."""
     tiles = tl.cdiv(S, BR)
     start = tl.program_id(0) % tiles * BR
     bh = (tl.program_id(0) // tiles).to(tl.int64)
@@ -42,14 +41,14 @@ def statistics_kernel(
     if dlse is not None:
         row_delta -= tl.load(dlse + at, mask=exists, other=0.0)
     row_lse = tl.load(lse + at, mask=exists, other=0.0)
-    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2_E)
-    tl.store(lse_log2 + at, row_lse, mask=exists)
+    row_lse = tl.where(row_lse == float("-inf"), float("inf"), to_score(row_lse, shape))
+    tl.store(score_lse + at, row_lse, mask=exists)
     tl.store(delta + at, row_delta, mask=exists)
 
 
 @triton.jit
 def key_value_gradient_kernel(
-    do, q, k, v, terms, lse_log2, delta, dk, dv, scale, factor, shape,
+    do, q, k, v, terms, score_lse, delta, dk, dv, scale, factor, shape,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +81,7 @@ def key_value_gradient_kernel(
             rows = start + tl.arange(0, BR)
             i, j = rows[None, :], column + tl.arange(0, BC)[:, None]
             row_lse = tl.load(
-                statistic_of(lse_log2, b, h, seq.q_begin) + i, mask=i < seq.Sq, other=float("inf")
+                statistic_of(score_lse, b, h, seq.q_begin) + i, mask=i < seq.Sq, other=float("inf")
             )
             x = capped(x, terms)
             p = weights(x, row_lse, factor, terms, b, h, i, j, seq, shape, EDGE)
@@ -121,7 +120,7 @@ def collect(
 
 @triton.jit
 def query_gradient_kernel(
-    do, q, k, v, terms, lse_log2, delta, dq, scale, factor, shape,
+    do, q, k, v, terms, score_lse, delta, dq, scale, factor, shape,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -136,7 +135,7 @@ def query_gradient_kernel(
     v_rows = rows_of(v, b, h // shape.group, seq.k_begin)
     rows = row + tl.arange(0, BR)
     row_lse = tl.load(
-        statistic_of(lse_log2, b, h, seq.q_begin) + rows, mask=rows < seq.Sq, other=float("inf")
+        statistic_of(score_lse, b, h, seq.q_begin) + rows, mask=rows < seq.Sq, other=float("inf")
     )
     row_delta = tl.load(statistic_of(delta, b, h, seq.q_begin) + rows, mask=rows < seq.Sq, other=0.0)
     begin, plain, edge, end = visible_keys(row, seq, shape, BR, BC)

@@ -80,7 +80,7 @@ def store_sums(
 
 @triton.jit
 def bias_gradient_kernel(
-    do, q, k, v, terms, lse_log2, delta, dbias, factor, shape,
+    do, q, k, v, terms, score_lse, delta, dbias, factor, shape,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_QUERY: tl.constexpr, PER_KEY: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -105,7 +105,7 @@ def bias_gradient_kernel(
         v_tile = load_rows(rows_of(v, b, h // shape.group, 0), j0, seq.Sk, DV, BDV, BC, True)
         x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         i, j = i0 + tl.arange(0, BR)[:, None], j0 + tl.arange(0, BC)[None, :]
-        row_lse = tl.load(statistic_of(lse_log2, b, h, 0) + i, mask=i < seq.Sq, other=float("inf"))
+        row_lse = tl.load(statistic_of(score_lse, b, h, 0) + i, mask=i < seq.Sq, other=float("inf"))
         p = weights(capped(x, terms), row_lse, factor, terms, b, h, i, j, seq, shape, True)
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
         row_delta = tl.load(statistic_of(delta, b, h, 0) + i, mask=i < seq.Sq, other=0.0)

@@ -25,8 +25,17 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .attention_scores import Terms, given, online_softmax, slopes_of
-from .attention_tiles import LN_2, LOG2_E, Sequence, Shape, empty_bshd, view, visible_keys
+from .attention_scores import (
+    Terms,
+    exponential,
+    factor_of,
+    given,
+    log_sum_exp,
+    online_softmax,
+    slopes_of,
+    to_score,
+)
+from .attention_tiles import Sequence, Shape, empty_bshd, side, view, visible_keys
 
 
 class Tile(NamedTuple):
@@ -101,7 +110,7 @@ def span_kernel(
     keys = tl.cdiv(tl.cdiv(tl.maximum(0, end - begin), BC), spans) * BC
     begin += span * keys
     acc = tl.zeros([BR, BDV], tl.float32)
-    m = tl.full([BR], float("-inf"), tl.float32)  # log2 domain
+    m = tl.full([BR], float("-inf"), tl.float32)
     l = tl.zeros([BR], tl.float32)
     for start in range(begin, tl.minimum(begin + keys, end), BC):
         j = start + tl.arange(0, BC)
@@ -132,13 +141,13 @@ def join_kernel(
     span_l = tl.load(l + row * spans + n, mask=n < spans, other=0.0)
     row_m = tl.max(span_m, 0)
     if sinks is not None:
-        sink = tl.load(sinks + h) * LOG2_E
+        sink = to_score(tl.load(sinks + h), shape)
         row_m = tl.maximum(row_m, sink)
     finite_m = tl.where(row_m == float("-inf"), 0.0, row_m)  # no NaN where a row sees nothing
-    weight = tl.exp2(span_m - finite_m)
+    weight = exponential(span_m - finite_m, shape)
     row_l = tl.sum(span_l * weight, 0)
     if sinks is not None:
-        row_l += tl.exp2(sink - finite_m)
+        row_l += exponential(sink - finite_m, shape)
     row_l = tl.where(row_l == 0.0, 1.0, row_l)
     span_acc = tl.load(
         acc + (row * spans + n)[:, None] * DV + columns[None, :],
@@ -148,7 +157,7 @@ def join_kernel(
     row_acc = tl.sum(span_acc * weight[:, None], 0)
     at = o.data + b * o.batch + h * o.head + i * o.row + columns
     tl.store(at, (row_acc / row_l).to(o.data.dtype.element_ty), mask=columns < DV)
-    tl.store(lse + row, (row_m + tl.log2(row_l)) * LN_2)
+    tl.store(lse + row, log_sum_exp(row_m, row_l, shape))
 
 
 # ---- launcher --------------------------------------------------------------------------------------
@@ -185,11 +194,12 @@ def decode_attention(
     spans = spans_of(programs, capacity, launch.multiprocessors(q.device))
     acc = torch.empty(B, Hq, Sq, spans, DV, dtype=torch.float32, device=q.device)
     m, l = torch.empty(2, B, Hq, Sq, spans, dtype=torch.float32, device=q.device)
-    left, right = (None if side < 0 else side for side in (window_left, window_right))
-    shape = Shape(Hq, Hkv, Hq // Hkv, Sq, capacity, None, left, right, None, None)
+    left, right = (side(keys, Sq, capacity) for keys in (window_left, window_right))
+    natural = 1 if q.dtype == torch.float32 else None
+    shape = Shape(Hq, Hkv, Hq // Hkv, Sq, capacity, None, left, right, natural, None, None)
     slopes = slopes_of(alibi_slopes)
     terms = Terms(scale / softcap if softcap else None, None, None, slopes, None)
-    factor = (softcap or scale) * LOG2_E.value
+    factor = factor_of(scale, softcap, shape)
     sizes = {"DV": DV, "BDV": launch.padded(DV)}
     pages = None if page_table is None else Pages(page_table, page_table.stride(0), S)
     stages = tile.stages + 2 * (pages is not None)  # a page's number takes stages of its own

@@ -5,10 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_scores import dropped, online_softmax
+from .attention_scores import dropped, log_sum_exp, online_softmax, to_score
 from .attention_tiles import (
-    LN_2,
-    LOG2_E,
     load_rows,
     query_rows,
     rows_of,
@@ -52,10 +50,10 @@ def attention_kernel(
     k_rows = rows_of(k, b, h // shape.group, seq.k_begin)
     v_rows = rows_of(v, b, h // shape.group, seq.k_begin)
     acc = tl.zeros([BR, BDV], tl.float32)
-    m = tl.full([BR], float("-inf"), tl.float32)  # log2 domain
+    m = tl.full([BR], float("-inf"), tl.float32)
     l = tl.zeros([BR], tl.float32)
     if sinks is not None:  # a sink is a key that every row sees first, without a value
-        m = tl.zeros([BR], tl.float32) + tl.load(sinks + h) * LOG2_E
+        m = tl.zeros([BR], tl.float32) + to_score(tl.load(sinks + h), shape)
         l += 1.0
     begin, plain, edge, end = visible_keys(row, seq, shape, BR, BC)
     if shape.left is not None:
@@ -75,4 +73,4 @@ def attention_kernel(
     store_rows(rows_of(o, b, h, seq.q_begin), row, seq.Sq, acc / l[:, None], DV, BDV, BR)
     rows = row + tl.arange(0, BR)
     at = statistic_of(lse, b, h, seq.q_begin) + rows
-    tl.store(at, (m + tl.log2(l)) * LN_2, mask=rows < seq.Sq)
+    tl.store(at, log_sum_exp(m, l, shape), mask=rows < seq.Sq)

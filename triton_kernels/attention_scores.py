@@ -4,8 +4,9 @@
     s = factor x + bias - slope |i + offset - j|, -inf where mask or window forbid
     p = exp(s - lse)            what v is multiplied by: p where dropout keeps it, / (1 - dropout_p)
 
-s is in the log2 domain (s log2 e), because the hardware's exponential is exp2. i and j are the positions of
-queries and keys in their sequence, [BR, 1] and [1, BC] or the other way round.
+s is kept times log2 e, because the hardware's exponential is exp2; of fp32 inputs it is not (`natural`), so
+that the s of a row's only key is its lse to the last bit. i and j are the positions of queries and keys in
+their sequence, [BR, 1] and [1, BC] or the other way round.
 
 Every function takes ``terms``, what a score depends on besides its dot product and the window; of what is
 None nothing is compiled, and of plain attention ``terms`` itself is None.
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tiles import LOG2_E
+from .attention_tiles import LN_2, LOG2_E, Shape
 
 GOLDEN = tl.constexpr(0x9E3779B9)  # 2^32 / golden ratio
 MIX_1 = tl.constexpr(0x7FEB352D)
@@ -93,6 +94,30 @@ def dropout_of(key: Tensor | None, p: float) -> Dropout | None:
     return Dropout(key0, key1, min(round(p * 2**32), 2**32 - 1), 1.0 / (1.0 - p))
 
 
+def factor_of(scale: float, softcap: float, shape: Shape) -> float:
+    """What turns a (capped) dot product into a score."""
+    return (softcap or scale) * (LOG2_E.value if shape.natural is None else 1.0)
+
+
+# ---- the unit of scores ----------------------------------------------------------------------------
+
+
+@triton.jit
+def to_score(logit, shape):
+    return logit * LOG2_E if shape.natural is None else logit
+
+
+@triton.jit
+def exponential(s, shape):
+    return tl.exp2(s) if shape.natural is None else tl.exp(s)
+
+
+@triton.jit
+def log_sum_exp(m, l, shape):
+    """The logit m + log l, from a score m and a sum l of exponentials relative to it."""
+    return (m + tl.log2(l)) * LN_2 if shape.natural is None else m + tl.log(l)
+
+
 # ---- scores ----------------------------------------------------------------------------------------
 
 
@@ -129,13 +154,13 @@ def score_tile(x, b, h, i, j, seq):
 
 @triton.jit
 def logits(x, factor, terms, b, h, i, j, seq, shape, EDGE: tl.constexpr):
-    """factor x + bias - slope |i + offset - j| in the log2 domain, -inf where query i may not see key j."""
+    """factor x + bias - slope |i + offset - j|, -inf where query i may not see key j."""
     s = x * factor
     if terms is not None:
         if terms.bias is not None:
-            s += score_tile(terms.bias, b, h, i, j, seq).to(tl.float32) * LOG2_E
+            s += to_score(score_tile(terms.bias, b, h, i, j, seq).to(tl.float32), shape)
         if terms.slopes is not None:
-            slope = tl.load(terms.slopes.data + b * terms.slopes.batch + h) * LOG2_E
+            slope = to_score(tl.load(terms.slopes.data + b * terms.slopes.batch + h), shape)
             s -= slope * tl.abs(i + seq.offset - j).to(tl.float32)
         if terms.mask is not None:
             s = tl.where(score_tile(terms.mask, b, h, i, j, seq) != 0, s, float("-inf"))
@@ -159,12 +184,12 @@ def online_softmax(x, m, l, factor, terms, b, h, i, j, seq, shape, EDGE: tl.cons
         s = logits(capped(x, terms), factor, terms, b, h, i, j, seq, shape, EDGE)
         new_m = tl.maximum(m, tl.max(s, 1))
         finite_m = tl.where(new_m == float("-inf"), 0.0, new_m)  # no NaN while a row has seen nothing
-        p = tl.exp2(s - finite_m[:, None])
-        rescale = tl.exp2(m - finite_m)
+        p = exponential(s - finite_m[:, None], shape)
+        rescale = exponential(m - finite_m, shape)
     else:  # factor is not negative, so it commutes with the maximum and fuses into the subtraction
         new_m = tl.maximum(m, tl.max(x, 1) * factor)
-        p = tl.exp2(x * factor - new_m[:, None])
-        rescale = tl.exp2(m - new_m)
+        p = exponential(x * factor - new_m[:, None], shape)
+        rescale = exponential(m - new_m, shape)
     return p, rescale, new_m, l * rescale + tl.sum(p, 1)
 
 
@@ -181,7 +206,7 @@ def mix(x, half_way):
 
 @triton.jit
 def kept(dropout, b, h, i, j, shape):
-    """Which weights dropout keeps; csrc/attention/dropout.h has the formula, which all backends share."""
+    """Which weights dropout keeps; csrc/common/dropout.h has the formula, which all backends share."""
     zero = tl.cast(0, tl.uint32)
     key0, key1 = (dropout.key0 >> 1).to(tl.uint32), (dropout.key1 >> 1).to(tl.uint32)
     k0 = mix(key0 + (b * shape.Hq + h).to(tl.uint32) * GOLDEN, zero)
@@ -205,7 +230,7 @@ def dropped(p, terms, b, h, i, j, shape):
 @triton.jit
 def weights(x, lse, factor, terms, b, h, i, j, seq, shape, EDGE: tl.constexpr):
     """p = exp(s - lse), recomputed from capped dot products; lse broadcasts to x."""
-    return tl.exp2(logits(x, factor, terms, b, h, i, j, seq, shape, EDGE) - lse)
+    return exponential(logits(x, factor, terms, b, h, i, j, seq, shape, EDGE) - lse, shape)
 
 
 @triton.jit

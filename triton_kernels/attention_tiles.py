@@ -43,6 +43,7 @@ class Shape(NamedTuple):
     offset: int | None  # query i stands at key i + offset; None: the last query stands at the last key
     left: int | None  # it sees keys from i + offset - left ...
     right: int | None  # ... to i + offset + right
+    natural: int | None  # 1: scores are logits; None: logits of base 2, see attention_scores.py
     q_begins: Tensor | None  # packed: sequence b is rows begins[b] .. begins[b + 1]
     k_begins: Tensor | None
 
@@ -93,6 +94,11 @@ def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
 def statistic(x: Tensor, packed: bool = False) -> Statistic:
     x = x.contiguous()
     return Statistic(x, 0 if packed else x.stride(0), x.stride(1))
+
+
+def side(keys: int, Sq: int, Sk: int) -> int | None:
+    """A side of the window, -1: unlimited; None where it reaches beyond every key."""
+    return keys if 0 <= keys < Sq + Sk else None
 
 
 def empty_bshd(x: Tensor, H: int, S: int, D: int) -> Tensor:
