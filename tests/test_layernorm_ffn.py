@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Sequence
 from functools import cache
@@ -173,19 +174,26 @@ def test_large_mean_and_tiny_variance(backend: str, placement: str) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_bias_activation(backend: str, activation: str) -> None:
-    """The piece with a bias of its own, as a backend whose product takes none would use it."""
+    """The pass with a bias of its own, as after a product that takes none."""
     if backend == "cpu":
         return
-    pieces = ops.TRITON_PIECES if backend == "triton" else ops.native_pieces(native_ops(backend))
+    room = triton_rooms() if backend == "triton" else native_ops(backend)
     for dtype, F_ in itertools.product(DTYPES, (64, 63)):
         columns = 2 * F_ if activation in reference.GATED else F_
         product, bias = torch.randn(2, 7, columns, device=device_of(backend)).to(dtype).unbind(0)
         bias = bias[0].contiguous()
-        exact = reference.bias_activation(product.double(), bias.double(), activation)
-        low = reference.bias_activation(product, bias, activation)
-        ours = pieces.bias_activation(product.clone(), bias, activation)
+        exact, low = (
+            (p + b, reference.activate(p + b, activation))
+            for p, b in ((product.double(), bias.double()), (product, bias))
+        )
+        biased = product.clone()
+        ours = biased, room.bias_activation(biased, bias, activation, 0.0, None)
         for name, *three in zip(("preactivation", "out"), ours, exact, low, strict=True):
             assert_parity("layernorm_ffn", backend, f"{activation} {name}", *three)
+
+
+def triton_rooms() -> Any:
+    return importlib.import_module("bigkern.triton_kernels.layernorm_ffn")
 
 
 def native_ops(backend: str) -> Any:
@@ -269,29 +277,147 @@ def test_shared_weights(backend: str) -> None:
         assert_parity("layernorm_ffn", backend, name, *three, grad=True)
 
 
+def op_options(activation: str, placement: str, save: str, norm: str = "layer", residual: bool = True) -> Any:
+    """What follows the tensors in the op's arguments, without dropout."""
+    return (None, norm, activation, placement, residual, 1e-5, 0.0, 0.0, save)
+
+
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_saves_only_what_a_backward_needs(backend: str, placement: str) -> None:
     inputs = inputs_of(backend, torch.float32, (4, 8, 24), 40, "swiglu")
-    options = ("layer", "swiglu", placement, True, 1e-5)
+    op = torch.ops.bigkern.layernorm_ffn
     with run_backend("layernorm_ffn", backend):
-        nothing = torch.ops.bigkern.layernorm_ffn(*inputs, *options, False)
-        saved = torch.ops.bigkern.layernorm_ffn(*inputs, *options, True)
-    assert all(t is None for t in nothing[1:])
+        nothing, of_input, saved = (
+            op(*inputs, *op_options("swiglu", placement, save))
+            for save in ("nothing", "input", "preactivation")
+        )
+    assert all(t is None for t in (*nothing[1:], *of_input[1:]))
     assert torch.equal(nothing[0], saved[0])
+    assert torch.equal(of_input[0], saved[0])
     shapes = [None if t is None else tuple(t.shape) for t in saved[1:]]
     assert shapes == [(32, 24) if placement == "post" else None, (32,), (32,), (32, 80)]
-
-    kept: list[int] = []
+    if backend == "torch":
+        return
     leaves = [None if t is None else t.requires_grad_() for t in inputs]
+    parameters = sum(t.numel() for t in leaves[1:] if t is not None)
+    beyond = {"input": 0, "preactivation": 2 * 32 + 32 * 80 + (32 * 24 if placement == "post" else 0)}
+    for save, numbers in beyond.items():
+        kept = saved_numbers(backend, leaves, activation="swiglu", placement=placement, save=save)
+        assert kept == parameters + 32 * 24 + numbers
+
+
+def saved_numbers(backend: str, leaves: Sequence[Any], **options: Any) -> int:
+    kept: list[int] = []
     with (
         run_backend("layernorm_ffn", backend),
         torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t),
     ):
-        bigkern.layernorm_ffn(*leaves, activation="swiglu", placement=placement)
-    if backend != "torch":
-        parameters = sum(t.numel() for t in (*leaves[:2], *leaves[3:4], *leaves[5:]) if t is not None)
-        assert sum(kept) == parameters + 2 * 32 + 32 * 80 + (32 * 24 if placement == "post" else 0)
+        bigkern.layernorm_ffn(*leaves, **options)
+    return sum(kept)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_saving_the_input_gives_the_same_bits(backend: str, placement: str) -> None:
+    for dtype, activation in itertools.product((torch.float32, torch.bfloat16), ("gelu", "swiglu")):
+        inputs = inputs_of(backend, dtype, (7, 24), 40, activation)
+        grad = torch.randn(7, 24, device=device_of(backend)).to(dtype)
+        drop = {"dropout_p": 0.1, "hidden_dropout_p": 0.2, "seed": 5}
+        with run_backend("layernorm_ffn", backend):
+            runs = [
+                with_gradients(
+                    bigkern.layernorm_ffn,
+                    inputs,
+                    grad,
+                    {"activation": activation, "placement": placement, "save": save, **drop},
+                )
+                for save in ("preactivation", "input")
+            ]
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weight_gradients_are_added_to_sums(backend: str) -> None:
+    """Three micro-batches into fp32 sums; what is left of the gradients is as without them."""
+    for dtype, activation in itertools.product(DTYPES, ("gelu", "geglu")):
+        inputs = inputs_of(backend, dtype, (6, 24), 40, activation)
+        leaves = [None if t is None else t.requires_grad_() for t in inputs]
+        sums = [torch.ones_like(t, dtype=torch.float32) for t in (leaves[1], leaves[3])]
+        exact, low = ([torch.ones_like(t) for t in sums] for _ in range(2))
+        with run_backend("layernorm_ffn", backend):
+            for seed in range(3):
+                grad = torch.randn(6, 24, device=device_of(backend)).to(dtype)
+                options = {"activation": activation, "dropout_p": 0.2, "seed": seed}
+                y = bigkern.layernorm_ffn(*leaves, **options, weight_grads=sums)
+                y.backward(grad)
+                assert leaves[1].grad is None
+                assert leaves[3].grad is None
+                for total, kind in ((exact, torch.float64), (low, dtype)):
+                    _, _, dw1, _, dw2, *_ = of_stock(inputs, grad, kind, options)
+                    total[0], total[1] = total[0] + dw1, total[1] + dw2
+        for name, *three in zip(("dw1", "dw2"), sums, exact, low, strict=True):
+            assert_parity("layernorm_ffn", backend, f"{activation} sum of {name}", *three, grad=True)
+
+
+def of_stock(
+    inputs: Sequence[Any], grad: Tensor, dtype: torch.dtype, options: dict[str, Any]
+) -> list[Tensor]:
+    """Output and gradients of the torch backend, whose dropout is told by the same seed."""
+    with bigkern.use(layernorm_ffn="torch"):
+        converted = [None if t is None else t.detach().to(dtype) for t in inputs]
+        return with_gradients(bigkern.layernorm_ffn, converted, grad, options)
+
+
+# ---- dropout ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout(backend: str, dtype: torch.dtype, norm: str, placement: str) -> None:
+    poisoned_empty_memory()
+    cases = itertools.product(
+        ("gelu", "relu", "swiglu"), (True, False), ((0.3, 0.0), (0.0, 0.4), (0.25, 0.5))
+    )
+    for seed, (activation, residual, (p, hidden_p)) in enumerate(cases):
+        inputs = inputs_of(backend, dtype, (3, 5, 24), 40, activation, norm)
+        grad = torch.randn(3, 5, 24, device=device_of(backend)).to(dtype)
+        options = {"norm": norm, "activation": activation, "placement": placement, "residual": residual}
+        options |= {"dropout_p": p, "hidden_dropout_p": hidden_p, "seed": seed, "offset": 3}
+        exact, low = (of_stock(inputs, grad, kind, options) for kind in (torch.float64, dtype))
+        compare(backend, inputs, grad, exact, low, options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_dropout_keeps(backend: str) -> None:
+    """An identity for W2 shows the draws: their share, their scale, and that they follow the seed."""
+    size, p = 64, 0.25
+    device = device_of(backend)
+    x, zero, eye = torch.ones(40, size, device=device), torch.zeros(size, size), torch.eye(size)
+    inputs = [x, zero.to(device), torch.ones(size, device=device), eye.to(device), None]
+
+    def draw(**options: Any) -> Tensor:
+        with run_backend("layernorm_ffn", backend):
+            return bigkern.layernorm_ffn(*inputs, activation="relu", residual=False, **options)
+
+    for name in ("dropout_p", "hidden_dropout_p"):
+        y = draw(**{name: p}, seed=1)
+        assert y.unique().tolist() == pytest.approx([0.0, 1.0 / (1.0 - p)])
+        assert abs((y == 0).float().mean().item() - p) < 4 * (p * (1 - p) / y.numel()) ** 0.5
+        assert torch.equal(y, draw(**{name: p}, seed=1))
+        assert not torch.equal(y, draw(**{name: p}, seed=2))
+        assert not torch.equal(y, draw(**{name: p}, seed=1, offset=1))
+        torch.manual_seed(0)
+        free = draw(**{name: p})
+        assert not torch.equal(free, draw(**{name: p}))
+        torch.manual_seed(0)
+        assert torch.equal(free, draw(**{name: p}))
+    assert not torch.equal(draw(dropout_p=p, seed=1), draw(hidden_dropout_p=p, seed=1))
+
+
+# ---- determinism, gradcheck ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
@@ -310,7 +436,7 @@ def test_gradcheck_of_the_reference(activation: str, placement: str) -> None:
     for norm, residual in (("layer", True), ("rms", False)):
         inputs = inputs_of("torch", torch.float64, (3, 4), 5, activation, norm)
         leaves = [None if t is None else t.cpu().requires_grad_() for t in inputs]
-        options = (norm, activation, placement, residual, 1e-5, True)
+        options = op_options(activation, placement, "preactivation", norm, residual)
         present = [t for t in leaves if t is not None]
 
         def function(*tensors: Tensor, options: Any = options, leaves: Any = leaves) -> Tensor:
@@ -329,18 +455,21 @@ def test_gradcheck_of_the_reference(activation: str, placement: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str, placement: str) -> None:
     inputs = inputs_of(backend, torch.float32, (2, 3, 8), 12, "swiglu")
-    options = ("layer", "swiglu", placement, True, 1e-5)
+    key = torch.tensor([3, 4])
+    options = ("layer", "swiglu", placement, True, 1e-5, 0.25, 0.5)
+    op, backward = torch.ops.bigkern.layernorm_ffn, torch.ops.bigkern.layernorm_ffn_backward
     leaves = [None if t is None else t.requires_grad_() for t in inputs]
+    plain = [None if t is None else t.detach() for t in leaves]
+    dy = torch.randn(2, 3, 8, device=device_of(backend))
     with run_backend("layernorm_ffn", backend):
-        torch.library.opcheck(torch.ops.bigkern.layernorm_ffn.default, (*leaves, *options, True))
-        plain = [None if t is None else t.detach() for t in leaves]
-        torch.library.opcheck(torch.ops.bigkern.layernorm_ffn.default, (*plain, *options, False))
-        _, *saved = torch.ops.bigkern.layernorm_ffn(*plain, *options, True)
-        x, w1, _, w2, _, weight, bias = plain
-        dy = torch.randn(2, 3, 8, device=device_of(backend))
-        for wanted in ([True] * 7, [False, True, True, False, False, False, True]):
-            arguments = (dy, x, w1, w2, weight, bias, *saved, *options, wanted)
-            torch.library.opcheck(torch.ops.bigkern.layernorm_ffn_backward.default, arguments)
+        for save in ("preactivation", "input"):
+            torch.library.opcheck(op.default, (*leaves, key, *options, save))
+        torch.library.opcheck(op.default, (*plain, key, *options, "nothing"))
+        _, *saved = op(*plain, key, *options, "preactivation")
+        some = [False, True, True, False, False, False, True]
+        for wanted in ([True] * 7, some):
+            torch.library.opcheck(backward.default, (dy, *plain, key, *saved, *options, wanted))
+        torch.library.opcheck(backward.default, (dy, *plain, key, *(None,) * 4, *options, some))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -408,6 +537,14 @@ BAD = [
     ("activation must be", ValueError, {"activation": "tanh"}),
     ("placement must be", ValueError, {"placement": "middle"}),
     ("eps must be finite", ValueError, {"eps": float("inf")}),
+    ("eps must be finite and not negative", ValueError, {"eps": -1e-5}),
+    ("dropout_p must be in", ValueError, {"dropout_p": 1.0}),
+    ("hidden_dropout_p must be in", ValueError, {"hidden_dropout_p": -0.1}),
+    ("seed must be an int", ValueError, {"seed": -1}),
+    ("save must be", ValueError, {"save": "everything"}),
+    ("weight_grads must be two", ValueError, {"weight_grads": torch.ones(12, 8)}),
+    (r"weight_grads\[1\] must be contiguous", ValueError, {"weight_grads": (torch.ones(12, 8),) * 2}),
+    (r"weight_grads\[0\] must be a float32", ValueError, {"weight_grads": (None, torch.ones(8, 12))}),
 ]
 
 
@@ -422,6 +559,19 @@ def test_bad_arguments(message: str, error: type[Exception], change: dict[str, A
     }
     with pytest.raises(error, match=message):
         bigkern.layernorm_ffn(**{**arguments, **change})
+
+
+def test_weight_grads_need_eager_mode() -> None:
+    x, w1, w2 = torch.randn(2, 8), torch.randn(12, 8, requires_grad=True), torch.randn(8, 12)
+    sums = (torch.zeros(12, 8), torch.zeros(8, 12))
+
+    def function(x: Tensor) -> Tensor:
+        return bigkern.layernorm_ffn(x, w1, None, w2, None, weight_grads=sums)
+
+    with pytest.raises(Exception, match="weight_grads needs eager mode"):
+        torch.func.vmap(function)(x[None])
+    with pytest.raises(Exception, match="weight_grads needs eager mode"):
+        torch.compile(function, fullgraph=True, backend="eager")(x)
 
 
 # ---- the layer -------------------------------------------------------------------------------------
@@ -451,12 +601,11 @@ def test_layer(activation: Any, placement: Any, norm: Any) -> None:
     eps = 1e-5
     assert layer.norm.eps == eps
     torch.testing.assert_close(layer.eval()(x), stock(*tensors, **options))
-
-    hidden = activate(linear1(layer.norm(x) if placement == "pre" else x), activation)
     torch.manual_seed(7)
-    dropped = x + F.dropout(linear2(hidden), 0.25)
+    dropped = bigkern.layernorm_ffn(*tensors, **options, dropout_p=0.25)
     torch.manual_seed(7)
-    torch.testing.assert_close(layer.train()(x), dropped if placement == "pre" else layer.norm(dropped))
+    torch.testing.assert_close(layer.train()(x), dropped)
+    assert not torch.equal(layer(x), layer(x))
 
 
 def test_layer_options() -> None:
@@ -475,4 +624,4 @@ def test_explain_names_the_block() -> None:
     explanation = bigkern.explain("layernorm_ffn", *inputs, activation="relu")
     assert explanation.chosen in ("cpu", "torch")
     assert "layernorm_ffn" in str(explanation)
-    assert ops.bind(*inputs)[-1] is False
+    assert ops.bind(*inputs)[-1] == "nothing"

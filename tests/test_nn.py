@@ -281,7 +281,21 @@ class TestTransformerLayers:
         torch.testing.assert_close(a[~pad], b[~pad])
 
     @pytest.mark.parametrize("kind", LAYERS)
-    def test_dropout_in_training_draws_as_stock_does(self, kind: str) -> None:
+    @pytest.mark.parametrize("norm_first", [True, False])
+    def test_dropout_is_unbiased(self, kind: str, norm_first: bool) -> None:
+        """Fused, the feed-forward block drops: over many draws the mean is what stock's mean is."""
+        options = {"batch_first": True, "norm_first": norm_first, "dropout": 0.3}
+        stock, ours = twins(kind, E, H, 128, **options)
+        inputs = [t[:1].expand(3000, *t.shape[1:]) for t in layer_inputs(kind, True)]
+        with torch.no_grad(), bigkern.use(layernorm_ffn="cpu", norm="cpu"):
+            a, b = stock(*inputs), ours(*inputs)
+        error = ((a.var(0) + b.var(0)) / 3000).sqrt()
+        assert bool(((a.mean(0) - b.mean(0)).abs() < 5 * error).all())
+        assert bool((b.std(0) > 0).all())
+        assert 0.9 < (b.std(0) / a.std(0)).mean() < 1.1
+
+    @pytest.mark.parametrize("kind", LAYERS)
+    def test_dropout_left_to_stock_draws_as_stock_does(self, kind: str) -> None:
         """Except on attention weights, where the op draws from a generator of its own."""
         stock, ours = twins(kind, E, H, 128, dropout=0.2, batch_first=False)
         for module in (*stock.modules(), *ours.modules()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,12 +22,14 @@ KINDS = ["layer", "rms"]
 SHAPES = [(5, 1), (3, 7), (4, 63), (2, 3, 129), (9, 768), (3, 1023), (2, 4104), (1, 5000)]
 
 
-def call(kind: str, x: Tensor, weight: Any, bias: Any, residual: Any, eps: float = 1e-5) -> Sequence[Tensor]:
+def call(
+    kind: str, x: Tensor, weight: Any, bias: Any, residual: Any, eps: float = 1e-5, **drop: Any
+) -> Sequence[Tensor]:
     """``(y,)`` or ``(y, sum)`` by the public functions."""
     if kind == "layer":
-        out = bigkern.layer_norm(x, x.shape[-1:], weight, bias, eps, residual)
+        out = bigkern.layer_norm(x, x.shape[-1:], weight, bias, eps, residual, **drop)
     else:
-        out = bigkern.rms_norm(x, x.shape[-1:], weight, eps, residual)
+        out = bigkern.rms_norm(x, x.shape[-1:], weight, eps, residual, **drop)
     return out if isinstance(out, tuple) else (out,)
 
 
@@ -88,6 +91,42 @@ def test_parity(backend: str, dtype: torch.dtype, kind: str) -> None:
         if kind == "layer" or not bias:
             for N in (64, 100):
                 judge(backend, kind, tensors(backend, dtype, (6, N), weight, bias, residual))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout(backend: str, dtype: torch.dtype, kind: str) -> None:
+    """Against torch's functions on what the reference keeps for the same seed."""
+    poisoned_empty_memory()
+    for seed, (shape, p) in enumerate(
+        [((5, 1), 0.5), ((2, 3, 129), 0.1), ((9, 768), 0.25), ((2, 5000), 0.9)]
+    ):
+        drop: dict[str, Any] = {"dropout_p": p, "seed": seed}
+        inputs = tensors(backend, dtype, shape, True, kind == "layer", True)
+        grads = [torch.randn(shape, device=device_of(backend)) for _ in range(2)]
+        with run_backend("norm", backend):
+            ours = with_gradients(partial(call, **drop), kind, inputs, grads)
+        with bigkern.use("torch"):
+            double = [None if t is None else t.double() for t in inputs]
+            exact = with_gradients(partial(call, **drop), kind, double, grads)
+            low = with_gradients(partial(call, **drop), kind, inputs, grads)
+        names = ["y", "sum", "dx", "dweight", *(["dbias"] if kind == "layer" else []), "dresidual"]
+        for i, name in enumerate(names):
+            assert_parity("norm", backend, f"{kind} dropout {name}", ours[i], exact[i], low[i], grad=i > 1)
+        untouched = (inputs[3] == ours[1]).float().mean().item()
+        assert abs(untouched - p) < 5 * (p * (1 - p) / ours[1].numel()) ** 0.5 + 0.01
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_of_the_sum_alone(backend: str) -> None:
+    x, weight, bias, residual = tensors(backend, torch.float32, (4, 24), True, True, True)
+    leaves = [t.requires_grad_() for t in (x, residual) if t is not None]
+    with run_backend("norm", backend):
+        _, s = bigkern.layer_norm(leaves[0], (24,), weight, bias, residual=leaves[1], dropout_p=0.5, seed=1)
+        dx, dresidual = torch.autograd.grad(s.sum(), leaves)
+    assert bool((dresidual == 1).all())
+    assert set(dx.unique().tolist()) == {0.0, 2.0}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -248,11 +287,13 @@ def test_gradcheck_of_the_reference(kind: str) -> None:
     bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
 
     def function(*t: Tensor) -> tuple[Tensor, Tensor]:
-        y, s, _, _ = torch.ops.bigkern.norm(*t, 1e-5, kind)
+        y, s, _, _ = torch.ops.bigkern.norm(*t, 1e-5, kind, 0.0, None)
         return y, s
 
     assert torch.autograd.gradcheck(function, (x, residual, weight, bias))
-    assert torch.autograd.gradcheck(lambda x: torch.ops.bigkern.norm(x, None, None, None, 1e-5, kind)[0], x)
+    assert torch.autograd.gradcheck(
+        lambda x: torch.ops.bigkern.norm(x, None, None, None, 1e-5, kind, 0.0, None)[0], x
+    )
 
 
 def test_reference_agrees_with_torch() -> None:
@@ -273,12 +314,16 @@ def test_opcheck(backend: str, residual: bool, kind: str) -> None:
         if t is not None:
             t.requires_grad_()
     with run_backend("norm", backend):
-        torch.library.opcheck(torch.ops.bigkern.norm.default, (x, r, weight, bias, 1e-5, kind))
-        _, _, mean, rstd = torch.ops.bigkern.norm(x, r, weight, bias, 1e-5, kind)
+        torch.library.opcheck(torch.ops.bigkern.norm.default, (x, r, weight, bias, 1e-5, kind, 0.0, None))
+        _, _, mean, rstd = torch.ops.bigkern.norm(x, r, weight, bias, 1e-5, kind, 0.0, None)
         dy = torch.randn(2, 3, 16, device=device_of(backend))
         statistics = [None if t is None else t.detach() for t in (mean, rstd)]
         arguments = (dy, None, x.detach(), weight.detach(), *statistics, kind, True, kind == "layer")
-        torch.library.opcheck(torch.ops.bigkern.norm_backward.default, arguments)
+        for dropout in ((0.0, None), (0.5, torch.tensor([1, 2]))):
+            torch.library.opcheck(torch.ops.bigkern.norm_backward.default, (*arguments, *dropout))
+            if residual:
+                forward = (x, r, weight, bias, 1e-5, kind, *dropout)
+                torch.library.opcheck(torch.ops.bigkern.norm.default, forward)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -366,6 +411,9 @@ BAD = [
     ("residual must have x's shape", RuntimeError, {"residual": torch.ones(8)}),
     ("residual must be on", ValueError, {"residual": torch.ones(2, 8, device="meta")}),
     ("eps must be finite", ValueError, {"eps": float("nan")}),
+    ("eps must be finite and not negative", ValueError, {"eps": -1.0}),
+    ("dropout_p must be in", ValueError, {"dropout_p": 1.0}),
+    ("dropout_p needs a residual", ValueError, {"dropout_p": 0.5}),
 ]
 
 

@@ -76,7 +76,7 @@ def test_report_prints_and_serialises() -> None:
 
 def test_report_says_what_stops_an_op() -> None:
     layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.1)
-    layer.self_attn.dropout = 1.0
+    layer.self_attn.dropout = layer.dropout2.p = 1.0
     reasons = {row.op: row.reason for row in bigkern.patch(layer)}
     assert "dropout" in reasons["layernorm_ffn"]
     assert "dropout" in reasons["attention"]

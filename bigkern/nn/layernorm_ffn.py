@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigkern.nn.layer_norm import LayerNorm, RMSNorm
-from bigkern.ops.layernorm_ffn import GATED, Activation, Norm, Placement, layernorm_ffn, stock_activation
+from bigkern.ops.layernorm_ffn import GATED, Activation, Norm, Placement, Save, layernorm_ffn
 
 
 class LayerNormFFN(nn.Module):
     r"""Norm, two linear layers, an activation and the residual around them, in one op.
 
-    ``pre``:  ``y = x + linear2(act(linear1(norm(x))))``
-    ``post``: ``y = norm(x + linear2(act(linear1(x))))``
+    ``pre``:  ``y = x + drop(linear2(drop(act(linear1(norm(x))))))``
+    ``post``: ``y = norm(x + drop(linear2(drop(act(linear1(x))))))``
 
     Parameters are those of the torch layers that it stands for, with torch's initialisation:
     ``norm.weight``, ``norm.bias`` (not for ``"rms"``), ``linear1.weight``, ``linear1.bias``,
@@ -30,18 +29,21 @@ class LayerNormFFN(nn.Module):
         norm: ``"layer"`` or ``"rms"``.
         placement: ``"pre"`` or ``"post"``.
         bias: whether the linear layers and LayerNorm have biases.
-        dropout: on ``linear2``'s output while training; it is a pass of its own beside the op.
+        dropout: on ``linear2``'s output while training, in [0, 1).
         eps: added to the norm's variance or mean square.
         device, dtype: of the parameters.
+        hidden_dropout: on the activation while training, in [0, 1).
+        save: what is kept for the backward, ``"preactivation"`` or ``"input"``: less memory for one more
+            forward.
 
     Shapes: ``x [..., D]`` to ``[..., D]``; float32, bfloat16, float16; float64 on stock.
 
-    Saved for backward: x, the preactivation and the fp32 statistics of each row; for post the norm's
-    input too.
+    Saved for backward: x; with ``save="preactivation"`` also the preactivation and the fp32 statistics of
+    each row, and for post the norm's input.
 
     Raises:
-        ValueError: activation, norm or placement is not one of the above; else as
-            :func:`bigkern.layernorm_ffn`.
+        ValueError: activation, norm, placement or save is not one of the above, or a probability is not in
+            [0, 1); else as :func:`bigkern.layernorm_ffn`.
 
     Source: Vaswani et al., Attention Is All You Need (2017).
 
@@ -64,22 +66,27 @@ class LayerNormFFN(nn.Module):
         eps: float = 1e-5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        hidden_dropout: float = 0.0,
+        save: Save = "preactivation",
     ) -> None:
         super().__init__()
         for name, value, allowed in (
             ("activation", activation, Activation),
             ("norm", norm, Norm),
             ("placement", placement, Placement),
+            ("save", save, Save),
         ):
             choices = allowed.__args__  # type: ignore[attr-defined]
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-        if not 0.0 <= dropout <= 1.0:
-            raise ValueError(f"dropout must be between 0 and 1, not {dropout}")
+        for name, p in (("dropout", dropout), ("hidden_dropout", hidden_dropout)):
+            if not 0.0 <= p < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), not {p}")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         rows = 2 * dim_feedforward if activation in GATED else dim_feedforward
         self.activation, self.placement = activation, placement
-        self.dropout, self.eps = dropout, eps
+        self.dropout, self.hidden_dropout = dropout, hidden_dropout
+        self.eps, self.save = eps, save
         self.norm: LayerNorm | RMSNorm
         if norm == "layer":
             self.norm = LayerNorm(d_model, eps, bias=bias, **factory)
@@ -89,14 +96,6 @@ class LayerNormFFN(nn.Module):
         self.linear2 = nn.Linear(dim_feedforward, d_model, bias, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.dropout == 0.0:
-            return self._op(x, residual=True)
-        if self.placement == "pre":
-            return x + F.dropout(self._op(x, residual=False), self.dropout)
-        hidden = stock_activation(self.linear1(x), self.activation)
-        return cast(Tensor, self.norm(x + F.dropout(self.linear2(hidden), self.dropout)))
-
-    def _op(self, x: Tensor, residual: bool) -> Tensor:
         return layernorm_ffn(
             x,
             self.linear1.weight,
@@ -108,9 +107,14 @@ class LayerNormFFN(nn.Module):
             norm="layer" if isinstance(self.norm, LayerNorm) else "rms",
             activation=self.activation,
             placement=self.placement,
-            residual=residual,
             eps=self.eps,
+            dropout_p=self.dropout if self.training else 0.0,
+            hidden_dropout_p=self.hidden_dropout if self.training else 0.0,
+            save=self.save,
         )
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation!r}, placement={self.placement!r}, dropout={self.dropout}"
+        return (
+            f"activation={self.activation!r}, placement={self.placement!r}, dropout={self.dropout}, "
+            f"hidden_dropout={self.hidden_dropout}, save={self.save!r}"
+        )

@@ -2,7 +2,7 @@
 
 Each is torch's class with another ``forward``. Its submodules keep their names and parameters; attention,
 norms fused with the residual, and the feed-forward block run as one op each. Where an op does not cover a
-call (active dropout, a hook on a part, another activation), that part runs as torch wrote it.
+call (a hook on a part, another activation), that part runs as torch wrote it.
 """
 
 from __future__ import annotations
@@ -49,10 +49,17 @@ def add_norm(norm: nn.LayerNorm, x: Tensor, residual: Tensor) -> Tensor:
     return y
 
 
+def active(dropout: nn.Module) -> float:
+    """The probability with which a dropout layer drops now."""
+    return cast(float, dropout.p) if dropout.training else 0.0
+
+
 def ffn_stock_reason(layer: nn.Module, norm: nn.Module, *dropouts: nn.Module) -> str | None:
     """Why the fused feed-forward op cannot stand in for these parts of a layer, or None if it can."""
-    if any(layer.training and dropout.p > 0.0 for dropout in dropouts):  # type: ignore[operator]
-        return "dropout in training"
+    if any(type(dropout) is not nn.Dropout for dropout in dropouts):
+        return "a dropout is not a plain nn.Dropout"
+    if any(active(dropout) >= 1.0 for dropout in dropouts):
+        return "a dropout that drops everything"
     if activation_name(layer.activation) is None:
         return "an activation that the op does not have"
     if type(norm) not in (nn.LayerNorm, LayerNorm):
@@ -66,7 +73,7 @@ def ffn_stock_reason(layer: nn.Module, norm: nn.Module, *dropouts: nn.Module) ->
     return None
 
 
-def feed_forward(layer: Any, x: Tensor, norm: nn.LayerNorm, dropout: nn.Module) -> Tensor:
+def feed_forward(layer: Any, x: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout) -> Tensor:
     """The layer's second half, ``x + ffn(norm(x))`` or ``norm(x + ffn(x))``, as one op where it can be."""
     activation = activation_name(layer.activation)
     if activation is not None and ffn_stock_reason(layer, norm, layer.dropout, dropout) is None:
@@ -81,6 +88,8 @@ def feed_forward(layer: Any, x: Tensor, norm: nn.LayerNorm, dropout: nn.Module) 
             activation=activation,
             placement="pre" if layer.norm_first else "post",
             eps=norm.eps,
+            dropout_p=active(dropout),
+            hidden_dropout_p=active(layer.dropout),
         )
     if layer.norm_first:
         return cast(Tensor, x + layer._ff_block(norm(x)))

@@ -38,21 +38,23 @@ define(
     " float eps, float dropout_p, float hidden_dropout_p, str save)"
     " -> (Tensor y, Tensor? s, Tensor? mean, Tensor? rstd, Tensor? preactivation)"
 )
-define(
+_BACKWARD = (
     "layernorm_ffn_backward(Tensor dy, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2,"
     " Tensor? norm_weight, Tensor? norm_bias, Tensor? dropout_key, Tensor? s, Tensor? mean, Tensor? rstd,"
     " Tensor? preactivation, str norm, str activation, str placement, bool residual, float eps,"
-    " float dropout_p, float hidden_dropout_p, bool[] wanted, Tensor(a!)? w1_sum, Tensor(b!)? w2_sum)"
+    " float dropout_p, float hidden_dropout_p, bool[] wanted{sums})"
     " -> (Tensor? dx, Tensor? dw1, Tensor? db1, Tensor? dw2, Tensor? db2, Tensor? dnorm_weight,"
     " Tensor? dnorm_bias)"
 )
+LIBRARY.define(_BACKWARD.format(sums=""))  # torch.compile knows no op that returns and also adds to
+define_native(_BACKWARD.format(sums=", Tensor(a!)? w1_sum, Tensor(b!)? w2_sum"))
 define_native(
-    "bias_activation(Tensor(a!) product, Tensor? bias, str activation, float dropout_p=0.0,"
-    " Tensor? dropout_key=None) -> Tensor out"
+    "bias_activation(Tensor(a!) product, Tensor? bias, str activation, float dropout_p,"
+    " Tensor? dropout_key) -> Tensor out"
 )
 define_native(
     "bias_activation_backward(Tensor dout, Tensor preactivation, str activation, bool want_bias,"
-    " bool rebuild, float dropout_p=0.0, Tensor? dropout_key=None)"
+    " bool rebuild, float dropout_p, Tensor? dropout_key)"
     " -> (Tensor dpre, Tensor? out, Tensor? dbias)"
 )
 define_native("dropout_add(Tensor x, Tensor? residual, float dropout_p, Tensor dropout_key) -> Tensor")
@@ -299,13 +301,9 @@ def _fake(x: Tensor, w1: Tensor, *rest: Any) -> Result:
 
 @torch.library.register_fake("bigkern::layernorm_ffn_backward", lib=LIBRARY)
 def _fake_backward(dy: Tensor, x: Tensor, w1: Tensor, b1: Any, w2: Tensor, *rest: Any) -> Gradients:
-    *_, wanted, w1_sum, w2_sum = rest
     D, rows = x.shape[-1], w1.shape[0]
     shapes = (x.shape, w1.shape, (rows,), w2.shape, (D,), (D,), (D,))
-    wanted = [
-        want and not (i in (1, 3) and (w1_sum, w2_sum)[i // 2] is not None) for i, want in enumerate(wanted)
-    ]
-    return tuple(x.new_empty(shape) if want else None for shape, want in zip(shapes, wanted, strict=True))
+    return tuple(x.new_empty(shape) if want else None for shape, want in zip(shapes, rest[-1], strict=True))
 
 
 def _forward(*arguments: Any) -> Result:
@@ -313,9 +311,9 @@ def _forward(*arguments: Any) -> Result:
 
 
 def _backward(dy: Tensor, *rest: Any) -> Gradients:
-    tensors, options = rest[:8], rest[12:-3]  # without what was saved, without what is wanted
+    tensors, options = rest[:8], rest[12:-1]  # without what was saved and what is wanted
     backend = LAYERNORM_FFN.resolve(*tensors, *options, "preactivation")
-    return cast(Gradients, cast(Any, backend.backward)(dy, *rest))
+    return cast(Gradients, cast(Any, backend.backward)(dy, *rest, None, None))
 
 
 for _key in ("CPU", "CUDA"):
@@ -337,7 +335,8 @@ class _LayernormFfn(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         wanted = ctx.needs_input_grad[2:9]
-        return None, None, *_gradients(ctx.backend.backward, ctx, dy, wanted, ctx.weight_grads)
+        sums = ctx.weight_grads or (None, None)
+        return None, None, *_gradients(ctx.backend.backward, ctx, dy, wanted, *sums)
 
 
 def _save(ctx: Any, arguments: tuple[Any, ...], result: Result) -> None:
@@ -358,14 +357,9 @@ def _autograd(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Any, ...]:
 
 
 def _gradients(
-    backward: Callable[..., Gradients],
-    ctx: Any,
-    dy: Tensor,
-    needed: Sequence[bool],
-    weight_grads: tuple[Tensor, Tensor] | None = None,
+    backward: Callable[..., Gradients], ctx: Any, dy: Tensor, needed: Sequence[bool], *sums: Tensor | None
 ) -> tuple[Any, ...]:
     """Of x, w1, b1, w2, b2, norm_weight and norm_bias, then the key and the eight options."""
-    sums = weight_grads or (None, None)
     return *backward(dy, *ctx.saved_tensors, *ctx.options, list(needed), *sums), *(None,) * 9
 
 

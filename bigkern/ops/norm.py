@@ -20,12 +20,12 @@ from bigkern.reference.norm import OUTPUT
 
 define(
     "norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, str kind,"
-    " float dropout_p=0.0, Tensor? dropout_key=None)"
+    " float dropout_p, Tensor? dropout_key)"
     " -> (Tensor y, Tensor? sum, Tensor? mean, Tensor rstd)"
 )
 define(
     "norm_backward(Tensor dy, Tensor? dsum, Tensor s, Tensor? weight, Tensor? mean, Tensor rstd, str kind,"
-    " bool want_weight, bool want_bias, float dropout_p=0.0, Tensor? dropout_key=None)"
+    " bool want_weight, bool want_bias, float dropout_p, Tensor? dropout_key)"
     " -> (Tensor ds, Tensor? dx, Tensor? dweight, Tensor? dbias)"
 )
 
@@ -234,7 +234,7 @@ def _fake(
 @torch.library.register_fake("bigkern::norm_backward", lib=LIBRARY)
 def _fake_backward(
     dy: Tensor, dsum: Any, s: Tensor, weight: Tensor | None, mean: Any, rstd: Any, kind: str,
-    want_weight: bool, want_bias: bool, dropout_p: float = 0.0, _key: Any = None,
+    want_weight: bool, want_bias: bool, dropout_p: float, _key: Any,
 ) -> Gradients:  # fmt: skip
     like = s if weight is None else weight
     dweight, dbias = (like.new_empty(s.shape[-1:]) if want else None for want in (want_weight, want_bias))

@@ -65,6 +65,7 @@ void check_f32(const OptionalTensor& x, const char* name, int64_t numel) {
   check(x, name, Dtype::f32, numel);
 }
 
+#ifndef BIGKERN_SIMT  // the whole block: the CPU backend
 Placement placement_of(const std::string& name) {
   if (name == "pre") return Placement::pre;
   STD_TORCH_CHECK(name == "post", "placement must be pre or post, not ", name);
@@ -95,6 +96,7 @@ float* sum_of(const OptionalTensor& x, const char* name, int64_t numel) {
   STD_TORCH_CHECK(!x.has_value() || x->is_contiguous(), name, " must be contiguous");
   return out_f32(x);
 }
+#endif
 
 }  // namespace
 }  // namespace bigkern::layernorm_ffn
