@@ -60,6 +60,7 @@ int kernels(KernelInfo* out, int capacity) {
   int count = norm_forward_kernels(out, capacity);
   count += norm_backward_kernels(out + count, capacity - count);
   count += bias_activation_kernels(out + count, capacity - count);
+  count += dropout_add_kernels(out + count, capacity - count);
   return count + column_sum_kernels(out + count, capacity - count);
 }
 

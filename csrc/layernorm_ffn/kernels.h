@@ -11,6 +11,7 @@ int kernels(KernelInfo* out, int capacity);
 int norm_forward_kernels(KernelInfo* out, int capacity);
 int norm_backward_kernels(KernelInfo* out, int capacity);
 int bias_activation_kernels(KernelInfo* out, int capacity);
+int dropout_add_kernels(KernelInfo* out, int capacity);
 int column_sum_kernels(KernelInfo* out, int capacity);
 
 }  // namespace bigkern::layernorm_ffn::cuda

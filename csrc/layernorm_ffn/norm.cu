@@ -1,6 +1,6 @@
 // LayerNorm and RMSNorm forward, with the residual addition before them.
 //
-//   s = x + residual          mean = sum(s) / N          var = sum((s - mean)^2) / N
+//   s = drop(x) + residual    mean = sum(s) / N          var = sum((s - mean)^2) / N
 //   y = (s - mean) / sqrt(var + eps) * weight + bias                        rms: mean = 0
 //
 // One pass over memory: a row stays in its team's registers between the sums and the result
@@ -64,7 +64,8 @@ __global__ void __launch_bounds__(L::kThreads, kMaxThreadsPerSm / L::kThreads)
   Row<L> s;
   const T* x = static_cast<const T*>(p.x) + m * N;
   if (p.residual != nullptr) {
-    s.load_sum(x, static_cast<const T*>(p.residual) + m * N, static_cast<T*>(p.sum) + m * N, N);
+    s.load_sum(x, static_cast<const T*>(p.residual) + m * N, static_cast<T*>(p.sum) + m * N, N,
+               RowDropout(p.dropout, kOutput, m));
   } else {
     s.load(x, N);
   }

@@ -1,13 +1,14 @@
 // LayerNorm and RMSNorm backward in one pass over dy and s.
 //
 //   xhat = (s - mean) * rstd          g = dy * weight
-//   dx   = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum         mean(g) for layer only
+//   ds   = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum         mean(g) for layer only
+//   dx   = drop(ds)
 //   dweight = sum over rows of dy * xhat          dbias = sum over rows of dy
 //
 // Blocks are persistent: each walks over every gridDim-th row and keeps its own sums of dweight and
 // dbias, in registers, from its first row to its last:
 //
-//   block b:  row b -> dx      row b + grid -> dx      ...      partials[b] = {dweight, dbias} fp32
+//   block b:  row b -> ds      row b + grid -> ds      ...      partials[b] = {dweight, dbias} fp32
 //
 // and column_sum.cu adds up the blocks' sums, always in the same order. s stays in registers
 // between the two passes over a row; dy is read again, while the cache still has it, because the
@@ -105,7 +106,9 @@ __global__ void __launch_bounds__(L::kThreads, kMaxThreadsPerSm / L::kThreads)
     const float mean_g = p.norm == Norm::layer ? L::sum(sum_g, scratch) * inverse_N : 0.0f;
 
     const T* dsum = p.dsum == nullptr ? nullptr : static_cast<const T*>(p.dsum) + m * N;
-    T* dx = static_cast<T*>(p.ds) + m * N;
+    T* ds = static_cast<T*>(p.ds) + m * N;
+    T* dx = p.dx == nullptr ? nullptr : static_cast<T*>(p.dx) + m * N;
+    const RowDropout dropout(p.dropout, kOutput, m);
     L::each(N, [&](int chunk, int column) {
       const auto weight = load_or<T, L::kWidth>(p.weight, column, 1.0f);
       const auto through = load_or<T, L::kWidth>(dsum, column, 0.0f);
@@ -120,7 +123,13 @@ __global__ void __launch_bounds__(L::kThreads, kMaxThreadsPerSm / L::kThreads)
         dweight.add(chunk, column, i, dy_i * xhat);
         dbias.add(chunk, column, i, dy_i);
       }
-      store_vec(dx + column, v);
+      store_vec(ds + column, v);
+      if (dx == nullptr) return;
+      float dropped[L::kWidth];
+#pragma unroll
+      for (int i = 0; i < L::kWidth; ++i) dropped[i] = to_float(v.data[i]);
+      dropout.apply(dropped, column);
+      store_vec(dx + column, dropped);
     });
   }
   dweight.finish(N);
@@ -152,7 +161,7 @@ const Kernel<void (*)(NormBackwardParams)> kTable[] = {
 };
 
 const Kernel<void (*)(NormBackwardParams)>* kernel_for(const NormBackwardParams& p) {
-  const bool aligned = rows_aligned(p.dtype, p.N, p.dy, p.dsum, p.s, p.weight, p.ds);
+  const bool aligned = rows_aligned(p.dtype, p.N, p.dy, p.dsum, p.s, p.weight, p.ds, p.dx);
   return find(kTable, p.dtype, p.N, aligned);
 }
 

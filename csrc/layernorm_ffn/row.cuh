@@ -11,6 +11,7 @@
 #pragma once
 
 #include "common/reduce.cuh"
+#include "layernorm_ffn/dropout.cuh"
 #include "layernorm_ffn/table.cuh"
 
 namespace bigkern::layernorm_ffn::cuda {
@@ -67,19 +68,20 @@ class Row {
     }
   }
 
-  // sum = x + residual, rounded to T; that rounded sum is this row.
-  __device__ __forceinline__ void load_sum(const T* x, const T* residual, T* sum, int N) {
+  // sum = drop(x) + residual, rounded to T; that rounded sum is this row.
+  __device__ __forceinline__ void load_sum(const T* x, const T* residual, T* sum, int N,
+                                           const RowDropout& dropout) {
     row_ = sum;
     L::each(N, [&](int chunk, int column) {
-      const auto a = load_vec<T, L::kWidth>(x + column);
-      const auto b = load_vec<T, L::kWidth>(residual + column);
-      Vec<T, L::kWidth> total;
+      float total[L::kWidth], other[L::kWidth];
+      load_vec(x + column, total);
+      load_vec(residual + column, other);
+      dropout.apply(total, column);
+      Vec<T, L::kWidth> rounded;
 #pragma unroll
-      for (int i = 0; i < L::kWidth; ++i) {
-        total.data[i] = from_float<T>(to_float(a.data[i]) + to_float(b.data[i]));
-      }
-      store_vec(sum + column, total);
-      held_[chunk] = total;
+      for (int i = 0; i < L::kWidth; ++i) rounded.data[i] = from_float<T>(total[i] + other[i]);
+      store_vec(sum + column, rounded);
+      held_[chunk] = rounded;
     });
   }
 
