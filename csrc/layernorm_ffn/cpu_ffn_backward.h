@@ -103,7 +103,7 @@ template <class T>
 struct FfnBackward {
   const FfnBackwardParams& p;
   int threads;
-  bool pre, want_dh, want_dn, want_dnorm, want_dw1, want_dw2;
+  bool pre, post, want_dh, want_dn, want_dnorm, want_dw1, want_dw2;
   Drop drop, hidden_drop;
   int64_t width;   // of h: F or 2F
   int64_t tokens;  // of one part of a weight gradient
@@ -118,7 +118,7 @@ struct FfnBackward {
         threads(thread_count),
         drop(p.dropout, kOutput),
         hidden_drop(p.hidden_dropout, kHidden) {
-    pre = p.placement == Placement::pre;
+    pre = is_pre(p.placement, p.norm), post = is_post(p.placement, p.norm);
     want_dw1 = p.dw1 || p.w1_sum;
     want_dw2 = p.dw2 || p.w2_sum;
     want_dnorm = p.dnorm_weight || p.dnorm_bias;
@@ -141,7 +141,7 @@ struct FfnBackward {
       if (wanted) at += round_up((size_t(count) * size + 3) / 4, kAlign);
       return here;
     };
-    ds_at = take(!pre, p.M * p.D, sizeof(T));
+    ds_at = take(post, p.M * p.D, sizeof(T));
     dz_at = take(drop.active(), p.M * p.D, sizeof(T));
     dn_at = take(pre && want_dn, p.M * p.D, sizeof(float));
     a_at = take(want_dw2, p.M * p.F, sizeof(T));
@@ -165,7 +165,7 @@ struct FfnBackward {
   RowStats* stats() const { return reinterpret_cast<RowStats*>(floats(stats_at)); }
   static const T* in(const void* q) { return static_cast<const T*>(q); }
   static T* out(void* q) { return static_cast<T*>(q); }
-  const T* ds() const { return pre ? in(p.dy) : stored(ds_at); }
+  const T* ds() const { return post ? stored(ds_at) : in(p.dy); }
   const T* dz() const { return drop.active() ? stored(dz_at) : ds(); }
 
   // The norm's backward: post-norm from dy to ds, pre-norm from dn to dx; `dropped` as drop(dv).
@@ -230,7 +230,7 @@ struct FfnBackward {
 
   void find_dz(const Parallel& parallel) const {
     T* dropped = drop.active() ? stored(dz_at) : nullptr;
-    if (!pre) {
+    if (post) {
       const T* nothing = nullptr;
       norm_backward(in(p.dy), nothing, in(p.s), stored(ds_at), dropped, parallel);
     } else if (dropped) {

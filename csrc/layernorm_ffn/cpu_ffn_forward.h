@@ -207,7 +207,7 @@ struct FfnForward {
   static T* out(void* q) { return static_cast<T*>(q); }
 
   // Post-norm normalises what the second product left here, in place if nobody wants it.
-  T* sum() const { return out(p.placement == Placement::post && p.s ? p.s : p.y); }
+  T* sum() const { return out(is_post(p.placement, p.norm) && p.s ? p.s : p.y); }
 
   void measure(const T* v, int64_t i) const {
     const RowStats row = row_stats(v + i * p.D, p.D, p.norm, p.eps);
@@ -216,11 +216,11 @@ struct FfnForward {
     if (p.rstd) p.rstd[i] = row.rstd;
   }
   void before(Slice rows) const {
-    if (p.placement != Placement::pre) return;
+    if (!is_pre(p.placement, p.norm)) return;
     for (int64_t i = rows.begin; i < rows.end; ++i) measure(in(p.x), i);
   }
   void after(Slice rows) const {
-    if (p.placement != Placement::post) return;
+    if (!is_post(p.placement, p.norm)) return;
     for (int64_t i = rows.begin; i < rows.end; ++i) {
       measure(sum(), i);
       normalise_row<T>(sum() + i * p.D, p.D, stats()[i], in(p.norm_weight), in(p.norm_bias),
@@ -229,7 +229,7 @@ struct FfnForward {
   }
 
   PackX<T> pack_x() const {
-    const bool pre = p.placement == Placement::pre;
+    const bool pre = is_pre(p.placement, p.norm);
     return {in(p.x), p.D, pre ? stats() : nullptr, in(p.norm_weight), in(p.norm_bias)};
   }
   PackW1<T> pack_w1() const { return {in(p.w1), p.D, p.F, is_gated(p.activation)}; }

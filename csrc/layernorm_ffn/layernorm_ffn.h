@@ -2,6 +2,7 @@
 //
 //   pre-norm    y = (x +) drop(W2 drop(act(W1 norm(x) + b1)) + b2)
 //   post-norm   s = (x +) drop(W2 drop(act(W1 x + b1)) + b2)      y = norm(s)
+//   no norm     y = (x +) drop(W2 drop(act(W1 x + b1)) + b2)
 //
 // Every matrix is row-major and contiguous: x [M, D] is M tokens, W1 [F, D] and W2 [D, F] are laid
 // out like torch.nn.Linear's weights. Statistics, accumulators and gradient sums are fp32; storage
@@ -18,7 +19,7 @@
 
 namespace bigkern::layernorm_ffn {
 
-enum class Norm : int { layer, rms };
+enum class Norm : int { layer, rms, none };  // none: the whole block only
 
 // The gated ones split the product in two halves: act(gate) * up, with silu or the exact gelu.
 enum class Activation : int { relu, gelu, gelu_tanh, silu, swiglu, geglu };
@@ -122,8 +123,8 @@ struct FfnParams {
   const void* w2;           // [D, F]
   const void* b2;           // [D], null ok
   void* y;                  // [M, D]
-  float* mean;              // [M], null ok: not wanted; always null for rms
-  float* rstd;              // [M], null ok: not wanted
+  float* mean;              // [M], null ok: not wanted; always null but for layer
+  float* rstd;              // [M], null ok: not wanted; always null for none
   void* preactivation;      // [M, F] or [M, 2F], null ok: not wanted
   void* s;                  // [M, D] post-norm only: what is normalised, null ok: not wanted
   void* workspace;
@@ -144,8 +145,8 @@ struct FfnBackwardParams {
   const void* norm_bias;      // [D], null ok
   const void* w1;             // [F, D] or [2F, D]
   const void* w2;             // [D, F]
-  const float* mean;          // [M], null for rms
-  const float* rstd;          // [M]
+  const float* mean;          // [M], null but for layer
+  const float* rstd;          // [M], null for none
   const void* preactivation;  // [M, F] or [M, 2F]
   const void* s;              // [M, D] post-norm only
   // Each null when its gradient is not wanted; work that only it needs is then skipped.
@@ -162,6 +163,13 @@ struct FfnBackwardParams {
   float* w1_sum;  // like w1
   float* w2_sum;  // [D, F]
 };
+
+constexpr bool is_pre(Placement placement, Norm norm) {
+  return placement == Placement::pre && norm != Norm::none;
+}
+constexpr bool is_post(Placement placement, Norm norm) {
+  return placement == Placement::post && norm != Norm::none;
+}
 
 // `threads` and `parallel.threads` must agree, and the instruction set must not change in between.
 namespace cpu {

@@ -194,7 +194,7 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTenso
     const std::string& placement_name, bool residual, double eps, double dropout_p,
     double hidden_dropout_p, const std::string& save_name) {
   const bool save = save_name == "preactivation";
-  const Norm norm = norm_of(kind);
+  const Norm norm = norm_or_none_of(kind);
   const Activation activation = activation_of(activation_name);
   const Placement placement = placement_of(placement_name);
   const Sizes of(x_, w1_, w2_, activation);
@@ -207,9 +207,9 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTenso
   const OptionalTensor b1 = dense(b1_), b2 = dense(b2_);
   const OptionalTensor norm_weight = dense(norm_weight_), norm_bias = dense(norm_bias_);
   Tensor y = empty(x, sizes_of(x));
-  OptionalTensor s = empty_if(save && placement == Placement::post, x, {of.M, of.D});
+  OptionalTensor s = empty_if(save && is_post(placement, norm), x, {of.M, of.D});
   OptionalTensor mean = empty_f32_if(save && norm == Norm::layer, x, of.M);
-  OptionalTensor rstd = empty_f32_if(save, x, of.M);
+  OptionalTensor rstd = empty_f32_if(save && norm != Norm::none, x, of.M);
   OptionalTensor preactivation = empty_if(save, x, {of.M, of.rows});
   FfnParams p{of.dtype,
               of.M,
@@ -262,7 +262,7 @@ Gradients layernorm_ffn_backward(
                                   placement_name, residual, eps, dropout_p, hidden_dropout_p,
                                   wanted, w1_sum, w2_sum);
   }
-  const Norm norm = norm_of(kind);
+  const Norm norm = norm_or_none_of(kind);
   const Activation activation = activation_of(activation_name);
   const Placement placement = placement_of(placement_name);
   const Sizes of(x_, w1_, w2_, activation);
@@ -275,15 +275,14 @@ Gradients layernorm_ffn_backward(
   check(preactivation_, "preactivation", of.dtype, of.M * of.rows);
   STD_TORCH_CHECK(mean_.has_value() == (norm == Norm::layer),
                   "mean belongs to layer, and only to it");
-  STD_TORCH_CHECK(s_.has_value() == (placement == Placement::post),
-                  "s belongs to post, and only to it");
-  STD_TORCH_CHECK(rstd_.has_value(), "rstd belongs to the preactivation");
+  STD_TORCH_CHECK(s_.has_value() == is_post(placement, norm), "s belongs to post, and only to it");
+  STD_TORCH_CHECK(rstd_.has_value() == (norm != Norm::none), "rstd belongs to a norm");
   STD_TORCH_CHECK(wanted.size() == 7, "wanted must have 7 entries, not ", wanted.size());
 
   const Tensor dy = dense(dy_), x = dense(x_), w1 = dense(w1_), w2 = dense(w2_);
-  const Tensor rstd = dense(*rstd_), preactivation = dense(*preactivation_);
+  const Tensor preactivation = dense(*preactivation_);
   const OptionalTensor norm_weight = dense(norm_weight_), norm_bias = dense(norm_bias_);
-  const OptionalTensor s = dense(s_), mean = dense(mean_);
+  const OptionalTensor s = dense(s_), mean = dense(mean_), rstd = dense(rstd_);
   OptionalTensor dx = empty_if(wanted[0], x, sizes_of(x));
   OptionalTensor dw1 = empty_if(wanted[1] && !w1_sum.has_value(), x, {of.rows, of.D});
   OptionalTensor dw2 = empty_if(wanted[3] && !w2_sum.has_value(), x, {of.D, of.F});

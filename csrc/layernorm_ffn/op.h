@@ -66,6 +66,10 @@ void check_f32(const OptionalTensor& x, const char* name, int64_t numel) {
 }
 
 #ifndef BIGKERN_SIMT  // the whole block: the CPU backend
+Norm norm_or_none_of(const std::string& norm) {
+  return norm == "none" ? Norm::none : norm_of(norm);
+}
+
 Placement placement_of(const std::string& name) {
   if (name == "pre") return Placement::pre;
   STD_TORCH_CHECK(name == "post", "placement must be pre or post, not ", name);
