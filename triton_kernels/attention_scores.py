@@ -22,10 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_tiles import LN_2, LOG2_E, Shape
-
-GOLDEN = tl.constexpr(0x9E3779B9)  # 2^32 / golden ratio
-MIX_1 = tl.constexpr(0x7FEB352D)
-MIX_2 = tl.constexpr(0x846CA68B)
+from .dropout import Dropout
+from .dropout import dropout_of as dropout_of
+from .dropout import dropped as drop
 
 
 class Broadcast(NamedTuple):
@@ -43,13 +42,6 @@ class Slopes(NamedTuple):
 
     data: Tensor
     batch: int
-
-
-class Dropout(NamedTuple):
-    key0: int  # 2^33 + 2 key + 1: always of one type and odd, so that no key compiles a variant of its own
-    key1: int
-    threshold: int
-    scale: float  # 1 / (1 - p)
 
 
 class Terms(NamedTuple):
@@ -85,13 +77,6 @@ def outer_strides(x: Tensor) -> list[int]:
 
 def slopes_of(x: Tensor | None) -> Slopes | None:
     return None if x is None else Slopes(x, x.shape[1] if x.dim() == 2 else 0)
-
-
-def dropout_of(key: Tensor | None, p: float) -> Dropout | None:
-    if key is None:
-        return None
-    key0, key1 = (2**33 + 2 * number + 1 for number in key.tolist())
-    return Dropout(key0, key1, min(round(p * 2**32), 2**32 - 1), 1.0 / (1.0 - p))
 
 
 def factor_of(scale: float, softcap: float, shape: Shape) -> float:
@@ -197,30 +182,10 @@ def online_softmax(x, m, l, factor, terms, b, h, i, j, seq, shape, EDGE: tl.cons
 
 
 @triton.jit
-def mix(x, half_way):
-    """A bijection of 32-bit numbers (Wellons' lowbias32), with a number added half-way."""
-    x = (x ^ (x >> 16)) * MIX_1 + half_way
-    x = (x ^ (x >> 15)) * MIX_2
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def kept(dropout, b, h, i, j, shape):
-    """Which weights dropout keeps; csrc/common/dropout.h has the formula, which all backends share."""
-    zero = tl.cast(0, tl.uint32)
-    key0, key1 = (dropout.key0 >> 1).to(tl.uint32), (dropout.key1 >> 1).to(tl.uint32)
-    k0 = mix(key0 + (b * shape.Hq + h).to(tl.uint32) * GOLDEN, zero)
-    k1 = mix(key1 ^ k0, zero)
-    a = mix(k0 + i.to(tl.uint32) * GOLDEN, zero)
-    c = mix(k1 + a, zero)
-    return mix(a + j.to(tl.uint32) * GOLDEN, c) >= tl.cast(dropout.threshold, tl.uint32)
-
-
-@triton.jit
 def dropped(p, terms, b, h, i, j, shape):
     """The weights that v is multiplied by."""
     if terms is not None and terms.dropout is not None:
-        p = tl.where(kept(terms.dropout, b, h, i, j, shape), p * terms.dropout.scale, 0.0)
+        p = drop(p, terms.dropout, b * shape.Hq + h, i, j)
     return p
 
 
