@@ -20,7 +20,7 @@ from bigkern.ops import layernorm_ffn as ops
 from bigkern.reference import layernorm_ffn as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NORMS = ["layer", "rms"]
+NORMS = ["layer", "rms", "none"]
 PLACEMENTS = ["pre", "post"]
 ACTIVATIONS = ["gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu"]
 NAMES = ("x", "w1", "b1", "w2", "b2", "norm_weight", "norm_bias")
@@ -48,7 +48,7 @@ def inputs_of(
         make(rows) if bias else None,
         make(D, F_, scale=F_**-0.5),
         make(D) if bias else None,
-        make(D),
+        make(D) if norm != "none" else None,
         make(D) if bias and norm == "layer" else None,
     ]
 
@@ -67,6 +67,8 @@ def stock(*tensors: Any, norm: str, activation: str, placement: str, residual: b
     x, w1, b1, w2, b2, weight, bias = tensors
 
     def normalise(s: Tensor) -> Tensor:
+        if norm == "none":
+            return s
         if norm == "layer":
             return F.layer_norm(s, s.shape[-1:], weight, bias, 1e-5)
         return F.rms_norm(s, s.shape[-1:], weight, 1e-5)
@@ -433,7 +435,7 @@ def test_backward_is_deterministic(backend: str) -> None:
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck_of_the_reference(activation: str, placement: str) -> None:
-    for norm, residual in (("layer", True), ("rms", False)):
+    for norm, residual in (("layer", True), ("rms", False), ("none", True)):
         inputs = inputs_of("torch", torch.float64, (3, 4), 5, activation, norm)
         leaves = [None if t is None else t.cpu().requires_grad_() for t in inputs]
         options = op_options(activation, placement, "preactivation", norm, residual)
@@ -533,6 +535,7 @@ BAD = [
     ("b2 must be", ValueError, {"b2": torch.ones(12)}),
     ("norm_weight must be", ValueError, {"norm_weight": torch.ones(9)}),
     ("norm_bias must be None", ValueError, {"norm": "rms", "norm_bias": torch.ones(8)}),
+    ("norm_weight must be None", ValueError, {"norm": "none", "norm_weight": torch.ones(8)}),
     ("norm must be", ValueError, {"norm": "batch"}),
     ("activation must be", ValueError, {"activation": "tanh"}),
     ("placement must be", ValueError, {"placement": "middle"}),
@@ -577,7 +580,7 @@ def test_weight_grads_need_eager_mode() -> None:
 # ---- the layer -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_layer(activation: Any, placement: Any, norm: Any) -> None:
@@ -590,8 +593,8 @@ def test_layer(activation: Any, placement: Any, norm: Any) -> None:
     assert torch.equal(layer.linear2.bias, linear2.bias)
     norm_keys = ["norm.weight", "norm.bias"] if norm == "layer" else ["norm.weight"]
     assert list(layer.state_dict()) == [
-        *norm_keys,
         *(f"linear{i}.{p}" for i in (1, 2) for p in ("weight", "bias")),
+        *norm_keys,
     ]
 
     x = torch.randn(3, 5, 16)
@@ -608,12 +611,26 @@ def test_layer(activation: Any, placement: Any, norm: Any) -> None:
     assert not torch.equal(layer(x), layer(x))
 
 
+@pytest.mark.parametrize("residual", [True, False])
+def test_feed_forward(residual: bool) -> None:
+    block = bigkern.nn.FeedForward(16, 24, "geglu", hidden_dropout=0.5, residual=residual)
+    assert list(block.state_dict()) == [f"linear{i}.{p}" for i in (1, 2) for p in ("weight", "bias")]
+    x = torch.randn(3, 5, 16)
+    expected = block.linear2(activate(block.linear1(x), "geglu")) + (x if residual else 0)
+    torch.testing.assert_close(block.eval()(x), expected)
+    block.train()
+    assert not torch.equal(block(x), block(x))
+    with pytest.raises(ValueError, match="hidden_dropout"):
+        bigkern.nn.FeedForward(16, 24, hidden_dropout=1.0)
+
+
 def test_layer_options() -> None:
     layer = bigkern.nn.LayerNormFFN(8, 12, bias=False, eps=1e-3, dtype=torch.bfloat16)
-    assert [tuple(p.shape) for p in layer.parameters()] == [(8,), (12, 8), (8, 12)]
+    assert [tuple(p.shape) for p in layer.parameters()] == [(12, 8), (8, 12), (8,)]
     assert layer.norm.eps == 1e-3
     assert layer(torch.randn(2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    assert "activation='gelu', placement='pre'" in repr(layer)
+    assert "activation='gelu'" in repr(layer)
+    assert "placement='pre'" in repr(layer)
     for change in ({"activation": "tanh"}, {"norm": "batch"}, {"placement": "both"}, {"dropout": 2.0}):
         with pytest.raises(ValueError, match=next(iter(change))):
             bigkern.nn.LayerNormFFN(8, 12, **change)

@@ -2,10 +2,11 @@
 
 from bigkern.nn.attention import MultiheadAttention
 from bigkern.nn.layer_norm import LayerNorm, RMSNorm
-from bigkern.nn.layernorm_ffn import LayerNormFFN
+from bigkern.nn.layernorm_ffn import FeedForward, LayerNormFFN
 from bigkern.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
+    "FeedForward",
     "LayerNorm",
     "LayerNormFFN",
     "MultiheadAttention",

@@ -61,7 +61,7 @@ define_native("dropout_add(Tensor x, Tensor? residual, float dropout_p, Tensor d
 
 GATED = reference.GATED
 
-Norm = Literal["layer", "rms"]
+Norm = Literal["layer", "rms", "none"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu"]
 Placement = Literal["pre", "post"]
 Save = Literal["preactivation", "input"]
@@ -98,6 +98,7 @@ def layernorm_ffn(
 
     ``pre``:  ``y = x + drop(drop(act(norm(x) @ w1.T + b1)) @ w2.T + b2)``
     ``post``: ``y = norm(x + drop(drop(act(x @ w1.T + b1)) @ w2.T + b2))``
+    no norm:  ``y = x + drop(drop(act(x @ w1.T + b1)) @ w2.T + b2)``
 
     Args:
         x: ``[..., D]``; float32, bfloat16 or float16 (float64 runs on stock PyTorch).
@@ -107,7 +108,7 @@ def layernorm_ffn(
         b2: ``[D]`` or None.
         norm_weight: ``[D]`` or None for 1.
         norm_bias: ``[D]`` or None for 0; must be None for ``norm="rms"``.
-        norm: ``"layer"`` for LayerNorm, ``"rms"`` for RMSNorm.
+        norm: ``"layer"`` for LayerNorm, ``"rms"`` for RMSNorm, ``"none"``.
         activation: ``"gelu"`` (exact), ``"gelu_tanh"``, ``"relu"``, ``"silu"``, or gated:
             ``"swiglu"`` = silu(gate) * up, ``"geglu"`` = gelu(gate) * up.
         placement: where the norm is: before the first product, or after the residual.
@@ -207,8 +208,8 @@ def bind(
 
     Save is ``"nothing"`` where no backward can follow. The key is None without a seed.
     """
-    if norm not in ("layer", "rms"):
-        raise ValueError(f'norm must be "layer" or "rms", not {norm!r}')
+    if norm not in ("layer", "rms", "none"):
+        raise ValueError(f'norm must be "layer", "rms" or "none", not {norm!r}')
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
     if placement not in ("pre", "post"):
@@ -220,8 +221,10 @@ def bind(
     dropout_p = check_dropout(dropout_p)
     hidden_dropout_p = check_dropout(hidden_dropout_p, "hidden_dropout_p")
     key = None if seed is None else dropout_key(max(dropout_p, hidden_dropout_p), seed, offset)
-    if norm == "rms" and norm_bias is not None:
-        raise ValueError('norm_bias must be None for norm="rms"')
+    if norm != "layer" and norm_bias is not None:
+        raise ValueError(f"norm_bias must be None for norm={norm!r}")
+    if norm == "none" and norm_weight is not None:
+        raise ValueError("norm_weight must be None for norm='none'")
     tensors = (x, w1, b1, w2, b2, norm_weight, norm_bias)
     for name, tensor in zip(_NAMES, tensors, strict=True):
         if tensor is not None or name in ("x", "w1", "w2"):
@@ -293,9 +296,10 @@ def _fake(x: Tensor, w1: Tensor, *rest: Any) -> Result:
     if save != "preactivation":
         return y, None, None, None, None
     M = math.prod(x.shape[:-1])
-    rstd = x.new_empty(M, dtype=torch.promote_types(x.dtype, torch.float32))
-    mean = torch.empty_like(rstd) if norm == "layer" else None
-    s = x.new_empty(M, x.shape[-1]) if placement == "post" else None
+    statistics = x.new_empty(M, dtype=torch.promote_types(x.dtype, torch.float32))
+    mean = torch.empty_like(statistics) if norm == "layer" else None
+    rstd = None if norm == "none" else statistics
+    s = x.new_empty(M, x.shape[-1]) if placement == "post" and norm != "none" else None
     return y, s, mean, rstd, x.new_empty(M, w1.shape[0])
 
 
@@ -402,11 +406,12 @@ def stock(
         return dropped(t, key, p, head)
 
     def block(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-        n = stock_norm(x, None, *affine)[0] if placement == "pre" else x
+        pre, post = (norm != "none" and placement == at for at in ("pre", "post"))
+        n = stock_norm(x, None, *affine)[0] if pre else x
         a = drop(stock_activation(F.linear(n, w1, b1), activation), hidden_dropout_p, HIDDEN)
         y = drop(F.linear(a, w2, b2), dropout_p, OUTPUT)
         y = x + y if residual else y
-        return y if placement == "pre" else stock_norm(y, None, *affine)[0]
+        return stock_norm(y, None, *affine)[0] if post else y
 
     if weight_grads is not None:
         w1, w2 = (_AddGradient.apply(w, into) for w, into in zip((w1, w2), weight_grads, strict=True))

@@ -2,6 +2,7 @@
 
     pre    n = norm(x)     p = n W1^T + b1     y = (x +) drop(drop(act(p)) W2^T + b2)
     post                   p = x W1^T + b1     s = (x +) drop(drop(act(p)) W2^T + b2)     y = norm(s)
+    no norm                p = x W1^T + b1     y = (x +) drop(drop(act(p)) W2^T + b2)
 
 x is [..., D], W1 [F, D] ([2F, D] gated: gate rows, then up rows), W2 [D, F]; p is the preactivation.
 Gated activations compute ``act(gate) * up``. Norm and activation are computed in fp32 (fp64 for fp64)
@@ -198,7 +199,10 @@ def layernorm_ffn(
     affine = (norm_weight, norm_bias, eps, norm)
     dropout, hidden_dropout = (dropout_p, dropout_key), (hidden_dropout_p, dropout_key)
     s = mean = rstd = None
-    if placement == "pre":
+    if norm == "none":
+        preactivation, a = pieces.up(rows, w1, b1, activation, hidden_dropout, keep)
+        y = pieces.down(a, w2, b2, rows if residual else None, dropout)
+    elif placement == "pre":
         n, _, mean, rstd = pieces.norm(rows, None, *affine)
         preactivation, a = pieces.up(n, w1, b1, activation, hidden_dropout, keep)
         y = pieces.down(a, w2, b2, rows if residual else None, dropout)
@@ -252,11 +256,11 @@ def layernorm_ffn_backward(
     rows, dy = _rows(x), _rows(dy)
     want_x, want_w1, want_b1, want_w2, want_b2, want_weight, want_bias = wanted
     hidden_dropout = (hidden_dropout_p, dropout_key)
-    pre = placement == "pre"
+    pre, post = (norm != "none" and placement == at for at in ("pre", "post"))
     dx = dw1 = db1 = dw2 = dweight = dbias = None
 
     ds = dy
-    if not pre:
+    if post:
         ds, _, dweight, dbias = pieces.norm_backward(
             dy, None, s, norm_weight, mean, rstd, norm, want_weight, want_bias
         )
