@@ -16,8 +16,9 @@ from parity import BACKENDS, assert_parity, device_of, poisoned_empty_memory
 from torch import Tensor
 
 from bigkern.reference import attention as attention_reference
-from bigkern.reference import layernorm_ffn as ffn_reference
 from bigkern.reference import norm as norm_reference
+from bigkern.reference.dropout import dropped
+from bigkern.reference.norm import HIDDEN, OUTPUT
 
 if "triton" not in BACKENDS:
     pytest.skip("neither a GPU nor TRITON_INTERPRET=1", allow_module_level=True)
@@ -35,6 +36,7 @@ from bigkern.triton_kernels.norm import LONGEST_FORWARD
 
 DEVICE = device_of("triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+KEY = torch.tensor([12345, 2**32 - 7])  # of dropout
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -77,11 +79,18 @@ EVERYTHING = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("D", [24, 96, 136])
 @pytest.mark.parametrize("features", [CAUSAL, WINDOW, EVERYTHING], ids=["causal", "window", "everything"])
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fused", "deterministic"])
 def test_attention_in_every_configuration(
-    monkeypatch: pytest.MonkeyPatch, arch: int, dtype: torch.dtype, D: int, features: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch,
+    arch: int,
+    dtype: torch.dtype,
+    D: int,
+    features: dict[str, Any],
+    deterministic: bool,
 ) -> None:
     """Plain tiles, tiles on an edge and a ragged end, through every row of the tables."""
     monkeypatch.setattr(launch, "architecture", lambda device: arch)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     test_attention.check(test_attention.Case(dtype=dtype, Hkv=1, D=D, Dv=D, **features), "triton")
 
 
@@ -155,11 +164,16 @@ def check_norm(x: Tensor, residual: Tensor | None, weight: Any, bias: Any, kind:
     poisoned_empty_memory()
     y, total, mean, rstd = layernorm_ffn.norm(x, residual, weight, bias, 1e-5, kind)
     s = x if total is None else total
-    grads = layernorm_ffn.norm_backward(dy, dsum, s, weight, mean, rstd, kind, *wanted)
+    ds, dx, *others = layernorm_ffn.norm_backward(dy, dsum, s, weight, mean, rstd, kind, *wanted)
+    assert dx is None
+    grads = ds, *others
     if residual is not None:
         torch.testing.assert_close(total, x + residual, rtol=0, atol=0)
     y64, _, mean64, rstd64 = norm_reference.norm(s.double(), None, *double(weight, bias), 1e-5, kind)
-    grads64 = norm_reference.norm_backward(*double(dy, dsum, s, weight), mean64, rstd64, kind, *wanted)
+    ds64, _, *others = norm_reference.norm_backward(
+        *double(dy, dsum, s, weight), mean64, rstd64, kind, *wanted
+    )
+    grads64 = ds64, *others
     _, _, mean_low, rstd_low = norm_reference.norm(s, None, weight, bias, 1e-5, kind)
     inputs = [None if t is None else t.clone().requires_grad_() for t in (s, weight, bias)]
     stock = stock_norm(*inputs, kind)
@@ -169,7 +183,7 @@ def check_norm(x: Tensor, residual: Tensor | None, weight: Any, bias: Any, kind:
     if dsum is not None:
         grads_low[0] = grads_low[0] + dsum
     check("norm", "y mean rstd", (y, mean, rstd), (y64, mean64, rstd64), (stock, mean_low, rstd_low))
-    check("norm", "dx dweight dbias", grads, grads64, grads_low, grad=True)
+    check("norm", "ds dweight dbias", grads, grads64, grads_low, grad=True)
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms"])
@@ -202,8 +216,8 @@ def test_norm_of_strided_rows() -> None:
 def test_norm_of_no_rows() -> None:
     x, weight = draw(0, 16), draw(16)
     y, _, mean, rstd = layernorm_ffn.norm(x, None, weight, weight, 1e-5, "layer")
-    dx, dweight, dbias = layernorm_ffn.norm_backward(y, None, x, weight, mean, rstd, "layer", True, True)
-    assert dx.shape == (0, 16)
+    ds, _, dweight, dbias = layernorm_ffn.norm_backward(y, None, x, weight, mean, rstd, "layer", True, True)
+    assert ds.shape == (0, 16)
     assert dweight is not None
     assert dbias is not None
     assert not dweight.any()
@@ -215,24 +229,28 @@ def test_norm_of_no_rows() -> None:
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("M", "width"), [(65, 33), (3, 300)])
-def test_bias_activation(activation: str, dtype: torch.dtype, M: int, width: int) -> None:
+@pytest.mark.parametrize(("M", "width", "p"), [(65, 33, 0.0), (3, 300, 0.25)])
+def test_bias_activation(activation: str, dtype: torch.dtype, M: int, width: int, p: float) -> None:
     product = draw(M, width * (2 if activation in layernorm_ffn.GATED else 1), dtype=dtype) * 3
     product[0], product[1] = 100, -100
-    bias, dout = draw(product.shape[1], dtype=dtype), draw(M, width, dtype=dtype)
+    bias, dout, drop = draw(product.shape[1], dtype=dtype), draw(M, width, dtype=dtype), (p, KEY)
     poisoned_empty_memory()
-    p, out = layernorm_ffn.bias_activation(product.clone(), bias, activation)
-    torch.testing.assert_close(p, product + bias, rtol=0, atol=0)
-    dp, rebuilt, dbias = layernorm_ffn.bias_activation_backward(dout, p, activation, True, True)
+    preactivation = product.clone()
+    out = layernorm_ffn.bias_activation(preactivation, bias, activation, *drop)
+    torch.testing.assert_close(preactivation, product + bias, rtol=0, atol=0)
+    dp, rebuilt, dbias = layernorm_ffn.bias_activation_backward(
+        dout, preactivation, activation, True, True, *drop
+    )
     assert rebuilt is not None
     assert torch.equal(rebuilt, out)
-    out64 = ffn_reference.activate(p.double(), activation)
-    dp64, _, dbias64 = ffn_reference.bias_activation_backward(*double(dout, p), activation, True, False)
-    p_low = p.clone().requires_grad_()
-    low = stock_activation(p_low, activation)
-    (dp_low,) = torch.autograd.grad(low, p_low, dout)
-    check("layernorm_ffn", "out", (out,), (out64,), (low,))
-    check("layernorm_ffn", "dp dbias", (dp, dbias), (dp64, dbias64), (dp_low, dp_low.sum(0)), grad=True)
+    results = []
+    for x, d in (double(preactivation, dout), (preactivation.clone(), dout)):
+        stock = dropped(stock_activation(x.requires_grad_(), activation), KEY, p, HIDDEN)
+        (gradient,) = torch.autograd.grad(stock, x, d)
+        results.append(((stock,), (gradient, gradient.sum(0))))
+    (out64, grads64), (out_low, grads_low) = results
+    check("layernorm_ffn", "out", (out,), out64, out_low)
+    check("layernorm_ffn", "dp dbias", (dp, dbias), grads64, grads_low, grad=True)
 
 
 def stock_activation(p: Tensor, activation: str) -> Tensor:
@@ -244,12 +262,23 @@ def stock_activation(p: Tensor, activation: str) -> Tensor:
     return {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}[activation](p)
 
 
-def test_an_unsaved_preactivation_is_not_written() -> None:
-    product, bias = draw(5, 8), draw(8)
+def test_without_a_bias_the_product_is_not_written() -> None:
+    product = draw(5, 8)
     before = product.clone()
-    _, out = layernorm_ffn.bias_activation(product, bias, "relu", False)
+    out = layernorm_ffn.bias_activation(product, None, "relu")
     assert torch.equal(product, before)
-    torch.testing.assert_close(out, F.relu(before + bias))
+    torch.testing.assert_close(out, F.relu(before))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropout_add(dtype: torch.dtype) -> None:
+    x, residual = draw(40, 130, dtype=dtype)[:, :65], draw(65, 40, dtype=dtype).t()
+    for r in (None, residual):
+        out = layernorm_ffn.dropout_add(x, r, 0.25, KEY)
+        low = dropped(x, KEY, 0.25, OUTPUT)
+        exact = dropped(x.double(), KEY, 0.25, OUTPUT)
+        low, exact = (low, exact) if r is None else (low + r, exact + r.double())
+        check("layernorm_ffn", "out", (out,), (exact,), (low,))
 
 
 # ---- adam ------------------------------------------------------------------------------------------

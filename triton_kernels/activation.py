@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .rows import affine, column_sum, dense_rows, programs
+from .dropout import HIDDEN, OUTPUT, dropout_of, dropped
+from .rows import affine, column_sum, dense_rows, programs, row_stride
 
 GATED = ("swiglu", "geglu")
 
@@ -56,17 +57,9 @@ def load_biased(product, bias, at, columns, exists, column_exists):
 
 @triton.jit
 def bias_activation_kernel(
-    product,
-    bias,
-    preactivation,
-    out,
-    M,
-    F,
-    ACT: tl.constexpr,
-    GATES: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
+    product, bias, preactivation, out, dropout, M, F,
+    ACT: tl.constexpr, GATES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """One [BM, BN] tile of out [M, F]; the preactivation, [M, F] or gated [M, 2 F], is stored if given."""
     tiles = tl.cdiv(F, BN)
     rows = tl.program_id(0) // tiles * BM + tl.arange(0, BM)
@@ -84,12 +77,13 @@ def bias_activation_kernel(
         result = result * up
         if preactivation is not None:
             tl.store(preactivation + at + F, up.to(preactivation.dtype.element_ty), mask=exists)
+    result = dropped(result, dropout, HIDDEN, i, j)
     tl.store(out + i * F + j, result.to(out.dtype.element_ty), mask=exists)
 
 
 @triton.jit
 def bias_activation_backward_kernel(
-    dout, preactivation, dpre, out, dbias, dout_row, M, F,
+    dout, preactivation, dpre, out, dbias, dropout, dout_row, M, F,
     ACT: tl.constexpr, GATES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """BN columns of every P-th block of BM rows; dbias is a partial sum, [P, F] or gated [P, 2 F] fp32."""
@@ -104,6 +98,7 @@ def bias_activation_backward_kernel(
         i, j = rows.to(tl.int64)[:, None], columns[None, :]
         at = i * width + j
         gradient = tl.load(dout + i * dout_row + j, mask=exists, other=0.0).to(tl.float32)
+        gradient = dropped(gradient, dropout, HIDDEN, i, j)
         p = tl.load(preactivation + at, mask=exists, other=0.0).to(tl.float32)
         dp = gradient * derivative(p, ACT)
         if GATES or out is not None:
@@ -118,6 +113,7 @@ def bias_activation_backward_kernel(
         sums += dp
         tl.store(dpre + at, dp.to(dpre.dtype.element_ty), mask=exists)
         if out is not None:
+            result = dropped(result, dropout, HIDDEN, i, j)
             tl.store(out + i * F + j, result.to(out.dtype.element_ty), mask=exists)
     if dbias is not None:
         tl.store(dbias + program * width + columns, tl.sum(sums, 0), mask=columns < F)
@@ -125,34 +121,60 @@ def bias_activation_backward_kernel(
             tl.store(dbias + program * width + F + columns, tl.sum(up_sums, 0), mask=columns < F)
 
 
+@triton.jit
+def dropout_add_kernel(
+    x, residual, out, dropout, x_row, residual_row, M, N, BM: tl.constexpr, BN: tl.constexpr
+):
+    """One [BM, BN] tile of out = drop(x) (+ residual)."""
+    tiles = tl.cdiv(N, BN)
+    rows = tl.program_id(0) // tiles * BM + tl.arange(0, BM)
+    columns = tl.program_id(0) % tiles * BN + tl.arange(0, BN)
+    exists = (rows < M)[:, None] & (columns < N)[None, :]
+    i, j = rows.to(tl.int64)[:, None], columns[None, :]
+    s = tl.load(x + i * x_row + j, mask=exists, other=0.0).to(tl.float32)
+    s = dropped(s, dropout, OUTPUT, i, j)
+    if residual is not None:
+        s += tl.load(residual + i * residual_row + j, mask=exists, other=0.0).to(tl.float32)
+    tl.store(out + i * N + j, s.to(out.dtype.element_ty), mask=exists)
+
+
 # ---- launchers -------------------------------------------------------------------------------------
 
 
 def bias_activation(
-    product: Tensor, bias: Tensor | None, activation: str, save: bool = True
-) -> tuple[Tensor, Tensor]:
-    """``(preactivation, out)``: product ``[M, F]`` (gated ``[M, 2 F]``) plus bias, its activation ``[M, F]``.
+    product: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    dropout_p: float = 0.0,
+    dropout_key: Tensor | None = None,
+) -> Tensor:
+    """``drop(act(product + bias))``: product ``[M, F]`` (gated ``[M, 2 F]``), its activation ``[M, F]``.
 
-    The preactivation takes the product's place in memory, and is only written if ``save``.
+    The sum with a bias takes the product's place in memory.
     """
-    product = product.contiguous()
     gated = activation in GATED
     M, F = product.shape[0], product.shape[1] // (1 + gated)
     out = product.new_empty(M, F)
-    preactivation = product if save and bias is not None else None
     BM, BN, warps = element_tile(F)
     if out.numel() > 0:
         bias_activation_kernel[(triton.cdiv(M, BM) * triton.cdiv(F, BN),)](
-            product, dense_rows(bias), preactivation, out, M, F,
+            product, dense_rows(bias), None if bias is None else product, out,
+            dropout_of(dropout_key, dropout_p), M, F,
             ACT=activation, GATES=gated, BM=BM, BN=BN, num_warps=warps, **launch.OPTIONS,
         )  # fmt: skip
-    return product, out
+    return out
 
 
 def bias_activation_backward(
-    dout: Tensor, preactivation: Tensor, activation: str, want_bias: bool, rebuild: bool
+    dout: Tensor,
+    preactivation: Tensor,
+    activation: str,
+    want_bias: bool,
+    rebuild: bool,
+    dropout_p: float = 0.0,
+    dropout_key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``dpre`` shaped like the preactivation; if asked, the activation again, and dpre's sums ``dbias``."""
+    """``dpre`` shaped like the preactivation; if asked, the output again, and dpre's sums ``dbias``."""
     dout, preactivation = dense_rows(dout), preactivation.contiguous()
     M, F = dout.shape
     width = preactivation.shape[1]
@@ -164,10 +186,24 @@ def bias_activation_backward(
     dbias = torch.empty(P, width, dtype=torch.float32, device=dout.device) if want_bias else None
     if F > 0:
         bias_activation_backward_kernel[(P * tiles,)](
-            dout, preactivation, dpre, out, dbias, dout.stride(0), M, F,
+            dout, preactivation, dpre, out, dbias, dropout_of(dropout_key, dropout_p), dout.stride(0), M, F,
             ACT=activation, GATES=activation in GATED, BM=BM, BN=BN, num_warps=warps, **launch.OPTIONS,
         )  # fmt: skip
     return dpre, out, column_sum(dbias, dout)
+
+
+def dropout_add(x: Tensor, residual: Tensor | None, dropout_p: float, dropout_key: Tensor) -> Tensor:
+    """``drop(x) (+ residual)``, all ``[M, N]``."""
+    x, residual = dense_rows(x), dense_rows(residual)
+    M, N = x.shape
+    out = x.new_empty(M, N)
+    BM, BN, warps = element_tile(N)
+    if out.numel() > 0:
+        dropout_add_kernel[(triton.cdiv(M, BM) * triton.cdiv(N, BN),)](
+            x, residual, out, dropout_of(dropout_key, dropout_p), x.stride(0), row_stride(residual), M, N,
+            BM=BM, BN=BN, num_warps=warps, **launch.OPTIONS,
+        )  # fmt: skip
+    return out
 
 
 def element_tile(F: int) -> tuple[int, int, int]:

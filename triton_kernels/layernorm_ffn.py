@@ -1,13 +1,14 @@
 """The norms of a Transformer block, and what stands between its two matrix products, in Triton.
 
-    norm             s = x + residual      y = (s - mean) * rstd * weight + bias       rms: mean counts as 0
-    bias_activation  p = product + bias    out = act(p), or act(gate) * up with p = [gate | up]
+    norm             s = drop(x) + residual      y = (s - mean) * rstd * weight + bias   rms: mean counts as 0
+    bias_activation  p = product + bias          out = drop(act(p)), or drop(act(gate) * up), p = [gate | up]
+    dropout_add      out = drop(x) + residual
 
 All of it is bound by memory: every kernel reads its inputs once and writes its outputs once. A row lives in
 registers between its statistics and its use:
 
     norm            program = BM rows          [BM, BN] tile, BN >= N: load, reduce, reduce, store
-    norm_backward   program = every P-th       dx is stored row block by row block; the sums for weight and
+    norm_backward   program = every P-th       ds is stored row block by row block; the sums for weight and
                     block of BM rows           bias stay in registers until the program's last row:
                                                partial [P, N] fp32, which `column_sum_kernel` then adds up
     bias_activation program = [BM, BN] tile; backward walks down the rows, with dbias summed the same way
@@ -26,7 +27,7 @@ Ba, Kiros, Hinton, Layer Normalization (2016); Zhang, Sennrich, RMSNorm (2019); 
 
 from __future__ import annotations
 
-from .activation import GATED, bias_activation, bias_activation_backward
+from .activation import GATED, bias_activation, bias_activation_backward, dropout_add
 from .norm import norm, norm_backward
 
-__all__ = ["GATED", "bias_activation", "bias_activation_backward", "norm", "norm_backward"]
+__all__ = ["GATED", "bias_activation", "bias_activation_backward", "dropout_add", "norm", "norm_backward"]

@@ -1,7 +1,8 @@
-"""The backward of the norms: dx row by row, and the sums over all rows that weight and bias need.
+"""The backward of the norms: ds row by row, and the sums over all rows that weight and bias need.
 
 xhat = (s - mean) * rstd                g = dy * weight
-dx   = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum          mean(g) for layer norm only
+ds   = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum          mean(g) for layer norm only
+dx   = drop(ds)
 dweight = sum(dy * xhat)                dbias = sum(dy)
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .dropout import OUTPUT, dropped
 from .rows import affine
 
 
@@ -29,18 +31,21 @@ def load_normalized(dy, s, weight, mean, rstd, dy_row, s_row, rows, columns, M, 
 
 
 @triton.jit
-def store_dx(dx, dsum, g, xhat, r, mean_g, mean_gx, dsum_row, rows, columns, N, exists):
-    """dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum."""
+def store_gradients(ds, dx, dropout, dsum, g, xhat, r, mean_g, mean_gx, dsum_row, rows, columns, N, exists):
+    """ds = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum, and dx = drop(ds)."""
     i, j = rows.to(tl.int64)[:, None], columns[None, :]
     out = r * (g - mean_g - xhat * mean_gx)
     if dsum is not None:
         out += tl.load(dsum + i * dsum_row + j, mask=exists, other=0.0).to(tl.float32)
-    tl.store(dx + i * N + j, out.to(dx.dtype.element_ty), mask=exists)
+    tl.store(ds + i * N + j, out.to(ds.dtype.element_ty), mask=exists)
+    if dx is not None:
+        out = dropped(out, dropout, OUTPUT, i, j)
+        tl.store(dx + i * N + j, out.to(dx.dtype.element_ty), mask=exists)
 
 
 @triton.jit
 def norm_backward_kernel(
-    dy, dsum, s, weight, mean, rstd, dx, dweight, dbias, dy_row, dsum_row, s_row, M, N,
+    dy, dsum, s, weight, mean, rstd, ds, dx, dweight, dbias, dropout, dy_row, dsum_row, s_row, M, N,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Every P-th block of BM rows; dweight and dbias are partial sums, [P, N] fp32."""
@@ -60,7 +65,9 @@ def norm_backward_kernel(
         mean_g = 0.0
         if mean is not None:
             mean_g = (tl.sum(g, 1) / N)[:, None]
-        store_dx(dx, dsum, g, xhat, r, mean_g, mean_gx, dsum_row, rows, columns, N, exists)
+        store_gradients(
+            ds, dx, dropout, dsum, g, xhat, r, mean_g, mean_gx, dsum_row, rows, columns, N, exists
+        )
     at = program.to(tl.int64) * N + columns
     if dweight is not None:
         tl.store(dweight + at, tl.sum(sum_weight, 0), mask=columns < N)
@@ -70,9 +77,9 @@ def norm_backward_kernel(
 
 @triton.jit
 def norm_backward_long_kernel(
-    dy, dsum, s, weight, mean, rstd, dx, dy_row, dsum_row, s_row, M, N, BN: tl.constexpr
+    dy, dsum, s, weight, mean, rstd, ds, dx, dropout, dy_row, dsum_row, s_row, M, N, BN: tl.constexpr
 ):
-    """dx of one row in chunks of BN: its two means, then the gradient."""
+    """ds and dx of one row in chunks of BN: its two means, then the gradient."""
     rows = tl.program_id(0) + tl.arange(0, 1)
     products, gradients = tl.zeros([1, BN], tl.float32), tl.zeros([1, BN], tl.float32)
     for start in range(0, N, BN):
@@ -87,7 +94,9 @@ def norm_backward_long_kernel(
     for start in range(0, N, BN):
         columns = start + tl.arange(0, BN)
         _, xhat, g, r, exists = load_normalized(dy, s, weight, mean, rstd, dy_row, s_row, rows, columns, M, N)
-        store_dx(dx, dsum, g, xhat, r, mean_g, mean_gx, dsum_row, rows, columns, N, exists)
+        store_gradients(
+            ds, dx, dropout, dsum, g, xhat, r, mean_g, mean_gx, dsum_row, rows, columns, N, exists
+        )
 
 
 @triton.jit

@@ -49,5 +49,9 @@ def programs(x: Tensor, M: int, BM: int, tiles: int, warps: int) -> int:
     return max(1, min(triton.cdiv(M, BM), launch.multiprocessors(x.device) * (16 // warps) // tiles))
 
 
+def row_stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
+
+
 def dense_rows(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
