@@ -522,8 +522,19 @@ def composed_pieces(
 
 
 def native_pieces(native: Any) -> Pieces:
-    names = ("norm", "norm_backward", "bias_activation", "bias_activation_backward", "dropout_add")
-    return composed_pieces(*(getattr(native, name) for name in names))
+    def norm(*arguments: Any) -> Any:
+        return native.norm(*_with_dropout(arguments, 6))
+
+    def norm_backward(*arguments: Any) -> Any:
+        return native.norm_backward(*_with_dropout(arguments, 9))
+
+    names = ("bias_activation", "bias_activation_backward", "dropout_add")
+    return composed_pieces(norm, norm_backward, *(getattr(native, name) for name in names))
+
+
+def _with_dropout(arguments: tuple[Any, ...], others: int) -> tuple[Any, ...]:
+    """The arguments; where only the ``others`` were given, with no dropout: a schema has no defaults."""
+    return arguments if len(arguments) > others else (*arguments, 0.0, None)
 
 
 TRITON_PIECES = composed_pieces(
