@@ -25,7 +25,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,14 @@ from triton.runtime.jit import JITFunction
 if os.environ.get("TRITON_INTERPRET") == "1":
     sys.exit("gate_triton.py compiles: run it without TRITON_INTERPRET")
 
-from bigkern.triton_kernels import adam, attention, attention_decode, launch, layernorm_ffn
+from bigkern.triton_kernels import (
+    adam,
+    attention,
+    attention_configurations,
+    attention_decode,
+    launch,
+    layernorm_ffn,
+)
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}
@@ -133,19 +142,21 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def attention_cases(arch: int) -> Iterator[Case]:
-    for architecture, size, D in attention.CONFIGURATIONS:
+    for architecture, size, D in attention_configurations.CONFIGURATIONS:
         if architecture == arch:
             name = {2: "bfloat16", 4: "float32"}[size]
             for features in FEATURES:
                 needed = size == 2 and D <= 128
-                yield f"{name} D={D} {features}", attention_call(DTYPES[name], D, features), needed
+                for fused in (False, True):
+                    text = f"{name} D={D} {features}{', fused' if fused else ''}"
+                    yield text, attention_call(DTYPES[name], D, features, fused), needed
 
 
 FEATURES = ("plain", "causal", "window", "packed", "packed window", "everything")
 
 
-def attention_call(dtype: torch.dtype, D: int, features: str) -> Callable[[], object]:
-    """Forward and backward: dense, packed, in a window, and with all there is."""
+def attention_call(dtype: torch.dtype, D: int, features: str, fused: bool) -> Callable[[], object]:
+    """Forward and backward: dense, packed, in a window, and with all there is; dq by atomics if ``fused``."""
 
     def call() -> None:
         B, H, S = 2, 8, SENTENCE
@@ -171,6 +182,7 @@ def attention_call(dtype: torch.dtype, D: int, features: str) -> Callable[[], ob
             )  # fmt: skip
             dlse = meta(B, H, S)
         o, lse = attention.attention(q, k, v, *rules)
+        torch.use_deterministic_algorithms(not fused)
         attention.attention_backward(do, dlse, q, k, v, o, lse, rules.bias is not None, *rules)
 
     return call
@@ -266,7 +278,7 @@ ROOMS: dict[str, Callable[[int], Iterator[Case]]] = {
 
 
 QUICK = {
-    "attention": r"bfloat16 .* (causal|packed)$",
+    "attention": r"bfloat16 .* (causal|packed)(, fused)?$",
     "decode": r"bfloat16",
     "norm": r"bfloat16 N=(1023|65536) layer",
     "activation": r"bfloat16 (gelu|geglu)$",
@@ -277,9 +289,10 @@ QUICK = {
 # ---- running them ----------------------------------------------------------------------------------
 
 
-def rows(arch: int, room: str, wanted: str) -> Iterator[Row]:
+def rows(arch: int, room: str, wanted: str) -> list[Row]:
     """What the cases of a room compile to, each kernel once; ``wanted`` is a pattern for the cases."""
     compiled = compile_only(arch)
+    found: list[Row] = []
     seen: set[int] = set()
     for case, call, wgmma in ROOMS[room](arch):
         if not re.search(wanted, case):
@@ -292,9 +305,10 @@ def rows(arch: int, room: str, wanted: str) -> Iterator[Row]:
             seen.add(id(kernel))
             registers, stack = usage(kernel.asm["cubin"])
             shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
-            found = kernel.asm["ptx"].count("wgmma.mma_async")
+            products = kernel.asm["ptx"].count("wgmma.mma_async")
             needed = wgmma and arch == 90 and name != "statistics_kernel"
-            yield Row(arch, name, case, warps, registers, stack, shared, found, needed)
+            found.append(Row(arch, name, case, warps, registers, stack, shared, products, needed))
+    return found
 
 
 def main() -> int:
@@ -308,13 +322,14 @@ def main() -> int:
     print(f"triton {triton.__version__}")
     print(f"{'arch':>5}  {'kernel':<32} {'case':<38} warps  regs stack  shared wgmma")
     results: list[Row] = []
-    for arch in options.arch or sorted(SHARED_LIMIT):
-        for room in options.only or list(ROOMS):
-            for row in rows(arch, room, QUICK[room] if options.quick else ""):
-                numbers = f"{row.warps:>5} {row.registers:>5} {row.stack:>5} {row.shared:>7} {row.wgmma:>5}"
-                verdict = "; ".join(row.problems())
-                print(f"sm_{arch}  {row.kernel:<32} {row.case:<38} {numbers}  {verdict}".rstrip(), flush=True)
-                results.append(row)
+    work = list(product(options.arch or sorted(SHARED_LIMIT), options.only or list(ROOMS)))
+    patterns = [QUICK[room] if options.quick else "" for _, room in work]
+    with ProcessPoolExecutor() as processes:  # as many as there are cores
+        for row in chain.from_iterable(processes.map(rows, *zip(*work, strict=True), patterns)):
+            numbers = f"{row.warps:>5} {row.registers:>5} {row.stack:>5} {row.shared:>7} {row.wgmma:>5}"
+            verdict = "; ".join(row.problems())
+            print(f"sm_{row.arch}  {row.kernel:<32} {row.case:<38} {numbers}  {verdict}".rstrip(), flush=True)
+            results.append(row)
     if options.csv:
         with options.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(asdict(results[0])))

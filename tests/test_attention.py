@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -481,6 +481,22 @@ def random_case(seed: int, largest: int) -> Case:
     )
 
 
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Ask for the same bits in every run; a warning where torch itself has no such algorithm."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@KERNELS
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [case for case in SMALL if case.Hq > 2 and case.Sq < 70], ids=str)
+def test_parity_of_deterministic_gradients(case: Case, dtype: torch.dtype, backend: str) -> None:
+    check(replace(case, dtype=dtype), backend)
+
+
 SEEDS = {"cpu": 2000, "torch": 100, "cuda": 60, "triton": 24, "simt": 30}
 MISSED = {
     ("cpu", 1353): "one key and a sink in float32: dk has 3.4 times the error of torch's, not 3",
@@ -572,7 +588,13 @@ def test_extreme_scores(dtype: torch.dtype, backend: str) -> None:
     bias[7] = float("-inf")
     bias[11] = torch.finfo(dtype).min
     with run_backend("attention", backend):
-        for k, options in [(q, {"scale": 1.0}), (torch.zeros_like(q), {}), (q, {"bias": bias})]:
+        below = -q.detach().abs()  # every key is far below the zeros beyond the last one
+        for k, options in [
+            (q, {"scale": 1.0}),
+            (below, {"scale": 1.0}),
+            (torch.zeros_like(q), {}),
+            (q, {"bias": bias}),
+        ]:
             o, lse = bigkern.attention(q, k, v, **options, return_lse=True)  # type: ignore[arg-type]
             (dq,) = torch.autograd.grad(o.float().sum(), q)
             assert all(bool(x.isfinite().all()) for x in (o, lse, dq))
@@ -584,6 +606,7 @@ def test_extreme_scores(dtype: torch.dtype, backend: str) -> None:
 
 
 @EVERY
+@pytest.mark.usefixtures("deterministic")
 def test_the_same_twice(backend: str) -> None:
     case = Case(Hq=4, Hkv=2, Sq=50, Sk=60, causal="bottom_right")
     first, again = ours(case, backend), ours(case, backend)

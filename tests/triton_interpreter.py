@@ -4,8 +4,8 @@ The interpreter keeps a bfloat16 as a uint16. Its ``tl.dot`` multiplies those in
 numbers, and its conversion from float32 truncates, where the hardware rounds to nearest even. Both are
 replaced here, for the tests; kernels do no bfloat16 arithmetic other than products (they widen at load).
 Products of fp32 that ask for ``tf32x3`` are made as tensor cores are believed to make them, so that the
-parity rule can judge them. Triton 3.6 also cannot turn its scalars, arrays of one element, into loop bounds
-under numpy 2.4.
+parity rule can judge them. Atomics through tensor descriptors are missing. Triton 3.6 also cannot turn its
+scalars, arrays of one element, into loop bounds under numpy 2.4.
 """
 
 from __future__ import annotations
@@ -79,6 +79,12 @@ def repair() -> None:
         x, y = (from_bfloat16(t.data) if t.dtype.scalar == tl.bfloat16 else t.data for t in (a, b))
         return interpreter.TensorHandle(product(x, y, d.data), d.dtype.scalar)
 
+    def create_descriptor_reduce(self: Any, kind: Any, tiles: Any, value: Any, offsets: Any) -> Any:
+        assert kind == interpreter._ir.DESCRIPTOR_REDUCE_KIND.ADD
+        pointers, mask = tiles.materialize_pointers(offsets)
+        add, relaxed = interpreter._ir.ATOMIC_OP.FADD, interpreter._ir.MEM_SEMANTIC.RELAXED
+        return self.create_atomic_rmw(add, pointers, value, mask, relaxed, None)
+
     patch_tensor = interpreter._patch_lang_tensor
 
     def patch(tensor: Any, *scope: Any) -> None:
@@ -88,4 +94,5 @@ def repair() -> None:
     interpreter._convert_float = convert
     interpreter._patch_lang_tensor = patch
     interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter.InterpreterBuilder.create_descriptor_reduce = create_descriptor_reduce
     interpreter._bigkern_repaired = True

@@ -15,11 +15,16 @@ row's maximum m, its sum l and the unnormalised output:
                                                    edges, the causal one among them, or the end of the
                                                    keys run through the tile; what is outside is not visited
 
-The backward recomputes p = exp(s - lse) and runs three kernels: ``statistics`` (delta = rowsum(do * o) -
-dlse), ``key_value_gradient`` (a program owns BC keys and walks over the queries of all heads that share
-them) and ``query_gradient`` (a program owns BR queries and walks over the keys); a fourth, in
-`attention_bias.py`, sums ds for the bias. Each gradient has one owner, so there are no atomics and the
-result is the same in every run.
+The backward recomputes p = exp(s - lse). ``statistics`` (delta = rowsum(do * o) - dlse) runs first. In
+``key_value_gradient`` a program owns BC keys and walks over the queries of all heads that share them; dq it
+adds to fp32 sums by atomics, which a last pass scales and casts:
+
+    5 products a tile   q k^T   p^T do   do v^T   dx^T q   dx k      + dq_sums [B, Hq, Sq, D] fp32
+
+The order of such sums differs from run to run. Where torch.are_deterministic_algorithms_enabled(), and where
+tiles of three gradients do not fit into registers (16-bit types of head dim 256, "tf32x3"), dq is left to
+``query_gradient``, in which a program owns BR queries and walks over the keys: 7 products, no atomics, and
+the same bits in every run. The bias's gradient has a kernel and owners of its own, in `attention_bias.py`.
 
 A row with nothing to attend to gives o = 0, lse = -inf (its sink, if it has one) and zero gradients. Packed
 sequences lie behind each other in the rows of one batch; a program whose tile is beyond its sequence's end
@@ -41,75 +46,20 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import launch
 from .attention_backward import key_value_gradient_kernel, query_gradient_kernel, statistics_kernel
 from .attention_bias import Owned, bias_gradient_kernel
+from .attention_configurations import CONFIGURATIONS, DESCRIBED, GENERAL, Tile, Tiles
 from .attention_forward import attention_kernel
 from .attention_scores import Terms, broadcast, dropout_of, factor_of, given, slopes_of
-from .attention_tiles import Shape, View, describable, descriptor, empty_bshd, side, statistic, view
-
-
-class Tile(NamedTuple):
-    """A launch: BR query rows and BC key columns a tile, warps a program, stages of the load pipeline.
-
-    And how fp32 factors are multiplied: "ieee" by plain FMA, "tf32x3" in three parts on tensor cores.
-    """
-
-    BR: int
-    BC: int
-    warps: int
-    stages: int
-    precision: str = "ieee"
-
-
-class Tiles(NamedTuple):
-    forward: Tile
-    key_value: Tile
-    query: Tile
-    bias: Tile
-
-
-# (architecture, bytes an element, head dim up to) -> tiles. 2 bytes run on tensor cores, 4 on plain FMA.
-CONFIGURATIONS = {
-    (80, 2, 64): Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
-    (80, 2, 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
-    (80, 2, 256): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 16, 8, 1)),
-    (80, 4, 64): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-    (80, 4, 128): Tiles(Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
-    (80, 4, 256): Tiles(Tile(32, 32, 16, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
-    (90, 2, 64): Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
-    (90, 2, 128): Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-    (90, 2, 256): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 1)),
-    (90, 4, 64): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    (90, 4, 128): Tiles(Tile(32, 16, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
-    (90, 4, 256): Tiles(Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-}
-
-# Where windows, biases and the like need registers of their own.
-GENERAL = {
-    (80, 2, 64): CONFIGURATIONS[80, 2, 64]._replace(key_value=Tile(32, 128, 8, 1)),
-    (80, 2, 256): CONFIGURATIONS[80, 2, 256]._replace(query=Tile(32, 32, 8, 1)),
-    (80, 4, 64): CONFIGURATIONS[80, 4, 64]._replace(forward=Tile(64, 32, 8, 1)),
-    (80, 4, 256): CONFIGURATIONS[80, 4, 256]._replace(query=Tile(16, 16, 8, 2)),
-    (90, 2, 128): CONFIGURATIONS[90, 2, 128]._replace(forward=Tile(128, 32, 8, 3), query=Tile(128, 32, 8, 2)),
-    (90, 2, 256): CONFIGURATIONS[90, 2, 256]._replace(forward=Tile(128, 16, 8, 2), query=Tile(128, 16, 8, 2)),
-    (90, 4, 128): CONFIGURATIONS[90, 4, 128]._replace(
-        forward=Tile(32, 16, 4, 1), key_value=Tile(16, 32, 8, 1), query=Tile(16, 16, 8, 1)
-    ),
-}
-
-
-# Where tiles come through tensor descriptors (TMA), and the registers of their addresses go into larger ones.
-DESCRIBED = {
-    (90, 2, 64): CONFIGURATIONS[90, 2, 64]._replace(query=Tile(64, 64, 4, 3)),
-    (90, 2, 128): CONFIGURATIONS[90, 2, 128]._replace(
-        forward=Tile(128, 128, 8, 2), key_value=Tile(64, 128, 8, 2)
-    ),
-    (90, 2, 256): CONFIGURATIONS[90, 2, 256]._replace(forward=Tile(128, 64, 8, 2)),
-    (90, 4, 64): CONFIGURATIONS[90, 4, 64]._replace(
-        forward=Tile(128, 32, 8, 2, "tf32x3"),
-        key_value=Tile(32, 128, 8, 1, "tf32x3"),
-        query=Tile(64, 32, 4, 2, "tf32x3"),
-    ),
-}
-
+from .attention_tiles import (
+    Shape,
+    Statistic,
+    View,
+    describable,
+    descriptor,
+    empty_bshd,
+    side,
+    statistic,
+    view,
+)
 
 # ---- launchers -------------------------------------------------------------------------------------
 
@@ -173,32 +123,29 @@ def attention_backward(
     B, Hq, packed = batches(q, call), q.shape[1], call.cu_seqlens_q is not None
     dq, dk, dv = (empty_bshd(x, *x.shape[1:]) for x in (q, k, v))
     dbias = q.new_empty(call.bias.shape if bias_grad and call.bias is not None else 0)
-    score_lse, delta = torch.empty(2, *lse.shape, dtype=torch.float32, device=q.device)
     shape, terms = shape_of(q, k, call), terms_of(call)
-    if lse.numel() > 0:
-        S, DV = o.shape[2:]
-        statistics_kernel[(triton.cdiv(S, 32) * lse.shape[0] * Hq,)](
-            view(do), view(o), lse.contiguous(), None if dlse is None else dlse.contiguous(), score_lse,
-            delta, Hq, S, shape, DV=DV, BDV=launch.padded(DV), BR=32, num_warps=4, **launch.OPTIONS,
-        )  # fmt: skip
-    factor = factor_of(call.scale, call.softcap, shape)
+    statistics = statistics_of(do, dlse, o, lse, shape, packed)
+    factor, constants = factor_of(call.scale, call.softcap, shape), sizes(q, v)
     tiles, stream = tiles_of(shape, terms, q, k, v, do)
-    statistics, constants = (statistic(score_lse, packed), statistic(delta, packed)), sizes(q, v)
+    fused = None if torch.are_deterministic_algorithms_enabled() else tiles.fused
+    dq_sums = None if fused is None else torch.zeros_like(dq, dtype=torch.float32)
     programs = triton.cdiv(shape.Sq, tiles.query.BR) * B * Hq
-    if programs > 0:
+    if dq_sums is None and programs > 0:
         BC = tiles.query.BC
         query_gradient_kernel[(programs,)](
             view(do, packed), view(q, packed), stream(k, BC), stream(v, BC), terms, *statistics,
             view(dq, packed), call.scale, factor, shape, **constants, **options(tiles.query),
         )  # fmt: skip
-    programs = triton.cdiv(shape.Sk, tiles.key_value.BC) * B * shape.Hkv
+    tile = fused or tiles.key_value
+    programs = triton.cdiv(shape.Sk, tile.BC) * B * shape.Hkv
     if programs > 0:
-        BR = tiles.key_value.BR
         key_value_gradient_kernel[(programs,)](
-            stream(do, BR), stream(q, BR), view(k, packed), view(v, packed), terms, *statistics,
-            view(dk, packed), view(dv, packed), call.scale, factor, shape, **constants,
-            **options(tiles.key_value),
+            stream(do, tile.BR), stream(q, tile.BR), view(k, packed), view(v, packed), terms, *statistics,
+            None if dq_sums is None else stream(dq_sums, tile.BR), view(dk, packed), view(dv, packed),
+            call.scale, factor, shape, **constants, **options(tile),
         )  # fmt: skip
+    if dq_sums is not None:
+        torch.mul(dq_sums, call.scale, out=dq)
     if dbias.numel() > 0:
         b, h, i, j = dbias.shape
         programs = b * h * triton.cdiv(i, tiles.bias.BR) * triton.cdiv(j, tiles.bias.BC)
@@ -207,6 +154,20 @@ def attention_backward(
             shape, **constants, PER_QUERY=i > 1, PER_KEY=j > 1, **options(tiles.bias),
         )  # fmt: skip
     return dq, dk, dv, dbias
+
+
+def statistics_of(
+    do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, shape: Shape, packed: bool
+) -> tuple[Statistic, Statistic]:
+    """lse as a score, and delta."""
+    (B, H, S), DV = lse.shape, o.shape[3]
+    score_lse, delta = torch.empty(2, B, H, S, dtype=torch.float32, device=o.device)
+    if lse.numel() > 0:
+        statistics_kernel[(triton.cdiv(S, 32) * B * H,)](
+            view(do), view(o), lse.contiguous(), None if dlse is None else dlse.contiguous(), score_lse,
+            delta, H, S, shape, DV=DV, BDV=launch.padded(DV), BR=32, num_warps=4, **launch.OPTIONS,
+        )  # fmt: skip
+    return statistic(score_lse, packed), statistic(delta, packed)
 
 
 def batches(q: Tensor, call: Rules) -> int:

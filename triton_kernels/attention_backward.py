@@ -1,10 +1,11 @@
-"""The backward of attention: three kernels, told in `attention.py`.
+"""The backward of attention: three kernels, or two of them, told in `attention.py`.
 
 p  = exp(s - lse)                delta = rowsum(do * o) - dlse
 dv = dropout(p)^T do             ds    = p * (dropout(do v^T) - delta)
 dx = ds * (1 - tanh(..)^2)       dq    = scale * dx k          dk = scale * dx^T q
 
-A tile's products come in the order q k^T, p^T do, do v^T, dx^T q, so that p leaves for dv before dp arrives.
+A tile's products come in the order q k^T, p^T do, do v^T, dx^T q, so that p leaves for dv before dp arrives;
+where dq is summed by atomics, dx k is the fifth.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import triton.language as tl
 
 from .attention_scores import capped, dropped, product_gradient, score_gradient, to_score, weights
 from .attention_tiles import (
+    add_rows,
     load_rows,
     query_rows,
     rows_of,
@@ -48,15 +50,18 @@ def statistics_kernel(
 
 @triton.jit
 def key_value_gradient_kernel(
-    do, q, k, v, terms, score_lse, delta, dk, dv, scale, factor, shape,
+    do, q, k, v, terms, score_lse, delta, dq_sums, dk, dv, scale, factor, shape,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BC keys of one head. Scores are transposed, [BC, BR]: p^T and dx^T are first factors.
 
-    Keys beyond Sk need no mask, because each key's gradient is its own row, which is not stored. Queries
-    beyond Sq get lse = inf, so p = 0. With a window every tile is masked: a second, unmasked loop would
-    cost more registers than the comparison costs time.
+    Given dq_sums, [B, Hq, Sq, D] fp32, also adds to them what these keys give to dq / scale, in any order.
+
+    Keys beyond Sk need no mask for dk and dv, because each key's gradient is its own row, which is not
+    stored; for dq they do, because their p may be inf. Queries beyond Sq get lse = inf, so p = 0. With a
+    window every tile is masked: a second, unmasked loop would cost more registers than the comparison
+    costs time.
     """
     tiles = tl.cdiv(shape.Sk, BC)
     column = tl.program_id(0) % tiles * BC
@@ -65,7 +70,7 @@ def key_value_gradient_kernel(
     seq = sequence(shape, b)
     if shape.q_begins is not None and column >= seq.Sk:
         return
-    EDGE: tl.constexpr = shape.left is not None or shape.right is not None
+    EDGE: tl.constexpr = shape.left is not None or shape.right is not None or dq_sums is not None
     k_tile = load_rows(rows_of(k, b, kv_head, seq.k_begin), column, seq.Sk, D, BD, BC, True)
     v_tile = load_rows(rows_of(v, b, kv_head, seq.k_begin), column, seq.Sk, DV, BDV, BC, True)
     dk_tile = tl.zeros([BC, BD], tl.float32)
@@ -92,7 +97,11 @@ def key_value_gradient_kernel(
                 statistic_of(delta, b, h, seq.q_begin) + i, mask=i < seq.Sq, other=0.0
             )
             dx = product_gradient(score_gradient(p, dp, row_delta, terms, b, h, i, j, shape), x, terms)
-            dk_tile = tl.dot(dx.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
+            dx = dx.to(q_tile.dtype)
+            dk_tile = tl.dot(dx, q_tile, dk_tile, input_precision=PRECISION)
+            if dq_sums is not None:
+                dq_tile = tl.dot(tl.trans(dx), k_tile, input_precision=PRECISION)
+                add_rows(rows_of(dq_sums, b, h, seq.q_begin), start, seq.Sq, dq_tile, D, BD, BR)
     store_rows(rows_of(dk, b, kv_head, seq.k_begin), column, seq.Sk, dk_tile * scale, D, BD, BC)
     store_rows(rows_of(dv, b, kv_head, seq.k_begin), column, seq.Sk, dv_tile, DV, BDV, BC)
 

@@ -217,3 +217,13 @@ def store_rows(rows, start, end, tile, D: tl.constexpr, BD: tl.constexpr, ROWS: 
     """Store an fp32 tile as rows from `start`, as far as they exist."""
     at = row_tile(rows, start, BD, ROWS)
     tl.store(at, tile.to(rows.data.dtype.element_ty), mask=within(start, end, D, BD, ROWS))
+
+
+@triton.jit
+def add_rows(rows, start, end, tile, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr):
+    """Add an fp32 tile to rows from `start`, as far as they exist, in whatever order programs come."""
+    if isinstance(rows.data, tl.tensor_descriptor):
+        rows.data.atomic_add([rows.b, rows.h, start, 0], tile.reshape(1, 1, ROWS, BD))
+    else:
+        at = row_tile(rows, start, BD, ROWS)
+        tl.atomic_add(at, tile, mask=within(start, end, D, BD, ROWS), sem="relaxed")

@@ -98,7 +98,8 @@ def attention(
 
     Saved for backward: the arguments, o and lse: nothing of size Sq x Sk. A kernel's backward can itself
     be differentiated, by way of plain torch operations and with all scores in memory. It is deterministic:
-    each gradient has one owner, nothing is summed by atomics.
+    each gradient has one owner, nothing is summed by atomics. Only Triton's sums dq by atomics, in another
+    ``4 * B * Hq * Sq * D`` bytes, unless ``torch.use_deterministic_algorithms`` is on.
 
     Raises:
         TypeError: an argument is not a tensor, or its dtype does not fit.
