@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bigkern.benchmarks.harness import Contestant, LeftOut, Task, by_autograd, compiler_works
+from bigkern.benchmarks.harness import Contestant, LeftOut, by_autograd, compiler_works
+from bigkern.benchmarks.timing import Task
 from bigkern.cli.problem import Inputs, Problem
 
 Left = int | None  # how many keys before its own a query of a causal window sees; None: all

@@ -24,7 +24,7 @@ def _case(problem: Problem, bench: Bench) -> Case:
     contestants = [ours(problem), by_autograd("eager", problem.stock, "torch")]
     contestants += [] if bench.quick else compiled(problem, bench.device)
     contestants += _liger(problem) if bench.device.type == "cuda" else []
-    return Case(problem, contestants)
+    return Case(problem, contestants, group="norm")
 
 
 def _liger(problem: Problem) -> list[Contestant]:

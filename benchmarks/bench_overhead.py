@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from bigkern import registry
-from bigkern.benchmarks.harness import Bench, Case, Contestant, Task
+from bigkern.benchmarks.harness import Bench, Case, Contestant
+from bigkern.benchmarks.timing import Task
 from bigkern.cli import attention_problems, problems
 from bigkern.cli.problem import Inputs, Problem
 

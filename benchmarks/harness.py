@@ -6,17 +6,13 @@
    and p80; speed-ups are medians of the ratios within a round, so that a slow moment cancels.
 3. A contestant's name says what it is, the column ``backend`` what it really ran on.
 4. Rates are shares of what this machine showed minutes ago: a large copy, a large matrix product.
-
-CPU time is ``perf_counter``; GPU time is CUDA events, the L2 cache flushed before each.
 """
 
 from __future__ import annotations
 
 import math
 import re
-import statistics
 import subprocess
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -30,20 +26,11 @@ from torch import Tensor
 
 from bigkern import info
 from bigkern.benchmarks.table import Row
+from bigkern.benchmarks.timing import Clock, Task, peak_memory_mb, saved_mb, spread, take_turns
 from bigkern.cli.console import Console, machine
 from bigkern.cli.problem import Inputs, Problem, judge, results
 
 BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What is timed: ``run(setup())``, the time of ``run`` alone, divided by ``calls``; both ``within()``."""
-
-    run: Callable[[Any], Any]
-    setup: Callable[[], Any] = lambda: None
-    calls: int = 1
-    within: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 class LeftOut(Exception):
@@ -140,80 +127,15 @@ def compiler_works(device_type: str) -> bool:
     return True
 
 
-def compiled(problem: Problem, device: torch.device) -> list[Contestant]:
-    """torch.compile of the stock call, where it works."""
+def compiled(problem: Problem, device: torch.device, autotuned: bool = False) -> list[Contestant]:
+    """torch.compile of the stock call, where it works; on request also in its mode max-autotune."""
     if not compiler_works(device.type):
         return []
-    return [by_autograd("compile", torch.compile(problem.stock, dynamic=False), "inductor")]
-
-
-# ---- timing ----------------------------------------------------------------------------------------
-
-
-class Clock:
-    """Times one call on a device."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        if device.type == "cuda":
-            size = torch.cuda.get_device_properties(device).L2_cache_size
-            self._flush = torch.empty(2 * size, dtype=torch.int8, device=device)
-
-    def seconds(self, task: Task) -> float:
-        with task.within():
-            return self._seconds(task)
-
-    def _seconds(self, task: Task) -> float:
-        state = task.setup()
-        if self.device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._flush.zero_()
-            start.record()
-            task.run(state)
-            end.record()
-            end.synchronize()
-            return float(start.elapsed_time(end)) / 1e3 / task.calls
-        began = time.perf_counter()
-        task.run(state)
-        return (time.perf_counter() - began) / task.calls
-
-
-def take_turns(tasks: Sequence[Task], clock: Clock, budget: float, most: int = 200) -> list[list[float]]:
-    """Seconds of each task by round: 5 rounds (3 of slow tasks) to ``most``, in about ``budget`` seconds."""
-    slow = False
-    for task in tasks:  # warm-up: kernels are compiled, memory is touched
-        clock.seconds(task)
-        slow = clock.seconds(task) > 1.0 or slow
-    least = 3 if slow else 5
-    began = time.perf_counter()
-    times: list[list[float]] = [[] for _ in tasks]
-    for turn in range(most):
-        for i in range(len(tasks)):
-            who = (i + turn) % len(tasks)
-            times[who].append(clock.seconds(tasks[who]))
-        if turn + 1 >= least and time.perf_counter() - began > budget:
-            break
-    return times
-
-
-def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """p20, median, p80."""
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
-    return fifths[0], statistics.median(values), fifths[-1]
-
-
-def peak_memory_mb(task: Task, device: torch.device) -> float:
-    """What a call allocates on the GPU at its peak, above what was there before; nan on a CPU."""
-    if device.type != "cuda":
-        return math.nan
-    with task.within():
-        state = task.setup()
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        task.run(state)
-        torch.cuda.synchronize(device)
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    modes = {"compile": "default"} | ({"compile-max": "max-autotune-no-cudagraphs"} if autotuned else {})
+    return [
+        by_autograd(name, torch.compile(problem.stock, dynamic=False, mode=mode), "inductor")
+        for name, mode in modes.items()
+    ]
 
 
 # ---- the machine -----------------------------------------------------------------------------------
@@ -309,7 +231,9 @@ def measure(case: Case, dtype: torch.dtype, bench: Bench) -> list[Row]:
         times = take_turns([task for _, task in here], clock, bench.budget)
         for (contestant, task), seconds in zip(here, times, strict=True):
             memory = peak_memory_mb(task, bench.device)
-            rows.append(line(contestant, mode, seconds, times[0], memory))
+            parameters = [inputs[name] for name in case.problem.parameters]
+            saved = saved_mb(task, parameters) if mode == "backward" else math.nan
+            rows.append(line(contestant, mode, seconds, times[0], memory, saved))
     return rows + [line(contestant, mode, wrong=why) for contestant, mode, why in absent]
 
 
@@ -404,6 +328,7 @@ def _row(
     seconds: Sequence[float] = (),
     bigkern: Sequence[float] = (),
     memory: float = math.nan,
+    saved: float = math.nan,
     wrong: str = "",
 ) -> Row:
     problem = case.problem
@@ -444,6 +369,7 @@ def _row(
         group=case.group,
         panel=case.panel,
         x=case.x,
+        saved_mb=saved,
     )
 
 

@@ -42,6 +42,7 @@ class Row:
     group: str = ""
     panel: str = ""
     x: float = math.nan
+    saved_mb: float = math.nan
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:

@@ -23,6 +23,7 @@ from bigkern.benchmarks import (
     harness,
     summary,
     table,
+    timing,
 )
 from bigkern.cli import attention_problems, problems
 from bigkern.cli.console import Console
@@ -268,8 +269,8 @@ def test_adam_steps_are_gated_and_timed(bench: harness.Bench) -> None:
 
 def test_turns_are_taken_in_rotation() -> None:
     order: list[int] = []
-    tasks = [harness.Task(lambda _, i=i: order.append(i)) for i in range(3)]
-    times = harness.take_turns(tasks, harness.Clock(CPU), budget=0.0)
+    tasks = [timing.Task(lambda _, i=i: order.append(i)) for i in range(3)]
+    times = timing.take_turns(tasks, timing.Clock(CPU), budget=0.0)
     assert [len(t) for t in times] == [5, 5, 5]
     assert order[6:] == [0, 1, 2, 1, 2, 0, 2, 0, 1, 0, 1, 2, 1, 2, 0]
 
@@ -382,7 +383,7 @@ def test_the_summary_says_who_was_beaten_and_where_not() -> None:
     assert (line.points, line.over_stock, line.over_fastest) == (2, pytest.approx(2.0), pytest.approx(1.0))
     assert (line.worst.row.case, line.worst.who, line.worst.fastest) == ("b", "flex", 0.5)
     stock, fastest, where = summary.verdicts(points)
-    assert stock == "over sdpa: no point of 2 under 0.97x"
+    assert stock == "over stock: no point of 2 under 0.97x"
     assert fastest == "over the fastest other: 1 of 2 points under 0.97x:"
     assert where == "  0.50x over flex: b,  forward"
     assert summary.lines(summary.points([row(), row(contestant="eager")])) == []
@@ -412,3 +413,26 @@ def test_a_sweep_is_drawn_as_lines(tmp_path: Path) -> None:
     ]
     for figure in drawn:
         assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_saved_memory_counts_blocks_of_memory_once_and_no_parameters() -> None:
+    """x and its square share nothing; w is a parameter; x is kept twice and counts once."""
+    x, w = (torch.randn(256, 1024, requires_grad=True) for _ in range(2))
+    task = timing.Task(lambda _: None, setup=lambda: ((x * w) * x).sum())
+    assert timing.saved_mb(task, [w]) == 2.0  # x, and x w
+    assert timing.saved_mb(task, []) == 3.0
+
+
+def test_saving_the_input_saves_memory() -> None:
+    megabytes = {}
+    for save in ("preactivation", "input"):
+        problem = problems.layernorm_ffn(512, 64, 256, save=save)
+        inputs = problem.make(torch.float32, CPU)
+        task = harness.ours(problem).tasks(inputs)["backward"]
+        with bigkern.use("cpu"):
+            megabytes[save] = timing.saved_mb(task, [inputs[name] for name in problem.parameters])
+    inputs = problem.make(torch.float32, CPU)
+    eager = harness.by_autograd("eager", problem.stock, "torch").tasks(inputs)["backward"]
+    stock = timing.saved_mb(eager, [inputs[name] for name in problem.parameters])
+    assert megabytes["preactivation"] <= 0.55 * stock
+    assert megabytes["input"] <= 0.15 * stock

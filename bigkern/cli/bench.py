@@ -120,11 +120,23 @@ def _show(rows: list[Row], console: Console) -> None:
             _optional(row.rate, f"{row.rate:.3g} {row.unit}"),
             _optional(row.share, f"{100 * row.share:.0f} %"),
             _optional(row.peak_mb, f"{row.peak_mb:.0f}"),
+            _optional(row.saved_mb, f"{row.saved_mb:.3g}"),
             "" if row.contestant == "bigkern" else f"{row.speedup:.2f}x",
         )
         for row in timed
     ]
-    columns = ("mode", "", "backend", unit, "p20 to p80", "rate", "of peak", "MB", "bigkern's speed-up")
+    columns = (
+        "mode",
+        "",
+        "backend",
+        unit,
+        "p20 to p80",
+        "rate",
+        "of peak",
+        "peak MB",
+        "saved MB",
+        "bigkern's speed-up",
+    )
     console.table(columns, lines)
     for row in rows:
         if row.wrong:
@@ -152,7 +164,7 @@ def _summarise(rows: list[Row], console: Console) -> dict[str, Any]:
             )
             for line in lines
         ]
-        columns = ("", "dtype", "mode", "points", f"over {summary.STOCK}", "over the fastest", "worst point")
+        columns = ("", "dtype", "mode", "points", "over stock", "over the fastest", "worst point")
         console.table(columns, cells)
     for line in said:
         console.say(line)

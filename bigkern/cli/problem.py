@@ -48,6 +48,7 @@ class Problem:
     elements: float = 0.0
     backward_factor: float = 2.0
     differentiable: bool = True
+    parameters: tuple[str, ...] = ()  # the inputs that a layer would own
     explain_options: dict[str, Any] = field(default_factory=dict)  # what explain must be told besides
 
     def make(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:

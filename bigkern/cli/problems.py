@@ -44,38 +44,59 @@ def norm(M: int, N: int, kind: str = "layer", residual: bool = False) -> Problem
         stock,
         elements=elements,
         backward_factor=1.5,
+        parameters=tuple(name for name in shapes if name in ("weight", "bias")),
         explain_options={} if kind == "layer" else {"kind": "rms"},
     )
 
 
-def layernorm_ffn(M: int, D: int, hidden: int, activation: str = "gelu", placement: str = "pre") -> Problem:
-    gated = activation in ("swiglu", "geglu")
-    rows = 2 * hidden if gated else hidden
-    shapes = {
+def layernorm_ffn(
+    M: int,
+    D: int,
+    hidden: int,
+    activation: str = "gelu",
+    placement: str = "pre",
+    norm: str = "layer",
+    save: str = "preactivation",
+    name: str = "",
+) -> Problem:
+    """Biases belong to LayerNorm, as they do in the models that use one or the other."""
+    rows = 2 * hidden if activation in ("swiglu", "geglu") else hidden
+    biases = norm == "layer"
+    shapes: dict[str, tuple[int, ...]] = {
         "x": (M, D),
         "w1": (rows, D),
-        "b1": (rows,),
         "w2": (D, hidden),
-        "b2": (D,),
         "norm_weight": (D,),
-        "norm_bias": (D,),
     }
+    shapes |= {"b1": (rows,), "b2": (D,), "norm_bias": (D,)} if biases else {}
+    options = {"activation": activation, "placement": placement, "norm": norm, "save": save}
+
+    def ordered(inputs: Inputs) -> tuple[Any, ...]:
+        names = ("x", "w1", "b1", "w2", "b2", "norm_weight", "norm_bias")
+        return tuple(inputs.get(name) for name in names)
 
     def stock(inputs: Inputs) -> Tensor:
-        x, w1, b1, w2, b2, weight, bias = inputs.values()
-        n = F.layer_norm(x, (D,), weight, bias) if placement == "pre" else x
-        y = x + F.linear(_activate(F.linear(n, w1, b1), activation), w2, b2)
-        return y if placement == "pre" else F.layer_norm(y, (D,), weight, bias)
+        x, w1, b1, w2, b2, weight, bias = ordered(inputs)
 
+        def normalise(s: Tensor) -> Tensor:
+            return F.layer_norm(s, (D,), weight, bias) if biases else F.rms_norm(s, (D,), weight, 1e-5)
+
+        n = normalise(x) if placement == "pre" else x
+        y = x + F.linear(_activate(F.linear(n, w1, b1), activation), w2, b2)
+        return y if placement == "pre" else normalise(y)
+
+    words = [name, f"{M}x{D}x{hidden}", activation, placement, "" if biases else norm]
+    words += ["" if save == "preactivation" else f"save {save}"]
     return Problem(
         "layernorm_ffn",
-        f"{M}x{D}x{hidden} {activation} {placement}",
+        " ".join(filter(None, words)),
         shapes,
         ffn_room.layernorm_ffn,
-        lambda inputs: (tuple(inputs.values()), {"activation": activation, "placement": placement}),
+        lambda inputs: (ordered(inputs), options),
         stock,
         flops=2 * M * D * (rows + hidden),
         elements=2 * M * D + D * (rows + hidden),
+        parameters=tuple(name for name in shapes if name != "x"),
     )
 
 
@@ -143,6 +164,7 @@ def small(op: str) -> list[Problem]:
             layernorm_ffn(33, 64, 256),
             layernorm_ffn(63, 96, 160, "swiglu"),
             layernorm_ffn(17, 128, 192, "relu", "post"),
+            layernorm_ffn(65, 64, 96, "swiglu", norm="rms", save="input"),
         ],
         "adam": [
             adam([(1,), (7, 5), (4097,)], "3 tensors, AdamW"),
