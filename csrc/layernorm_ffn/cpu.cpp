@@ -4,6 +4,7 @@
 
 #include <initializer_list>
 
+#include "common/cpu/pages.h"
 #include "layernorm_ffn/layernorm_ffn.h"
 
 #define BIGKERN_KERNELS "layernorm_ffn/cpu_kernels.h"

@@ -10,8 +10,7 @@ struct Curve {
   vf value, slope;
 };
 
-// x Phi(x), Phi(x) = (1 + erf(x / sqrt 2)) / 2. Its slope is Phi(x) + x phi(x).
-inline vf normal_cdf(vf x) { return 0.5f * (1.0f + erf(x * 0.707106781f)); }
+// x Phi(x), Phi the normal distribution. Its slope is Phi(x) + x phi(x).
 inline Curve gelu_curve(vf x) {
   const vf cdf = normal_cdf(x);
   const vf pdf = exp(x * x * -0.5f) * 0.398942280f;
@@ -56,7 +55,8 @@ inline Curve curve_of(vf x) {
   if constexpr (A == Activation::silu || A == Activation::swiglu) return silu_curve(x);
 }
 
-// Calls f with the activation as a compile-time constant: f(Constant<Activation::relu>{}).
+// Calls f with the activation as a compile-time constant:
+// f(Constant<Activation::relu>{}).
 template <Activation A>
 struct Constant {
   static constexpr Activation value = A;

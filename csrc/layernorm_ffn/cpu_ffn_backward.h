@@ -1,13 +1,15 @@
-// The FFN block's backward on the CPU: four products around the saved pre-activation h.
+// The FFN block's backward on the CPU: four products around the saved
+// pre-activation h.
 //
-//   ds = dy, or the norm's backward of dy (post-norm);  dz = drop(ds)                     [M, D]
-//   da = drop(dz W2)    epilogue: a = drop(act(h)), dh = da act'(h), db1 += dh           [M, F]
-//   dW2 = dz^T a        db2 = sum of dz's rows
-//   dW1 = dh^T n        n = norm(x), rebuilt while it is packed (pre-norm), or x
-//   dn = dh W1          pre-norm: then the norm's backward;  both: + ds                  [M, D]
+//   ds = dy, or the norm's backward of dy (post-norm);  dz = drop(ds) [M, D] da
+//   = drop(dz W2)    epilogue: a = drop(act(h)), dh = da act'(h), db1 += dh [M,
+//   F] dW2 = dz^T a        db2 = sum of dz's rows dW1 = dh^T n        n =
+//   norm(x), rebuilt while it is packed (pre-norm), or x dn = dh W1 pre-norm:
+//   then the norm's backward;  both: + ds                  [M, D]
 //
-// da, and n, are never stored. Weight gradients sum over the tokens kTokens at a time, in fp32, so
-// that packed panels stay in the cache however many tokens there are.
+// da, and n, are never stored. Weight gradients sum over the tokens kTokens at
+// a time, in fp32, so that packed panels stay in the cache however many tokens
+// there are.
 //
 // Included once per instruction set by cpu_kernels.h; no include guard.
 
@@ -80,25 +82,6 @@ void rebuild_activation(const T* h, int64_t M, int64_t F, Activation activation,
   });
 }
 
-// n = norm(x), or x, as B of the product dh^T n, from token k0 on.
-template <class T>
-struct PackNormalisedColumns {
-  PackX<T> x;
-  int64_t k0;
-
-  void operator()(int64_t j, int64_t columns, int64_t begin, int64_t end, float* out) const {
-    const auto column = [&](int64_t k, bool has_next, int64_t i, int64_t n) BIGKERN_FN {
-      if (!x.stats) {
-        const T* p = x.x + (k0 + k) * x.D + j + i;
-        return words_across(p, has_next ? p + x.D : nullptr, n);
-      }
-      const auto values = [&](int64_t at, int64_t m) BIGKERN_FN { return x(k0 + at, j + i, m); };
-      return words_across<T>(k, has_next, n, values);
-    };
-    pack_columns<NR, T>(columns, begin, end, out, column);
-  }
-};
-
 template <class T>
 struct FfnBackward {
   const FfnBackwardParams& p;
@@ -111,7 +94,7 @@ struct FfnBackward {
   Plan da, dw2, dw1, dn;
 
   // Where things lie in the workspace, in floats.
-  size_t ds_at, dz_at, dn_at, a_at, dh_at, db1_at, sums_at, stats_at, weight_at, gemm_at, total;
+  size_t ds_at, dz_at, n_at, dn_at, a_at, dh_at, db1_at, sums_at, weight_at, gemm_at, total;
 
   FfnBackward(const FfnBackwardParams& params, int thread_count)
       : p(params),
@@ -144,11 +127,11 @@ struct FfnBackward {
     ds_at = take(post, p.M * p.D, sizeof(T));
     dz_at = take(drop.active(), p.M * p.D, sizeof(T));
     dn_at = take(pre && want_dn, p.M * p.D, sizeof(float));
+    n_at = take(pre && want_dw1, p.M * p.D, sizeof(T));
     a_at = take(want_dw2, p.M * p.F, sizeof(T));
     dh_at = take(want_dh, p.M * width, sizeof(T));
     db1_at = take(p.db1, da.row_blocks * width, sizeof(float));
     sums_at = take(true, row_sum_blocks(p.M) * 2 * p.D, sizeof(float));
-    stats_at = take(true, p.M * 3, sizeof(float));
     widen = sizeof(T) < sizeof(float) && tokens < p.M && (p.dw1 || p.dw2);
     weight_at = take(widen, width * p.D, sizeof(float));
     gemm_at = at;
@@ -162,13 +145,14 @@ struct FfnBackward {
 
   float* floats(size_t at) const { return static_cast<float*>(p.workspace) + at; }
   T* stored(size_t at) const { return reinterpret_cast<T*>(floats(at)); }
-  RowStats* stats() const { return reinterpret_cast<RowStats*>(floats(stats_at)); }
   static const T* in(const void* q) { return static_cast<const T*>(q); }
   static T* out(void* q) { return static_cast<T*>(q); }
+  const T* n() const { return pre ? stored(n_at) : in(p.x); }
   const T* ds() const { return post ? stored(ds_at) : in(p.dy); }
   const T* dz() const { return drop.active() ? stored(dz_at) : ds(); }
 
-  // The norm's backward: post-norm from dy to ds, pre-norm from dn to dx; `dropped` as drop(dv).
+  // The norm's backward: post-norm from dy to ds, pre-norm from dn to dx;
+  // `dropped` as drop(dv).
   template <class G>
   void norm_backward(const G* gradient, const T* added, const T* v, T* dv, T* dropped,
                      const Parallel& parallel) const {
@@ -205,8 +189,8 @@ struct FfnBackward {
     add_partial_sums(db1, p.M > 0 ? da.row_blocks : 0, width, width, out(p.db1), parallel);
   }
 
-  // dw = sum over tokens of A^T B, in parts, or added to `sum`: make_a(k0), make_b(k0) pack from
-  // token k0 on.
+  // dw = sum over tokens of A^T B, in parts, or added to `sum`: make_a(k0),
+  // make_b(k0) pack from token k0 on.
   template <class MakeA, class MakeB>
   void weight_gradient(Plan plan, T* dw, float* sum, const MakeA& make_a, const MakeB& make_b,
                        const Parallel& parallel) const {
@@ -254,13 +238,13 @@ struct FfnBackward {
         [&](int64_t k0) BIGKERN_FN { return PackMatrix<MR, T>{{dz() + k0 * p.D, 1, p.D}}; },
         [&](int64_t k0) BIGKERN_FN { return PackMatrix<NR, T>{{stored(a_at) + k0 * p.F, 1, p.F}}; },
         parallel);
-    if (pre && want_dw1) find_stats(parallel);
-    const PackX<T> x = {in(p.x), p.D, pre ? stats() : nullptr, in(p.norm_weight), in(p.norm_bias)};
+    if (pre && want_dw1) find_n(parallel);
     weight_gradient(
         dw1, out(p.dw1), p.w1_sum,
         [&](int64_t k0)
             BIGKERN_FN { return PackMatrix<MR, T>{{stored(dh_at) + k0 * width, 1, width}}; },
-        [&](int64_t k0) BIGKERN_FN { return PackNormalisedColumns<T>{x, k0}; }, parallel);
+        [&](int64_t k0) BIGKERN_FN { return PackMatrix<NR, T>{{n() + k0 * p.D, 1, p.D}}; },
+        parallel);
     if (want_dn) through_w1(parallel);
   }
 
@@ -277,18 +261,20 @@ struct FfnBackward {
     norm_backward(floats(dn_at), through, in(p.x), out(p.dx), static_cast<T*>(nullptr), parallel);
   }
 
-  // mean and rstd were saved; shift is found again (cpu_norm.h).
-  void find_stats(const Parallel& parallel) const {
+  // n = norm(x) again: mean and rstd were saved, shift is found anew (cpu_norm.h).
+  void find_n(const Parallel& parallel) const {
     parallel.for_range(0, p.M, 1, [&](int64_t begin, int64_t end) BIGKERN_FN {
       for (int64_t i = begin; i < end; ++i) {
-        RowStats& row = stats()[i];
-        row = {p.mean ? p.mean[i] : 0.0f, 0.0f, p.rstd[i]};
-        if (p.norm == Norm::rms) continue;
-        vf sum = zero();
-        for (int64_t j = 0; j < p.D; j += W) {
-          sum += first_n(load_upto(in(p.x) + i * p.D + j, p.D - j) - row.mean, p.D - j);
+        const T* x = in(p.x) + i * p.D;
+        RowStats row = {p.mean ? p.mean[i] : 0.0f, 0.0f, p.rstd[i]};
+        if (p.norm == Norm::layer) {
+          vf sum = zero();
+          for (int64_t j = 0; j < p.D; j += W) {
+            sum += first_n(load_upto(x + j, p.D - j) - row.mean, p.D - j);
+          }
+          row.shift = reduce_add(sum) / float(p.D);
         }
-        row.shift = reduce_add(sum) / float(p.D);
+        normalise_row(x, p.D, row, in(p.norm_weight), in(p.norm_bias), stored(n_at) + i * p.D);
       }
     });
   }
@@ -296,7 +282,9 @@ struct FfnBackward {
 
 template <class T>
 void ffn_backward(const FfnBackwardParams& p, const Parallel& parallel) {
-  FfnBackward<T>(p, parallel.threads).run(parallel);
+  const FfnBackward<T> call(p, parallel.threads);
+  prefer_large_pages(p.workspace, call.total * sizeof(float));
+  call.run(parallel);
 }
 
 }  // namespace

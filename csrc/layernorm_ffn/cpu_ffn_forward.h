@@ -1,21 +1,23 @@
-// The FFN block's forward on the CPU: norm, two products, activation and residual in one pass over
-// a block of rows.
+// The FFN block's forward on the CPU: norm, two products, activation and
+// residual in one pass over a block of rows.
 //
 //   x rows ----> packed as A, normalised on the way (pre-norm)
 //                  | x packed W1: tiles of the pre-activation in L1
 //                  v
-//                epilogue: + b1, activation, packed again as the next A ----> preactivation, if
-//                wanted
+//                epilogue: + b1, activation, packed again as the next A ---->
+//                preactivation, if wanted
 //                  | x packed W2: tiles of the output in L1
 //                  v
-//                epilogue: + b2 + x ----> y, or s and then its norm (post-norm), the rows still hot
+//                epilogue: + b2 + x ----> y, or s and then its norm
+//                (post-norm), the rows still hot
 //
-// The F-wide activation of a block of rows never leaves the cache, and is never packed in a second
-// pass: its tile is transposed while it lies in L1. When there are too few rows to give each thread
-// a block, the two products run one after the other instead, each cut over its columns too.
+// The F-wide activation of a block of rows never leaves the cache, and is never
+// packed in a second pass: its tile is transposed while it lies in L1. When
+// there are too few rows to give each thread a block, the two products run one
+// after the other instead, each cut over its columns too.
 //
-// Gated: panels of packed W1 hold W gate rows and the W up rows that belong to them, so that one
-// tile has both halves of W outputs.
+// Gated: panels of packed W1 hold W gate rows and the W up rows that belong to
+// them, so that one tile has both halves of W outputs.
 //
 // Included once per instruction set by cpu_kernels.h; no include guard.
 
@@ -35,13 +37,14 @@ struct PackW1 {
       const bool up = gated && i >= W;
       const int64_t at = f + (up ? i - W : i);
       if (at >= F) return zero();
-      return words_along(w1 + (up ? F + at : at) * D + k, n);
+      return words_streamed(w1 + (up ? F + at : at) * D + k, n);
     };
     pack_rows<NR, T>(columns, begin, end, out, row);
   }
 };
 
-// Columns of the first product's C: F, or gate and up interleaved in whole vectors.
+// Columns of the first product's C: F, or gate and up interleaved in whole
+// vectors.
 inline int64_t product_columns(int64_t F, Activation activation) {
   return is_gated(activation) ? (F + W - 1) / W * NR : F;
 }
@@ -72,16 +75,15 @@ struct PackX {
   }
 };
 
-// First epilogue: the tile plus b1, rounded to T, is the pre-activation; its activation goes to
-// `packed`, the A panels of the second product, or to `activation` in memory.
+// First epilogue: the tile plus b1, rounded to T, is the pre-activation; its
+// activation goes to the A panels of the second product.
 template <class T>
 struct ActivationTile {
   int64_t F;
   Activation activation;
   const T* b1;
   T* preactivation;  // [M, F] or [M, 2F], null: not wanted
-  T* out;            // [M, F], null: pack
-  float* packed;     // panels of the block of rows that begins at `row0`
+  float* packed;     // panels from row0 on
   int64_t row0;
   Drop drop;
 
@@ -114,14 +116,6 @@ struct ActivationTile {
         row<decltype(constant)::value>(tile.c + r * NR, tile.i + r, f, n, a + r * NR);
       }
     });
-    if (out) {
-      for (int r = 0; r < tile.rows; ++r) {
-        for (int64_t j = 0; j < n; j += W) {
-          store_upto(out + (tile.i + r) * F + f + j, load(a + r * NR + j), n - j);
-        }
-      }
-      return;
-    }
     const auto words = [&](int64_t r, int64_t k, int64_t count) BIGKERN_FN {
       const float* row = a + r * NR;
       const auto values = [&](int64_t at, int64_t m)
@@ -154,51 +148,49 @@ struct OutputTile {
   }
 };
 
-// ---- layout and launch --------------------------------------------------------------------------
+// ---- layout and launch
+// --------------------------------------------------------------------------
 
-// Both packed operands of a block of rows: more than L2 holds, for it costs less to stream A from
-// L3 than to stream the weights past smaller blocks more often.
-constexpr int64_t kFusedBlockBytes = 1 << 20;
+// A thread with this many panels of rows of its own runs both products on them.
+// With fewer, packing the weights for them alone would cost too much: the
+// products run one after the other then, cut over their columns too.
+constexpr int64_t kFusedPanels = 10, kMaxFusedPanels = 37;  // its activation: 6 MB at F = 3072
 
 template <class T>
 struct FfnForward {
   const FfnParams& p;
   int threads;
-  Plan up, down;  // the two products; in the fused form both have the blocks of rows of `up`
+  Plan up, down;  // the two products; in the fused form both have the blocks of
+                  // rows of `up`
   bool fused;
 
-  // Where things lie in the workspace, in floats.
-  size_t stats_at, w1_at, w2_at, scratch_at, scratch_each, total;
+  // Where things lie in the workspace, in floats: of each row, between the
+  // products, of each thread.
+  size_t stats_at, a2_at, scratch_at, scratch_each, total;
 
   FfnForward(const FfnParams& params, int thread_count) : p(params), threads(thread_count) {
     const int64_t N1 = product_columns(p.F, p.activation);
     up = make_plan(p.M, N1, p.D, words_of<T>(p.D), threads);
     down = make_plan(p.M, p.D, p.F, words_of<T>(p.F), threads);
-    fused = up.row_panels() >= 2 * threads;
+    const int64_t P = up.row_panels();
+    fused = P >= kFusedPanels * threads;
     if (fused) {
-      // Blocks small enough for both packed operands, and an even number for each thread.
-      const int64_t panel_bytes = MR * int64_t(sizeof(float)) * (up.words + down.words);
-      int64_t panels = at_most(kFusedBlockBytes / panel_bytes, kMaxBlockPanels);
-      if (panels < kLeastBlockPanels) panels = kLeastBlockPanels;
-      const int64_t P = up.row_panels();
-      const int64_t blocks = (P + panels * threads - 1) / (panels * threads) * threads;
-      up.row_blocks = down.row_blocks = at_most(blocks, P);
-      up.block_panels = down.block_panels = (P + up.row_blocks - 1) / up.row_blocks;
-      up.column_blocks = down.column_blocks = 1;
+      up.row_blocks = (P + kMaxFusedPanels * threads - 1) / (kMaxFusedPanels * threads) * threads;
+      up.column_blocks = 1;
+      up.block_panels = (P + up.row_blocks - 1) / up.row_blocks;
     }
     stats_at = 0;
-    w1_at = round_up(size_t(p.M) * 3, kAlign);
-    w2_at = w1_at + round_up(up.b_floats(), kAlign);
-    scratch_at = w2_at + round_up(down.b_floats(), kAlign);
-    scratch_each = round_up(up.a_floats(), kAlign) + round_up(down.a_floats(), kAlign);
+    a2_at = round_up(size_t(p.M) * 3, kAlign);
+    scratch_at = a2_at;
+    scratch_each = Scratch::floats(up.block_panels, up.words);
     if (fused) {
-      total = scratch_at + size_t(threads) * scratch_each;
+      scratch_each += round_up(size_t(up.block_panels * MR * down.words), kAlign);
     } else {
-      // W1 and W2 are packed in turn, and the activation lies in memory.
-      scratch_at = w1_at + round_up(size_t(p.M) * size_t(p.F) * sizeof(T) / 4 + 1, kAlign);
-      const size_t first = gemm_workspace(up, threads), second = gemm_workspace(down, threads);
-      total = scratch_at + (first > second ? first : second);
+      scratch_at += round_up(size_t(P * MR * down.words), kAlign);
+      const size_t second = Scratch::floats(down.block_panels, 0);
+      if (second > scratch_each) scratch_each = second;
     }
+    total = scratch_at + size_t(threads) * scratch_each;
   }
 
   RowStats* stats() const { return reinterpret_cast<RowStats*>(floats()); }
@@ -206,7 +198,8 @@ struct FfnForward {
   static const T* in(const void* q) { return static_cast<const T*>(q); }
   static T* out(void* q) { return static_cast<T*>(q); }
 
-  // Post-norm normalises what the second product left here, in place if nobody wants it.
+  // Post-norm normalises what the second product left here, in place if nobody
+  // wants it.
   T* sum() const { return out(is_post(p.placement, p.norm) && p.s ? p.s : p.y); }
 
   void measure(const T* v, int64_t i) const {
@@ -240,34 +233,44 @@ struct FfnForward {
 
   Drop hidden_drop() const { return Drop(p.hidden_dropout, kHidden); }
 
+  Scratch scratch(int worker, const Plan& plan) const {
+    return Scratch(plan.block_panels, floats() + scratch_at + size_t(worker) * scratch_each);
+  }
+
+  void first_product(int64_t task, const Scratch& scratch, float* a2, int64_t row0) const {
+    const Slice rows = up.rows(task);
+    pack_block<T>(rows, p.D, scratch.a, pack_x());
+    const ActivationTile<T> activate = {p.F, p.activation, in(p.b1),     out(p.preactivation),
+                                        a2,  row0,         hidden_drop()};
+    multiply_block<T>(scratch.a, rows, up.columns(task), p.D, 0, pack_w1(), activate, scratch);
+  }
+  void second_product(const float* a2, Slice rows, Slice columns, const Scratch& scratch) const {
+    multiply_block<T>(a2, rows, columns, p.F, 0, pack_w2(), output_tile(), scratch);
+  }
+
   void run_fused(const Parallel& parallel) const {
-    float *w1 = floats() + w1_at, *w2 = floats() + w2_at, *scratch = floats() + scratch_at;
-    pack_b_panels(up, pack_w1(), w1, parallel);
-    pack_b_panels(down, pack_w2(), w2, parallel);
     run_tasks(up.row_blocks, parallel, [&](int64_t block, int worker) BIGKERN_FN {
       const Slice rows = up.rows(block);
-      float* a1 = scratch + size_t(worker) * scratch_each;
-      float* a2 = a1 + round_up(up.a_floats(), kAlign);
+      const Scratch own = scratch(worker, up);
+      float* a2 = own.b + Scratch::floats(up.block_panels, up.words);
       before(rows);
-      pack_panels<MR>(rows, p.D, up.words, a1, pack_x());
-      const ActivationTile<T> activate = {p.F,     p.activation, in(p.b1),   out(p.preactivation),
-                                          nullptr, a2,           rows.begin, hidden_drop()};
-      multiply_block<paired<T>>(a1, rows, w1, up.columns(0), up.words, block, activate);
-      multiply_block<paired<T>>(a2, rows, w2, down.columns(0), down.words, block, output_tile());
+      first_product(block, own, a2, rows.begin);
+      second_product(a2, rows, {0, p.D}, own);
       after(rows);
     });
   }
 
   void run_in_turn(const Parallel& parallel) const {
-    T* activation = reinterpret_cast<T*>(floats() + w1_at);
-    float* scratch = floats() + scratch_at;
+    float* a2 = floats() + a2_at;
     const auto over_rows = [&](auto f) BIGKERN_FN { parallel.for_range(0, p.M, 1, f); };
     over_rows([&](int64_t begin, int64_t end) BIGKERN_FN { before({begin, end}); });
-    const ActivationTile<T> activate = {p.F,        p.activation, in(p.b1), out(p.preactivation),
-                                        activation, nullptr,      0,        hidden_drop()};
-    gemm<T>(up, pack_x(), pack_w1(), activate, scratch, parallel);
-    gemm<T>(down, PackMatrix<MR, T>{{activation, p.F, 1}}, pack_w2(), output_tile(), scratch,
-            parallel);
+    run_tasks(up.tasks(), parallel, [&](int64_t task, int worker) BIGKERN_FN {
+      first_product(task, scratch(worker, up), a2, 0);
+    });
+    run_tasks(down.tasks(), parallel, [&](int64_t task, int worker) BIGKERN_FN {
+      const Slice rows = down.rows(task);
+      second_product(a2 + rows.begin * down.words, rows, down.columns(task), scratch(worker, down));
+    });
     over_rows([&](int64_t begin, int64_t end) BIGKERN_FN { after({begin, end}); });
   }
 };
@@ -275,6 +278,7 @@ struct FfnForward {
 template <class T>
 void ffn_forward(const FfnParams& p, const Parallel& parallel) {
   const FfnForward<T> call(p, parallel.threads);
+  prefer_large_pages(p.workspace, call.total * sizeof(float));
   call.fused ? call.run_fused(parallel) : call.run_in_turn(parallel);
 }
 

@@ -56,8 +56,8 @@ void elementary(Function function, const float* x, float* y, int64_t n) {
       return map(x, y, n, [&](vf v) BIGKERN_FN { return log(v); });
     case Function::tanh:
       return map(x, y, n, [&](vf v) BIGKERN_FN { return tanh(v); });
-    case Function::erf:
-      return map(x, y, n, [&](vf v) BIGKERN_FN { return erf(v); });
+    case Function::normal_cdf:
+      return map(x, y, n, [&](vf v) BIGKERN_FN { return normal_cdf(v); });
     case Function::sqrt:
       return map(x, y, n, [&](vf v) BIGKERN_FN { return sqrt(v); });
     case Function::sum:

@@ -28,7 +28,40 @@ constexpr int64_t words_of(int64_t k) {
   return paired<T> ? (k + 1) / 2 : k;
 }
 
-// block[i][j] becomes block[j][i]: log2(W) perfect shuffles of the rows.
+// block[i][j] becomes block[j][i].
+#if BIGKERN_LEVEL >= 2
+// First 4 x 4 blocks within the 128-bit lanes, then the lanes: 64 shuffles that overwrite nothing.
+inline __attribute__((always_inline)) void transpose(vf (&block)[W]) {
+  __m512 r[W], t[W];
+#pragma GCC unroll 8
+  for (int i = 0; i < W; i += 2) {
+    t[i] = _mm512_maskz_unpacklo_ps(0xffff, __m512(block[i]), __m512(block[i + 1]));
+    t[i + 1] = _mm512_maskz_unpackhi_ps(0xffff, __m512(block[i]), __m512(block[i + 1]));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < W; i += 4) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const __m512d a = __m512d(t[i + half]), b = __m512d(t[i + 2 + half]);
+      r[i + 2 * half] = __m512(_mm512_maskz_unpacklo_pd(0xff, a, b));
+      r[i + 2 * half + 1] = __m512(_mm512_maskz_unpackhi_pd(0xff, a, b));
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_maskz_shuffle_f32x4(0xffff, r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_maskz_shuffle_f32x4(0xffff, r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_maskz_shuffle_f32x4(0xffff, r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_maskz_shuffle_f32x4(0xffff, r[i + 8], r[i + 12], 0xdd);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    block[i] = vf(_mm512_maskz_shuffle_f32x4(0xffff, t[i], t[i + 8], 0x88));
+    block[i + 8] = vf(_mm512_maskz_shuffle_f32x4(0xffff, t[i], t[i + 8], 0xdd));
+  }
+}
+#else
+// log2(W) perfect shuffles of the rows.
 inline void transpose(vf (&block)[W]) {
 #pragma GCC unroll 4
   for (int round = 1; round < W; round *= 2) {
@@ -42,6 +75,7 @@ inline void transpose(vf (&block)[W]) {
     for (int i = 0; i < W; ++i) block[i] = next[i];
   }
 }
+#endif
 
 // The first COUNT lanes, and not a byte beyond them.
 template <int COUNT>
@@ -61,13 +95,18 @@ inline vf pair_along(vf first, vf second) {
   return load_raw<vf>(halves);
 }
 
-inline int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
+constexpr int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
 
 // A block of W rows and W words, into COUNT columns of the next `words` words of a panel.
 template <int R, int COUNT>
-__attribute__((noinline)) void store_transposed(vf (&block)[W], int64_t words, float* out) {
+inline void store_transposed(vf (&block)[W], int64_t words, float* out) {
   transpose(block);
-  for (int64_t i = 0; i < words; ++i) store_first<COUNT>(out + i * R, block[i]);
+  if (words == W) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) store_first<COUNT>(out + i * R, block[i]);
+  } else {
+    for (int64_t i = 0; i < words; ++i) store_first<COUNT>(out + i * R, block[i]);
+  }
 }
 
 // ---- words: what the functors below give
@@ -84,6 +123,13 @@ inline vf words_along(const T* p, int64_t n) {
                           n > W ? load_halves_n(p + W, n - W) : vh{}};
     return load_raw<vf>(halves);
   }
+}
+
+// The same of a matrix that comes from memory: the line of 512 bytes further on is asked for now.
+template <class T>
+inline vf words_streamed(const T* p, int64_t n) {
+  __builtin_prefetch(p + 512 / sizeof(T));
+  return words_along(p, n);
 }
 
 // The same of computed values: f(k, n) gives n <= W floats from k on, zeros beyond n.
@@ -132,9 +178,14 @@ void pack_rows(int64_t rows, int64_t begin, int64_t end, float* out, const Row& 
   for (int64_t k = begin; k < end; k += step) {
     const int64_t n = at_most(end - k, step);
     vf block[W];
+    if (present == COUNT && n == step) {
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) block[i] = i < COUNT ? row(FIRST + i, k, step) : zero();
+    } else {
 #pragma GCC unroll 1
-    for (int i = 0; i < W; ++i) block[i] = i < present ? row(FIRST + i, k, n) : zero();
-    store_transposed<R, COUNT>(block, words_of<T>(n), out + words_of<T>(k) * R + FIRST);
+      for (int i = 0; i < W; ++i) block[i] = i < present ? row(FIRST + i, k, n) : zero();
+    }
+    store_transposed<R, COUNT>(block, words_of<T>(n), out + words_of<T>(k - begin) * R + FIRST);
   }
   if constexpr (FIRST + W < R) pack_rows<R, T, FIRST + W>(rows, begin, end, out, row);
 }
@@ -145,8 +196,14 @@ void pack_rows(int64_t rows, int64_t begin, int64_t end, float* out, const Row& 
 template <int R, class T, class Column>
 void pack_columns(int64_t rows, int64_t begin, int64_t end, float* out, const Column& column) {
   constexpr int64_t step = paired<T> ? 2 : 1;
-  out += words_of<T>(begin) * R;
-  for (int64_t k = begin; k < end; k += step, out += R) {
+  int64_t k = begin;
+  for (; rows == R && k + step <= end; k += step, out += R) {
+    int i = 0;
+#pragma GCC unroll 4
+    for (; i + W <= R; i += W) store(out + i, column(k, true, i, W));
+    if constexpr (R % W != 0) store_first<R % W>(out + i, column(k, true, i, R % W));
+  }
+  for (; k < end; k += step, out += R) {
     const auto words = [&](int64_t i, int64_t count) BIGKERN_FN {
       const int64_t n = at_most(rows - i, count);
       return n > 0 ? column(k, k + 1 < end, i, n) : zero();
@@ -172,7 +229,7 @@ void pack_panel(const Matrix<T>& m, int64_t i0, int64_t rows, int64_t begin, int
   const T* base = m.data + i0 * m.row;
   if (m.column == 1) {
     pack_rows<R, T>(rows, begin, end, out, [&](int64_t i, int64_t k, int64_t n) BIGKERN_FN {
-      return words_along(base + i * m.row + k, n);
+      return words_streamed(base + i * m.row + k, n);
     });
   } else if (m.row == 1) {
     const auto column = [&](int64_t k, bool has_next, int64_t i, int64_t n) BIGKERN_FN {
