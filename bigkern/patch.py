@@ -4,13 +4,18 @@ A module is patched when its type is *exactly* one of torch's; a subclass may me
 forward and is left alone, visibly. Patching changes the module's class to ours, which is torch's class with
 another forward, and nothing else: the module, its parameters, buffers, hooks and state_dict stay the same
 objects. That is why it can be undone, shared, deep-copied and pickled.
+
+The blocks of Hugging Face models are patched in the same way: their table stands in
+:mod:`bigkern.integrations.transformers_blocks`, and is imported when there are any.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +76,8 @@ def patch(model: nn.Module) -> Report:
     """Run the model's LayerNorm, RMSNorm, MultiheadAttention and Transformer layers on our ops, in place.
 
     Patching twice is the same as once. Outputs stay the same within rounding; parameters, state_dict keys
-    and hooks are untouched.
+    and hooks are untouched. Of a Hugging Face model, the feed-forward blocks and RMSNorms are patched, too;
+    its attention is the business of :func:`bigkern.integrations.transformers.enable`.
 
     Args:
         model: any module; modules inside it are found by exact type.
@@ -94,15 +100,16 @@ def patch(model: nn.Module) -> Report:
     """
     _check(model)
     rows: list[Row] = []
+    replacements = _replacements(model)
     for name, module in model.named_modules():
-        if type(module) in REPLACEMENTS:
+        if type(module) in replacements:
             stock = type(module)
-            module.__class__ = REPLACEMENTS[stock]
+            module.__class__ = replacements[stock]
             setattr(module, PATCHED_MARK, stock.__name__)
-        if type(module) in REPLACEMENTS.values():
+        if type(module) in replacements.values():
             rows += _describe(name or "(model)", module)
-        elif isinstance(module, tuple(REPLACEMENTS)):
-            base = next(stock for stock in REPLACEMENTS if isinstance(module, stock))
+        elif isinstance(module, tuple(replacements)):
+            base = next(stock for stock in replacements if isinstance(module, stock))
             why = f"a subclass of {base.__name__}: its forward may differ"
             rows.append(Row(name or "(model)", type(module).__name__, "-", "torch", why))
     return Report(rows)
@@ -117,7 +124,7 @@ def unpatch(model: nn.Module) -> int:
         TypeError: ``model`` is not a :class:`torch.nn.Module`.
     """
     _check(model)
-    stock_of = {replacement: stock for stock, replacement in REPLACEMENTS.items()}
+    stock_of = {replacement: stock for stock, replacement in _replacements(model).items()}
     count = 0
     for module in model.modules():
         if PATCHED_MARK in module.__dict__:
@@ -125,6 +132,20 @@ def unpatch(model: nn.Module) -> int:
             delattr(module, PATCHED_MARK)
             count += 1
     return count
+
+
+def _replacements(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
+    """Torch's layers, and the blocks of transformers if there is a module of transformers in the model."""
+    bases = {base for module in model.modules() for base in type(module).__mro__}
+    if not any(base.__module__.startswith("transformers.") for base in bases):
+        return REPLACEMENTS
+    try:
+        from bigkern.integrations.transformers_blocks import BLOCKS
+    except ImportError as error:
+        reason = f"its feed-forward blocks need transformers 5.17 or later, and run as they are: {error}"
+        warnings.warn(f"{type(model).__name__}: {reason}", stacklevel=3)
+        return REPLACEMENTS
+    return REPLACEMENTS | BLOCKS
 
 
 def _check(model: nn.Module) -> None:
@@ -138,14 +159,23 @@ TOKENS = 512  # the size at which the report asks which backend runs
 
 
 def _describe(name: str, module: nn.Module) -> Iterator[Row]:
+    for op, explanation, reason in _description(module):
+        if explanation is None:
+            yield Row(name, type(module).__name__, op, "torch", reason)
+        else:
+            why = next(
+                (choice.reason for choice in explanation if choice.chosen), "what use() forces refuses it"
+            )
+            yield Row(name, type(module).__name__, op, explanation.chosen, why)
+
+
+def _description(module: nn.Module) -> Description:
+    if hasattr(module, "explain_op"):  # a block of transformers
+        yield cast(Any, module).explain_op(TOKENS)
+        return
     for kind, describe in DESCRIPTIONS.items():
         if isinstance(module, kind):
-            for op, explanation, reason in describe(module):
-                if explanation is None:
-                    yield Row(name, type(module).__name__, op, "torch", reason)
-                else:
-                    why = next(choice.reason for choice in explanation if choice.chosen)
-                    yield Row(name, type(module).__name__, op, explanation.chosen, why)
+            yield from describe(module)
             return
 
 

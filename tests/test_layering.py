@@ -19,7 +19,7 @@ ALLOWED = {
     "ops": {"registry", "info", "reference", "triton_kernels"},
     "nn": {"ops", "registry"},
     "optim": {"ops", "registry"},
-    "patch": {"nn", "ops", "registry", "optim"},
+    "patch": {"nn", "ops", "registry", "optim", "integrations"},
     "models": {"nn", "ops"},
     "triton_kernels": set(),
 }

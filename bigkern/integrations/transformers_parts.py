@@ -1,0 +1,154 @@
+"""Feed-forward blocks of transformers as one op: their parts, whether the op can stand in, and the call.
+
+:mod:`bigkern.integrations.transformers_blocks` says of each block which of its modules is which part.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
+from transformers.pytorch_utils import Conv1D
+
+from bigkern import registry
+from bigkern.nn import LayerNorm
+from bigkern.nn.transformer import activation_name, active, hooked
+from bigkern.ops.layernorm_ffn import FASTER_FROM, Activation, Norm, Placement
+
+ACTIVATIONS: dict[type, Activation] = {
+    GELUActivation: "gelu",
+    GELUTanh: "gelu_tanh",
+    NewGELUActivation: "gelu_tanh",
+    SiLUActivation: "silu",
+}
+GATED: dict[Activation | None, Activation] = {"silu": "swiglu", "gelu": "geglu"}
+
+
+class Parts(NamedTuple):
+    """The modules of a feed-forward block, by what they are to :func:`bigkern.layernorm_ffn`."""
+
+    up: nn.Module
+    activation: Any
+    down: nn.Module
+    gate: nn.Module | None = None
+    joined: bool = False  # the rows of up are those of gate and up
+    hidden_dropout: nn.Module | None = None
+    dropout: nn.Module | None = None
+    norm: nn.Module | None = None
+    norm_types: tuple[type, ...] = (nn.LayerNorm, LayerNorm)  # one of which the norm must be exactly
+    kind: Norm = "layer"
+    placement: Placement = "pre"
+    residual: bool = False
+    around: tuple[nn.Module, ...] = ()  # modules that hold the others and are called, too
+
+    def linears(self) -> tuple[nn.Module, ...]:
+        return (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
+
+    def dropouts(self) -> tuple[nn.Module, ...]:
+        return tuple(m for m in (self.hidden_dropout, self.dropout) if m is not None)
+
+    def op_activation(self) -> Activation | None:
+        name = ACTIVATIONS.get(type(self.activation)) or activation_name(self.activation)
+        return GATED.get(name) if self.joined or self.gate is not None else name
+
+
+# ---- whether the op can stand in -------------------------------------------------------------------
+
+
+def watched(*modules: nn.Module) -> bool:
+    """Whether these modules must really be called: for a hook, or a forward set on the instance."""
+    return hooked(*modules) or any("forward" in m.__dict__ for m in modules)
+
+
+def unfit(x: Tensor, *parameters: Tensor | None) -> str | None:
+    """Why kernels would not do with x and these parameters, or None if they would."""
+    if not (x.is_cpu or x.is_cuda):
+        return f"tensors are on {x.device.type}"
+    for parameter in parameters:
+        if parameter is None:
+            continue
+        if type(parameter) is not nn.Parameter and type(parameter) is not Tensor:
+            return f"a parameter is a {type(parameter).__name__}"
+        if parameter.dtype != x.dtype:
+            return f"a parameter is {parameter.dtype}, the input {x.dtype}"
+    if torch.is_autocast_enabled(x.device.type):
+        return "autocast is on"
+    return None
+
+
+def stock_reason(parts: Parts, x: Tensor) -> str | None:
+    """Why the fused op cannot stand in for these parts on x, or None if it can."""
+    norms = () if parts.norm is None else (parts.norm,)
+    for linear in parts.linears():
+        if type(linear) not in (nn.Linear, Conv1D):
+            return f"a {type(linear).__name__} in the place of a linear layer"
+    if parts.op_activation() is None:
+        return "an activation that the op does not have"
+    if any(type(dropout) is not nn.Dropout for dropout in parts.dropouts()):
+        return "a dropout is not a plain nn.Dropout"
+    if any(active(dropout) >= 1.0 for dropout in parts.dropouts()):
+        return "a dropout that drops everything"
+    if any(type(norm) not in parts.norm_types for norm in norms):
+        return f"the norm is a {type(parts.norm).__name__}"
+    activations = (parts.activation,) if isinstance(parts.activation, nn.Module) else ()
+    if watched(*parts.linears(), *parts.dropouts(), *norms, *activations, *parts.around):
+        return "a hook watches a part of the feed-forward block"
+    parameters = [p for m in (*parts.linears(), *norms) for p in (m.weight, getattr(m, "bias", None))]
+    return unfit(x, *parameters) or joining_reason(parts, x)
+
+
+def few_rows(x: Tensor, width: int) -> str | None:
+    """Why the op would not fuse x of so few rows: a cheap question, asked before a look at the block."""
+    if x.is_cpu and x.numel() < FASTER_FROM * width and not registry.forced():
+        return f"stock is faster below {FASTER_FROM} rows"
+    return None
+
+
+def joining_reason(parts: Parts, x: Tensor) -> str | None:
+    """Why gate and up are better left two weights, or None.
+
+    Joining them is a copy: 2 F D elements read, written, and kept for the backward. On a CPU that is little
+    beside the products of the rows from which on the op fuses at all. On a GPU, where products cost next to
+    nothing, fusing saves as much traffic with 2 D rows. Like a backend's, this opinion ends where
+    :func:`bigkern.use` is in force.
+    """
+    if parts.gate is None:
+        return None
+    D = x.shape[-1]
+    if not x.is_cpu and x.numel() < 2 * D * D and not registry.forced():
+        return f"joining gate and up costs more than fusing saves below {2 * D} rows"
+    op, one = registry.get("layernorm_ffn"), parts._replace(gate=None)
+    if op.resolve(*op.bind(x, *operands(one), **options(one))).name == "torch":
+        return "stock PyTorch would run the op, and needs no joined weights"
+    return None
+
+
+# ---- the call --------------------------------------------------------------------------------------
+
+
+def operands(parts: Parts) -> tuple[Any, ...]:
+    """The op's w1, b1, w2, b2, norm_weight and norm_bias."""
+    up, down, gate, norm = cast(tuple[Any, ...], (parts.up, parts.down, parts.gate, parts.norm))
+    w1, w2 = (linear.weight.t() if type(linear) is Conv1D else linear.weight for linear in (up, down))
+    b1 = up.bias
+    if gate is not None:
+        w1 = torch.cat((gate.weight, w1))
+        b1 = None if b1 is None else torch.cat((gate.bias, b1))
+    affine = (None, None) if norm is None else (norm.weight, getattr(norm, "bias", None))
+    return w1, b1, w2, down.bias, *affine
+
+
+def options(parts: Parts) -> dict[str, Any]:
+    """The op's keyword arguments."""
+    eps = "eps" if parts.kind == "layer" else "variance_epsilon"
+    return {
+        "norm": "none" if parts.norm is None else parts.kind,
+        "activation": parts.op_activation(),
+        "placement": parts.placement,
+        "residual": parts.residual,
+        "eps": 0.0 if parts.norm is None else getattr(parts.norm, eps),
+        "dropout_p": 0.0 if parts.dropout is None else active(parts.dropout),
+        "hidden_dropout_p": 0.0 if parts.hidden_dropout is None else active(parts.hidden_dropout),
+    }
