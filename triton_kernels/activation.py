@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import launch
 from .dropout import HIDDEN, OUTPUT, dropout_of, dropped
-from .rows import affine, column_sum, dense_rows, programs, row_stride
+from .rows import affine, column_sum, dense_rows, pointers, programs, row_stride
 
 GATED = ("swiglu", "geglu")
 
@@ -82,6 +82,39 @@ def bias_activation_kernel(
 
 
 @triton.jit
+def store_gradients(
+    gradient, preactivation, dpre, out, dropout, row, column, M, F,
+    ACT: tl.constexpr, GATES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """From the tile of out's gradient at (row, column): stores dpre and, if it is given, out again.
+
+    Returns dpre's values in fp32, gated also those of its second half; 0 in rows that do not exist.
+    """
+    rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
+    exists = (rows < M)[:, None] & (columns < F)[None, :]
+    i, j, width = rows[:, None], columns[None, :], F * (1 + GATES)
+    gradient = dropped(gradient, dropout, HIDDEN, i, j)
+    p = tl.load(pointers(preactivation, row, column, width, BM, BN), mask=exists, other=0.0).to(tl.float32)
+    dp = gradient * derivative(p, ACT)
+    dup = dp
+    if GATES or out is not None:
+        result = activate(p, ACT)
+    if GATES:
+        at_up = pointers(preactivation, row, column + F, width, BM, BN)
+        up = tl.load(at_up, mask=exists, other=0.0).to(tl.float32)
+        dp = dp * up
+        dup = gradient * result
+        result = result * up
+        at_dup = pointers(dpre, row, column + F, width, BM, BN)
+        tl.store(at_dup, dup.to(dpre.dtype.element_ty), mask=exists)
+    tl.store(pointers(dpre, row, column, width, BM, BN), dp.to(dpre.dtype.element_ty), mask=exists)
+    if out is not None:
+        result = dropped(result, dropout, HIDDEN, i, j)
+        tl.store(pointers(out, row, column, F, BM, BN), result.to(out.dtype.element_ty), mask=exists)
+    return dp, dup
+
+
+@triton.jit
 def bias_activation_backward_kernel(
     dout, preactivation, dpre, out, dbias, dropout, dout_row, M, F,
     ACT: tl.constexpr, GATES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -89,36 +122,25 @@ def bias_activation_backward_kernel(
     """BN columns of every P-th block of BM rows; dbias is a partial sum, [P, F] or gated [P, 2 F] fp32."""
     tiles = tl.cdiv(F, BN)
     program, programs = tl.program_id(0) // tiles, tl.num_programs(0) // tiles
-    columns = tl.program_id(0) % tiles * BN + tl.arange(0, BN)
-    width = F * (1 + GATES)
+    column = tl.program_id(0) % tiles * BN
+    columns = column + tl.arange(0, BN)
     sums, up_sums = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
     for block in range(program, tl.cdiv(M, BM), programs):
-        rows = block * BM + tl.arange(0, BM)
-        exists = (rows < M)[:, None] & (columns < F)[None, :]
-        i, j = rows.to(tl.int64)[:, None], columns[None, :]
-        at = i * width + j
-        gradient = tl.load(dout + i * dout_row + j, mask=exists, other=0.0).to(tl.float32)
-        gradient = dropped(gradient, dropout, HIDDEN, i, j)
-        p = tl.load(preactivation + at, mask=exists, other=0.0).to(tl.float32)
-        dp = gradient * derivative(p, ACT)
-        if GATES or out is not None:
-            result = activate(p, ACT)
-        if GATES:
-            up = tl.load(preactivation + at + F, mask=exists, other=0.0).to(tl.float32)
-            dp = dp * up
-            dup = gradient * result
-            result = result * up
-            up_sums += dup
-            tl.store(dpre + at + F, dup.to(dpre.dtype.element_ty), mask=exists)
+        row = block * BM
+        exists = (row + tl.arange(0, BM) < M)[:, None] & (columns < F)[None, :]
+        at = pointers(dout, row, column, dout_row, BM, BN)
+        gradient = tl.load(at, mask=exists, other=0.0).to(tl.float32)
+        dp, dup = store_gradients(
+            gradient, preactivation, dpre, out, dropout, row, column, M, F, ACT, GATES, BM, BN
+        )
         sums += dp
-        tl.store(dpre + at, dp.to(dpre.dtype.element_ty), mask=exists)
-        if out is not None:
-            result = dropped(result, dropout, HIDDEN, i, j)
-            tl.store(out + i * F + j, result.to(out.dtype.element_ty), mask=exists)
-    if dbias is not None:
-        tl.store(dbias + program * width + columns, tl.sum(sums, 0), mask=columns < F)
         if GATES:
-            tl.store(dbias + program * width + F + columns, tl.sum(up_sums, 0), mask=columns < F)
+            up_sums += dup
+    if dbias is not None:
+        at = dbias + program * (F * (1 + GATES)) + columns
+        tl.store(at, tl.sum(sums, 0), mask=columns < F)
+        if GATES:
+            tl.store(at + F, tl.sum(up_sums, 0), mask=columns < F)
 
 
 @triton.jit

@@ -28,6 +28,19 @@ Ba, Kiros, Hinton, Layer Normalization (2016); Zhang, Sennrich, RMSNorm (2019); 
 from __future__ import annotations
 
 from .activation import GATED, bias_activation, bias_activation_backward, dropout_add
+from .ffn_products import down, down_norm, up, up_backward, weight_gradient
 from .norm import norm, norm_backward
 
-__all__ = ["GATED", "bias_activation", "bias_activation_backward", "dropout_add", "norm", "norm_backward"]
+__all__ = [
+    "GATED",
+    "bias_activation",
+    "bias_activation_backward",
+    "down",
+    "down_norm",
+    "dropout_add",
+    "norm",
+    "norm_backward",
+    "up",
+    "up_backward",
+    "weight_gradient",
+]

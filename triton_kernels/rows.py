@@ -20,6 +20,13 @@ def affine(x, weight, bias, columns, exists):
 
 
 @triton.jit
+def pointers(x, row, column, stride, BM: tl.constexpr, BN: tl.constexpr):
+    """[BM, BN] pointers into a matrix: a 64-bit corner, 32-bit offsets inside the tile."""
+    corner = x + tl.cast(row, tl.int64) * stride + column
+    return corner + (tl.arange(0, BM)[:, None] * stride + tl.arange(0, BN)[None, :])
+
+
+@triton.jit
 def column_sum_kernel(partial, out, P, N, BP: tl.constexpr, BN: tl.constexpr):
     """out [N] = the sum of partial [P, N] fp32 over P, always in the same order."""
     columns = tl.program_id(0) * BN + tl.arange(0, BN)

@@ -401,9 +401,9 @@ def stock(
     affine = (norm_weight, norm_bias, eps, norm)
 
     def drop(t: Tensor, p: float, head: int) -> Tensor:
-        if key is None or p == 0.0:
-            return F.dropout(t, p)
-        return dropped(t, key, p, head)
+        if p == 0.0:
+            return t
+        return F.dropout(t, p) if key is None else dropped(t, key, p, head)
 
     def block(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
         pre, post = (norm != "none" and placement == at for at in ("pre", "post"))
@@ -537,12 +537,21 @@ def _with_dropout(arguments: tuple[Any, ...], others: int) -> tuple[Any, ...]:
     return arguments if len(arguments) > others else (*arguments, 0.0, None)
 
 
-TRITON_PIECES = composed_pieces(
-    *(
-        triton_kernel("layernorm_ffn", name)
-        for name in ("norm", "norm_backward", "bias_activation", "bias_activation_backward", "dropout_add")
-    )
-)
+def fused_pieces() -> Pieces:
+    """Triton's: each product in one kernel with what follows it."""
+
+    def down_backward(dy: Tensor, dropout: Any, want_bias: bool) -> tuple[Tensor, Tensor | None]:
+        dz = dropout_add(dy, None, *dropout) if dropout[0] > 0.0 else dy
+        return dz, dz.sum(0) if want_bias else None
+
+    dropout_add = triton_kernel("layernorm_ffn", "dropout_add")
+    kernels = {
+        name: triton_kernel("layernorm_ffn", name) for name in Pieces._fields if name != "down_backward"
+    }
+    return Pieces(**kernels, down_backward=down_backward)
+
+
+TRITON_PIECES = fused_pieces()
 
 
 def cuda_backend(native: Any, *, emulated: bool = False) -> registry.Backend:
