@@ -9,7 +9,7 @@ what is judged is what a GPU would run, in every configuration of the tables (--
     registers   255, and what the kernel's warps leave of the 65,536 of a processor
     stack       0 bytes: nothing spills
     shared      227 KiB on sm_90; 99 KiB for sm_80's configurations, which also serve sm_86, sm_89 and sm_120
-    wgmma       on sm_90, in attention's products of head dim 64 and 128 in 16-bit types
+    wgmma       on sm_90, in products of 16-bit types, of attention up to head dim 128, and in an FFN's
 
 Exits with 1 where a kernel breaks one.
 """
@@ -224,8 +224,9 @@ def norm_call(dtype: torch.dtype, N: int, kind: str) -> Callable[[], object]:
     def call() -> None:
         x, residual, dy = (meta(4096, N, dtype=dtype) for _ in range(3))
         weight, bias = meta(N, dtype=dtype), meta(N, dtype=dtype) if kind == "layer" else None
-        _, total, mean, rstd = layernorm_ffn.norm(x, residual, weight, bias, 1e-5, kind)
-        layernorm_ffn.norm_backward(dy, dy, total, weight, mean, rstd, kind, True, kind == "layer")
+        dropout = (0.1, torch.tensor([1, 2])) if kind == "rms" else (0.0, None)
+        _, total, mean, rstd = layernorm_ffn.norm(x, residual, weight, bias, 1e-5, kind, *dropout)
+        layernorm_ffn.norm_backward(dy, dy, total, weight, mean, rstd, kind, True, kind == "layer", *dropout)
 
     return call
 
@@ -245,8 +246,34 @@ def activation_call(dtype: torch.dtype, activation: str) -> Callable[[], object]
             meta(width, dtype=dtype),
             meta(512, F, dtype=dtype),
         )
-        layernorm_ffn.bias_activation(product, bias, activation)
-        layernorm_ffn.bias_activation_backward(dout, product, activation, True, True)
+        key = torch.tensor([1, 2])
+        layernorm_ffn.bias_activation(product, bias, activation, 0.1, key)
+        layernorm_ffn.bias_activation_backward(dout, product, activation, True, True, 0.1, key)
+        layernorm_ffn.dropout_add(dout, dout, 0.1, key)
+
+    return call
+
+
+def product_cases() -> Iterator[Case]:
+    """An FFN's products with all that can follow them; whole tiles, ragged ones, and few rows."""
+    for name, dtype in DTYPES.items():
+        for activation in ("relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu"):
+            yield f"{name} {activation}", product_call(dtype, activation, 4096, 1024, 4096), True
+            if activation in ("gelu", "swiglu"):
+                yield f"{name} {activation} ragged", product_call(dtype, activation, 4091, 1023, 4095), True
+                yield f"{name} {activation} few", product_call(dtype, activation, 16, 128, 192), False
+
+
+def product_call(dtype: torch.dtype, activation: str, M: int, D: int, F: int) -> Callable[[], object]:
+    def call() -> None:
+        width = 2 * F if activation in layernorm_ffn.GATED else F
+        x, w1, b1 = meta(M, D, dtype=dtype), meta(width, D, dtype=dtype), meta(width, dtype=dtype)
+        w2, b2, dropout = meta(D, F, dtype=dtype), meta(D, dtype=dtype), (0.1, torch.tensor([1, 2]))
+        p, a = layernorm_ffn.up(x, w1, b1, activation, dropout, True)
+        layernorm_ffn.down(a, w2, b2, x, dropout)
+        layernorm_ffn.up_backward(x, w2, p, activation, dropout, True, True)
+        layernorm_ffn.weight_gradient(p, x, None)
+        layernorm_ffn.weight_gradient(p, x, meta(width, D))
 
     return call
 
@@ -273,15 +300,19 @@ ROOMS: dict[str, Callable[[int], Iterator[Case]]] = {
     "decode": lambda arch: decode_cases(),
     "norm": lambda arch: norm_cases(),
     "activation": lambda arch: activation_cases(),
+    "products": lambda arch: product_cases(),
     "adam": lambda arch: adam_cases(),
 }
 
+
+WITHOUT_PRODUCTS = ("statistics_kernel", "column_sum_kernel")
 
 QUICK = {
     "attention": r"bfloat16 .* (causal|packed)(, fused)?$",
     "decode": r"bfloat16",
     "norm": r"bfloat16 N=(1023|65536) layer",
     "activation": r"bfloat16 (gelu|geglu)$",
+    "products": r"bfloat16 (gelu|swiglu)$",
     "adam": r"bfloat16",
 }
 
@@ -306,7 +337,7 @@ def rows(arch: int, room: str, wanted: str) -> list[Row]:
             registers, stack = usage(kernel.asm["cubin"])
             shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
             products = kernel.asm["ptx"].count("wgmma.mma_async")
-            needed = wgmma and arch == 90 and name != "statistics_kernel"
+            needed = wgmma and arch == 90 and name not in WITHOUT_PRODUCTS
             found.append(Row(arch, name, case, warps, registers, stack, shared, products, needed))
     return found
 
