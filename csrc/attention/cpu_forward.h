@@ -59,15 +59,19 @@ void attend_lanes(const Decode& call, const QueryTile& tile, const Horizon& hori
     if (block.lane == block.lane_end) continue;
     const T* keys = key_at<T>(call, call.k, tile, block.first);
     const T* values = key_at<T>(call, call.v, tile, block.first);
-    dot_lanes<T>(s, block, key_rows(keys, call.k.row, block.keys, s.D, f.k), f.q, f.x);
+    const Left<Element<T>> k = key_rows(keys, call.k.row, block.keys, s.D, f.k);
+    const int64_t behind = std::min({end, array_end(call.pages, block.first), key + kKeys}) - key;
+    dot_lanes<T>(s, block, k, f.q, f.x, rows_ahead(values, call.v.row, block.keys, s.Dv));
     restrict_scores<T>(s, tile, horizon, rules, block, f.x, nullptr);
     if (s.dropout.active()) draw_block(s, rules, block, f.kept);
     s.dropout.active() ? online_softmax<T, true>(block, f) : online_softmax<T, false>(block, f);
     const Left<Element<T>> v = key_columns(values, call.v.row, block.keys, s.Dv, f.v);
-    multiply(Product<Element<T>>{s.Dv, words_of<T>(block.keys), v.data, v.row, v.column,
-                                 reinterpret_cast<const Element<T>*>(f.x), kLanes, f.o, kLanes,
-                                 1.0f, true, f.rescale},
-             block.lane, block.lane_end);
+    multiply(
+        Product<Element<T>>{s.Dv, words_of<T>(block.keys), v.data, v.row, v.column,
+                            reinterpret_cast<const Element<T>*>(f.x), kLanes, f.o, kLanes, 1.0f,
+                            true, f.rescale,
+                            rows_ahead(keys + block.keys * call.k.row, call.k.row, behind, s.D)},
+        block.lane, block.lane_end);
   }
 }
 

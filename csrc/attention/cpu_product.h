@@ -30,6 +30,27 @@ ATTENTION_INLINE vf multiply_add(const Pair* a, const Pair* b, vf c) {
   return dot_bf16(c, set1_int(static_cast<int32_t>(a->bits)), load_raw<vi>(b));
 }
 
+// Rows of memory that are wanted next: a product asks for them bit by bit, a share with each of its
+// rows. The rows of a head lie far apart, and the hardware foresees none of them.
+struct Ahead {
+  const char* data = nullptr;
+  int64_t row = 0, rows = 0, bytes = 0;
+
+  // The share of steps begin .. end out of all `steps`.
+  void ask(int64_t begin, int64_t end, int64_t steps) const {
+    for (int64_t r = rows * begin / steps; r < rows * end / steps; ++r) {
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(data + r * row + at, 0, 2);
+    }
+  }
+};
+
+// rows x [rows, columns]
+template <class T>
+Ahead rows_ahead(const T* x, int64_t row, int64_t rows, int64_t columns) {
+  const int64_t size = sizeof(T);
+  return {reinterpret_cast<const char*>(x), row * size, rows, columns * size};
+}
+
 template <class E>
 struct Product {
   int64_t M, K;
@@ -42,16 +63,17 @@ struct Product {
   float scale = 1.0f;              // C = scale * A B
   bool add = false;                // C += scale * A B
   const float* rescale = nullptr;  // with add: C = C * rescale[n] + scale * A B
+  Ahead ahead = {};
+  int64_t chunk = 64;  // steps of k in one sum: rounding errors grow with chunk + K / chunk
 };
 
 constexpr int kBlockRows = 6;
 constexpr int kBlockVectors = BIGKERN_LEVEL >= 2 ? 4 : 2;
-constexpr int64_t kChunk =
-    32;  // steps of k in one sum: rounding errors grow with kChunk + K / kChunk
 
 // C[m .. m + R, n .. n + V * W].
 template <int R, int V, class E>
 ATTENTION_INLINE void block(const Product<E>& p, int64_t m, int64_t n) {
+  if (p.ahead.rows > 0) p.ahead.ask(m, m + R, p.M);
   vf acc[R][V] = {};
   const E* a = p.a + m * p.a_row;
   const E* b = p.b + n;
@@ -96,9 +118,12 @@ void multiply(Product<E> p, int64_t begin, int64_t end) {
   const int64_t K = p.K;
   int64_t k = 0;
   do {
-    p.K = K - k < 2 * kChunk ? K - k : kChunk;
+    p.K = K - k < 2 * p.chunk ? K - k : p.chunk;
     int64_t n = begin;
-    for (; n + kBlockVectors * W <= end; n += kBlockVectors * W) panel<kBlockVectors>(p, n);
+    for (; n + kBlockVectors * W <= end; n += kBlockVectors * W) {
+      panel<kBlockVectors>(p, n);
+      p.ahead.rows = 0;
+    }
     if (kBlockVectors > 2 && n + 2 * W <= end) {
       panel<2>(p, n);
       n += 2 * W;
@@ -108,6 +133,7 @@ void multiply(Product<E> p, int64_t begin, int64_t end) {
     p.b += p.K * p.b_row;
     p.add = true;
     p.rescale = nullptr;
+    p.ahead.rows = 0;
     k += p.K;
   } while (k < K);
 }

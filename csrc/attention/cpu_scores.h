@@ -7,13 +7,18 @@
 namespace bigkern::attention::BIGKERN_ISA {
 namespace {
 
-// x [keys, 64] = scale k q^T, for the lanes of the block.
+// x [keys, 64] = scale k q^T, for the lanes of the block. Sums are short: what is wrong with a
+// score by 1e-6 is wrong with its weight by as much.
 template <class T>
 void dot_lanes(const Shape& s, const KeyBlock& block, const Left<Element<T>>& k, const float* q,
-               float* x) {
-  multiply(Product<Element<T>>{block.keys, words_of<T>(s.D), k.data, k.row, k.column,
-                               reinterpret_cast<const Element<T>*>(q), kLanes, x, kLanes, s.scale},
-           block.lane, block.lane_end);
+               float* x, const Ahead& next) {
+  using E = Element<T>;
+  Product<E> product{
+      block.keys, words_of<T>(s.D), k.data, k.row, k.column, reinterpret_cast<const E*>(q), kLanes,
+      x,          kLanes,           s.scale};
+  product.ahead = next;
+  product.chunk = 32;
+  multiply(product, block.lane, block.lane_end);
 }
 
 // c tanh(x / c); tanh's derivative there, 1 - tanh^2, to `slope` unless null.

@@ -54,10 +54,10 @@ BlockTerms<T> compute_terms(const Backward& call, const QueryTile& tile, const H
   const T* values = row_at<T>(call.v, tile.batch, tile.kv_head, first);
   const Left<E> k = key_rows(keys, call.k.row, block.keys, s.D, f.k);
   if constexpr (paired<T>) {
-    dot_lanes<T>(s, block, k, f.q, f.p);
+    dot_lanes<T>(s, block, k, f.q, f.p, {});
   } else {
     few_rows(s, tile.sequence) ? dot_rows(s, tile, block, k, f.q_rows, f.p)
-                               : dot_lanes<T>(s, block, k, f.q, f.p);
+                               : dot_lanes<T>(s, block, k, f.q, f.p, {});
   }
   restrict_scores<T>(s, tile, horizon, rules, block, f.p, s.softcap != 0 ? f.slope : nullptr);
   const Left<E> v = key_rows(values, call.v.row, block.keys, s.Dv, f.v);
