@@ -55,8 +55,7 @@ inline Curve curve_of(vf x) {
   if constexpr (A == Activation::silu || A == Activation::swiglu) return silu_curve(x);
 }
 
-// Calls f with the activation as a compile-time constant:
-// f(Constant<Activation::relu>{}).
+// Calls f with the activation as a compile-time constant: f(Constant<Activation::relu>{}).
 template <Activation A>
 struct Constant {
   static constexpr Activation value = A;

@@ -1,15 +1,13 @@
-// The FFN block's backward on the CPU: four products around the saved
-// pre-activation h.
+// The FFN block's backward on the CPU: four products around the saved pre-activation h.
 //
-//   ds = dy, or the norm's backward of dy (post-norm);  dz = drop(ds) [M, D] da
-//   = drop(dz W2)    epilogue: a = drop(act(h)), dh = da act'(h), db1 += dh [M,
-//   F] dW2 = dz^T a        db2 = sum of dz's rows dW1 = dh^T n        n =
-//   norm(x), rebuilt while it is packed (pre-norm), or x dn = dh W1 pre-norm:
-//   then the norm's backward;  both: + ds                  [M, D]
+//   ds = dy, or the norm's backward of dy (post-norm);  dz = drop(ds)                     [M, D]
+//   da = drop(dz W2)    epilogue: a = drop(act(h)), dh = da act'(h), db1 += dh           [M, F]
+//   dW2 = dz^T a        db2 = sum of dz's rows
+//   dW1 = dh^T n        n = norm(x), rebuilt while it is packed (pre-norm), or x
+//   dn = dh W1          pre-norm: then the norm's backward;  both: + ds                  [M, D]
 //
-// da, and n, are never stored. Weight gradients sum over the tokens kTokens at
-// a time, in fp32, so that packed panels stay in the cache however many tokens
-// there are.
+// da, and n, are never stored. Weight gradients sum over the tokens kTokens at a time, in fp32, so
+// that packed panels stay in the cache however many tokens there are.
 //
 // Included once per instruction set by cpu_kernels.h; no include guard.
 
@@ -151,24 +149,16 @@ struct FfnBackward {
   const T* ds() const { return post ? stored(ds_at) : in(p.dy); }
   const T* dz() const { return drop.active() ? stored(dz_at) : ds(); }
 
-  // The norm's backward: post-norm from dy to ds, pre-norm from dn to dx;
-  // `dropped` as drop(dv).
+  // The norm's backward: post-norm from dy to ds, pre-norm from dn to dx; `dropped` as drop(dv).
   template <class G>
   void norm_backward(const G* gradient, const T* added, const T* v, T* dv, T* dropped,
                      const Parallel& parallel) const {
     const auto make_row = [&](int64_t i) BIGKERN_FN {
       const int64_t at = i * p.D;
-      return NormBackwardRow<T, G>{gradient + at,
-                                   added ? added + at : nullptr,
-                                   v + at,
-                                   in(p.norm_weight),
-                                   p.mean ? p.mean[i] : 0.0f,
-                                   p.rstd[i],
-                                   dv ? dv + at : nullptr,
-                                   dropped ? dropped + at : nullptr,
-                                   nullptr,
-                                   nullptr,
-                                   false};
+      return NormBackwardRow<T, G>{
+          gradient + at,          added ? added + at : nullptr,    v + at,
+          in(p.norm_weight),      p.mean ? p.mean[i] : 0.0f,       p.rstd[i],
+          dv ? dv + at : nullptr, dropped ? dropped + at : nullptr};
     };
     norm_backward_rows(p.M, p.D, p.norm, drop, out(p.dnorm_weight), out(p.dnorm_bias),
                        floats(sums_at), make_row, parallel);
@@ -189,8 +179,8 @@ struct FfnBackward {
     add_partial_sums(db1, p.M > 0 ? da.row_blocks : 0, width, width, out(p.db1), parallel);
   }
 
-  // dw = sum over tokens of A^T B, in parts, or added to `sum`: make_a(k0),
-  // make_b(k0) pack from token k0 on.
+  // dw = sum over tokens of A^T B, in parts, or added to `sum`: make_a(k0), make_b(k0) pack from
+  // token k0 on.
   template <class MakeA, class MakeB>
   void weight_gradient(Plan plan, T* dw, float* sum, const MakeA& make_a, const MakeB& make_b,
                        const Parallel& parallel) const {

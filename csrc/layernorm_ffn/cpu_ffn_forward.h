@@ -1,23 +1,21 @@
-// The FFN block's forward on the CPU: norm, two products, activation and
-// residual in one pass over a block of rows.
+// The FFN block's forward on the CPU: norm, two products, activation and residual in one pass over
+// a block of rows.
 //
 //   x rows ----> packed as A, normalised on the way (pre-norm)
 //                  | x packed W1: tiles of the pre-activation in L1
 //                  v
-//                epilogue: + b1, activation, packed again as the next A ---->
-//                preactivation, if wanted
+//                epilogue: + b1, activation, packed again as the next A ----> preactivation, if
+//                wanted
 //                  | x packed W2: tiles of the output in L1
 //                  v
-//                epilogue: + b2 + x ----> y, or s and then its norm
-//                (post-norm), the rows still hot
+//                epilogue: + b2 + x ----> y, or s and then its norm (post-norm), the rows still hot
 //
-// The F-wide activation of a block of rows never leaves the cache, and is never
-// packed in a second pass: its tile is transposed while it lies in L1. When
-// there are too few rows to give each thread a block, the two products run one
-// after the other instead, each cut over its columns too.
+// The F-wide activation of a block of rows never leaves the cache, and is never packed in a second
+// pass: its tile is transposed while it lies in L1. When there are too few rows to give each thread
+// a block, the two products run one after the other instead, each cut over its columns too.
 //
-// Gated: panels of packed W1 hold W gate rows and the W up rows that belong to
-// them, so that one tile has both halves of W outputs.
+// Gated: panels of packed W1 hold W gate rows and the W up rows that belong to them, so that one
+// tile has both halves of W outputs.
 //
 // Included once per instruction set by cpu_kernels.h; no include guard.
 
@@ -43,8 +41,7 @@ struct PackW1 {
   }
 };
 
-// Columns of the first product's C: F, or gate and up interleaved in whole
-// vectors.
+// Columns of the first product's C: F, or gate and up interleaved in whole vectors.
 inline int64_t product_columns(int64_t F, Activation activation) {
   return is_gated(activation) ? (F + W - 1) / W * NR : F;
 }
@@ -75,8 +72,8 @@ struct PackX {
   }
 };
 
-// First epilogue: the tile plus b1, rounded to T, is the pre-activation; its
-// activation goes to the A panels of the second product.
+// First epilogue: the tile plus b1, rounded to T, is the pre-activation; its activation goes to the
+// A panels of the second product.
 template <class T>
 struct ActivationTile {
   int64_t F;
@@ -148,24 +145,22 @@ struct OutputTile {
   }
 };
 
-// ---- layout and launch
-// --------------------------------------------------------------------------
+// ---- layout and launch --------------------------------------------------------------------------
 
-// A thread with this many panels of rows of its own runs both products on them.
-// With fewer, packing the weights for them alone would cost too much: the
-// products run one after the other then, cut over their columns too.
+// A thread with this many panels of rows of its own runs both products on them. With fewer, packing
+// the weights for them alone would cost too much: the products run one after the other then, cut
+// over their columns too.
 constexpr int64_t kFusedPanels = 10, kMaxFusedPanels = 37;  // its activation: 6 MB at F = 3072
 
 template <class T>
 struct FfnForward {
   const FfnParams& p;
   int threads;
-  Plan up, down;  // the two products; in the fused form both have the blocks of
-                  // rows of `up`
+  Plan up, down;  // the two products; in the fused form both have the blocks of rows of `up`
   bool fused;
 
-  // Where things lie in the workspace, in floats: of each row, between the
-  // products, of each thread.
+  // Where things lie in the workspace, in floats: of each row, between the products, of each
+  // thread.
   size_t stats_at, a2_at, scratch_at, scratch_each, total;
 
   FfnForward(const FfnParams& params, int thread_count) : p(params), threads(thread_count) {
@@ -198,8 +193,7 @@ struct FfnForward {
   static const T* in(const void* q) { return static_cast<const T*>(q); }
   static T* out(void* q) { return static_cast<T*>(q); }
 
-  // Post-norm normalises what the second product left here, in place if nobody
-  // wants it.
+  // Post-norm normalises what the second product left here, in place if nobody wants it.
   T* sum() const { return out(is_post(p.placement, p.norm) && p.s ? p.s : p.y); }
 
   void measure(const T* v, int64_t i) const {
@@ -279,6 +273,8 @@ template <class T>
 void ffn_forward(const FfnParams& p, const Parallel& parallel) {
   const FfnForward<T> call(p, parallel.threads);
   prefer_large_pages(p.workspace, call.total * sizeof(float));
+  const int64_t width = is_gated(p.activation) ? 2 * p.F : p.F;
+  if (p.preactivation) prefer_large_pages(p.preactivation, size_t(p.M * width) * sizeof(T));
   call.fused ? call.run_fused(parallel) : call.run_in_turn(parallel);
 }
 

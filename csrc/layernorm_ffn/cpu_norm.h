@@ -31,6 +31,18 @@ inline vf first_n(vf x, int64_t n) {
   return n >= W ? x : select(lanes() < set1_int(int32_t(n)), x, zero());
 }
 
+// Calls f(j, n) for each vector of a row of N elements. n is W, and at compile time, but for the
+// last: the functions above then test nothing.
+struct Whole {
+  constexpr operator int64_t() const { return W; }
+};
+template <class F>
+inline void each_vector(int64_t N, const F& f) {
+  int64_t j = 0;
+  for (; j + W <= N; j += W) f(j, Whole{});
+  if (j < N) f(j, N - j);
+}
+
 struct RowStats {
   float mean, shift, rstd;
 };
@@ -40,15 +52,15 @@ RowStats row_stats(const T* v, int64_t N, Norm norm, float eps) {
   float mean = 0.0f;
   if (norm == Norm::layer) {
     vf sum = zero();
-    for (int64_t j = 0; j < N; j += W) sum += load_upto(v + j, N - j);
+    each_vector(N, [&](int64_t j, auto n) BIGKERN_FN { sum += load_upto(v + j, n); });
     mean = reduce_add(sum) / float(N);
   }
   vf sum = zero(), squares = zero();
-  for (int64_t j = 0; j < N; j += W) {
-    const vf d = first_n(load_upto(v + j, N - j) - mean, N - j);
+  each_vector(N, [&](int64_t j, auto n) BIGKERN_FN {
+    const vf d = first_n(load_upto(v + j, n) - mean, n);
     sum += d;
     squares = fma(d, d, squares);
-  }
+  });
   const float shift = norm == Norm::layer ? reduce_add(sum) / float(N) : 0.0f;
   const float variance = reduce_add(squares) / float(N) - shift * shift;
   // A NaN must stay one.
@@ -64,17 +76,19 @@ inline vf normalised(const T* v, int64_t n, const RowStats& stats) {
 template <class T>
 void normalise_row(const T* v, int64_t N, const RowStats& stats, const T* weight, const T* bias,
                    T* y) {
-  for (int64_t j = 0; j < N; j += W) {
-    const int64_t n = N - j;
+  each_vector(N, [&](int64_t j, auto n) BIGKERN_FN {
     const vf w = load_or(weight, j, n, 1.0f), b = load_or(bias, j, n, 0.0f);
     store_upto(y + j, fma(normalised(v + j, n, stats), w, b), n);
-  }
+  });
 }
 
 template <class T>
 void norm_forward(const NormParams& p, const Parallel& parallel) {
   const int64_t N = p.N, grain = 1 + 16384 / (N + 1);
   const Drop drop(p.dropout, kOutput);
+  const size_t bytes = size_t(p.M * p.N) * sizeof(T);
+  prefer_large_pages(p.y, bytes);
+  if (p.sum) prefer_large_pages(p.sum, bytes);
   parallel.for_range(0, p.M, grain, [&](int64_t begin, int64_t end) BIGKERN_FN {
     for (int64_t i = begin; i < end; ++i) {
       const T* v = static_cast<const T*>(p.x) + i * N;
@@ -133,42 +147,41 @@ struct NormBackwardRow {
   const T* v;
   const T* weight;  // null ok
   float mean, rstd;
-  T* ds;                   // null ok
-  T* dx;                   // drop(ds), null ok
-  float *dweight, *dbias;  // partial sums, null ok
-  bool first;              // nothing is in them yet
+  T* ds;  // null ok
+  T* dx;  // drop(ds), null ok
 
-  void run(int64_t i, int64_t N, Norm norm, const Drop& drop) const {
+  // Row i of N; dweight and dbias are partial sums, null ok, with nothing in them yet if first.
+  void run(int64_t i, int64_t N, Norm norm, const Drop& drop, float* dweight, float* dbias,
+           bool first) const {
+    const NormBackwardRow row = *this;  // which no store can change
     vf sum_d = zero(), sum_g = zero(), sum_gd = zero();
-    for (int64_t j = 0; j < N; j += W) {
-      const int64_t n = N - j;
-      const vf d = first_n(load_upto(v + j, n) - mean, n);
-      const vf g = load_upto(dy + j, n) * load_or(weight, j, n, 1.0f);
+    each_vector(N, [&](int64_t j, auto n) BIGKERN_FN {
+      const vf d = first_n(load_upto(row.v + j, n) - row.mean, n);
+      const vf g = load_upto(row.dy + j, n) * load_or(row.weight, j, n, 1.0f);
       sum_d += d;
       sum_g += g;
       sum_gd = fma(g, d, sum_gd);
-    }
+    });
     const bool layer = norm == Norm::layer;
     const float g_total = reduce_add(sum_g);
-    const RowStats stats = {mean, layer ? reduce_add(sum_d) / float(N) : 0.0f, rstd};
+    const RowStats stats = {row.mean, layer ? reduce_add(sum_d) / float(N) : 0.0f, row.rstd};
     const float average_g = layer ? g_total / float(N) : 0.0f;
-    const float average_gx = (reduce_add(sum_gd) - stats.shift * g_total) * rstd / float(N);
-    for (int64_t j = 0; j < N; j += W) {
-      const int64_t n = N - j;
-      const vf x_hat = normalised(v + j, n, stats);
-      const vf gradient = load_upto(dy + j, n);
-      const vf g = gradient * load_or(weight, j, n, 1.0f);
-      const vf dv = (g - average_g - x_hat * average_gx) * rstd + load_or(dsum, j, n, 0.0f);
-      if (ds) store_upto(ds + j, dv, n);
-      if (dx) store_upto(dx + j, drop(dv, i, j), n);
-      accumulate(dweight, j, gradient * x_hat, n, first);
-      accumulate(dbias, j, gradient, n, first);
-    }
+    const float average_gx = (reduce_add(sum_gd) - stats.shift * g_total) * row.rstd / float(N);
+    each_vector(N, [&](int64_t j, auto n) BIGKERN_FN {
+      const vf x_hat = normalised(row.v + j, n, stats), dy = load_upto(row.dy + j, n);
+      const vf g = dy * load_or(row.weight, j, n, 1.0f);
+      const vf dv = (g - average_g - x_hat * average_gx) * row.rstd;
+      const vf ds = dv + load_or(row.dsum, j, n, 0.0f);
+      if (row.ds) store_upto(row.ds + j, ds, n);
+      if (row.dx) store_upto(row.dx + j, drop(ds, i, j), n);
+      accumulate(dweight, j, dy * x_hat, n, first);
+      accumulate(dbias, j, dy, n, first);
+    });
   }
 };
 
-// The backward of rows of any kind: row(i) names what belongs to row i, and the launcher adds where
-// its partial sums go. `partial` has room for row_sum_blocks(M) * 2 * N floats.
+// The backward of rows of any kind: make_row(i) names what belongs to row i. `partial` has room for
+// row_sum_blocks(M) * 2 * N floats.
 template <class T, class MakeRow>
 void norm_backward_rows(int64_t M, int64_t N, Norm norm, const Drop& drop, T* dweight, T* dbias,
                         float* partial, const MakeRow& make_row, const Parallel& parallel) {
@@ -176,12 +189,10 @@ void norm_backward_rows(int64_t M, int64_t N, Norm norm, const Drop& drop, T* dw
   parallel.for_range(0, blocks, 1, [&](int64_t begin, int64_t end) BIGKERN_FN {
     for (int64_t b = begin; b < end; ++b) {
       const Slice rows = slice_of(M, 1, b, blocks);
+      float* sum_weight = dweight ? partial + b * 2 * N : nullptr;
+      float* sum_bias = dbias ? partial + b * 2 * N + N : nullptr;
       for (int64_t i = rows.begin; i < rows.end; ++i) {
-        auto row = make_row(i);
-        row.dweight = dweight ? partial + b * 2 * N : nullptr;
-        row.dbias = dbias ? partial + b * 2 * N + N : nullptr;
-        row.first = i == rows.begin;
-        row.run(i, N, norm, drop);
+        make_row(i).run(i, N, norm, drop, sum_weight, sum_bias, i == rows.begin);
       }
     }
   });
@@ -210,6 +221,9 @@ void sum_rows(const T* x, int64_t M, int64_t N, T* out, float* partial, const Pa
 template <class T>
 void norm_backward(const NormBackwardParams& p, const Parallel& parallel) {
   const T* dsum = static_cast<const T*>(p.dsum);
+  const size_t bytes = size_t(p.M * p.N) * sizeof(T);
+  prefer_large_pages(p.ds, bytes);
+  if (p.dx) prefer_large_pages(p.dx, bytes);
   const auto make_row = [&](int64_t i) BIGKERN_FN {
     const int64_t at = i * p.N;
     return NormBackwardRow<T, T>{static_cast<const T*>(p.dy) + at,
@@ -219,10 +233,7 @@ void norm_backward(const NormBackwardParams& p, const Parallel& parallel) {
                                  p.mean ? p.mean[i] : 0.0f,
                                  p.rstd[i],
                                  p.ds ? static_cast<T*>(p.ds) + at : nullptr,
-                                 p.dx ? static_cast<T*>(p.dx) + at : nullptr,
-                                 nullptr,
-                                 nullptr,
-                                 false};
+                                 p.dx ? static_cast<T*>(p.dx) + at : nullptr};
   };
   norm_backward_rows(p.M, p.N, p.norm, Drop(p.dropout, kOutput), static_cast<T*>(p.dweight),
                      static_cast<T*>(p.dbias), static_cast<float*>(p.workspace), make_row,

@@ -1,28 +1,22 @@
-// A blocked matrix product on packed panels, C = A B, with an epilogue on each
-// finished tile.
+// A blocked matrix product on packed panels, C = A B, with an epilogue on each finished tile.
 //
 //              group of columns
 //           +---+---+---+---+
-//           |   |   |   |   | KC   B: packed by the thread that uses it, right
-//           before it does: one
-//           +---+---+---+---+      group of panels, KC steps of K, in L2.
-//           [KC][NR] a panel
+//           |   |   |   |   | KC   B: packed by the thread that uses it, right before it does: one
+//           +---+---+---+---+      group of panels, KC steps of K, in L2. [KC][NR] a panel
 //     KC
 //   +----+  +---+---+---+---+
-//   |    |  |   |   |   |   | MR   A: one block of rows over all of K, as
-//   panels of MR rows, packed
-//   +----+  +---+---+---+---+      once. A panel's KC steps stay in L1 for all
-//   panels of the group |    |  |   | C |   |   |
-//   +----+  +---+---+---+---+      C: the block's tiles of the group wait in L2
-//   for the next KC |    |  |   |   |   |   |      steps; after the last ones
-//   the epilogue finds a tile hot in L1:
+//   |    |  |   |   |   |   | MR   A: one block of rows over all of K, as panels of MR rows, packed
+//   +----+  +---+---+---+---+      once. A panel's KC steps stay in L1 for all panels of the group
+//   |    |  |   | C |   |   |
+//   +----+  +---+---+---+---+      C: the block's tiles of the group wait in L2 for the next KC
+//   |    |  |   |   |   |   |      steps; after the last ones the epilogue finds a tile hot in L1:
 //   +----+  +---+---+---+---+      bias, activation, residual, storing
 //
-// The microkernel makes an MR x NR tile in registers: 28 multiply-adds on 16
-// lanes a step, for 56 bytes of A from L1 and 128 of B from L2. Nothing is ever
-// packed in a pass of its own: what B costs is paid once for each block of
-// rows, and is small against 100 rows or more. Sums are cut every KC steps, so
-// that rounding errors grow with KC + K / KC rather than with K.
+// The microkernel makes an MR x NR tile in registers: 28 multiply-adds on 16 lanes a step, for 56
+// bytes of A from L1 and 128 of B from L2. Nothing is ever packed in a pass of its own: what B
+// costs is paid once for each block of rows, and is small against 100 rows or more. Sums are cut
+// every KC steps, so that rounding errors grow with KC + K / KC rather than with K.
 //
 // Included once per instruction set, inside foreach_isa.h; no include guard.
 
@@ -31,8 +25,7 @@
 namespace bigkern::BIGKERN_ISA {
 namespace {
 
-// The tile: MR * NV accumulators, NV vectors of B and one of A fill the
-// register file.
+// The tile: MR * NV accumulators, NV vectors of B and one of A fill the register file.
 #if BIGKERN_LEVEL >= 2
 constexpr int MR = 14;  // of 32 registers
 #elif defined(__aarch64__)
@@ -51,14 +44,12 @@ constexpr int64_t kSlab = 256;           // elements of K that are packed at a t
 constexpr int64_t kTile = MR * NR;
 constexpr size_t kAlign = 64;
 
-// A finished tile of C: rows i .. i + rows, columns j .. j + columns, c[r * NR
-// + column].
+// A finished tile of C: rows i .. i + rows, columns j .. j + columns, c[r * NR + column].
 struct Tile {
   int64_t i, j;
   int rows, columns;
   const float* c;
-  int64_t row_block;  // the block of rows it belongs to: the index of a partial
-                      // column sum
+  int64_t row_block;  // the block of rows it belongs to: the index of a partial column sum
   bool first;         // nothing of these columns has come from that block yet
 };
 
@@ -105,8 +96,7 @@ inline void multiply_tile(int64_t rows, int64_t words, const float* a, const flo
   microkernel<PAIRED, MR>(words, a, b, tile, first);
 }
 
-// How C is cut into tasks: blocks of rows, each a whole number of A panels, and
-// of columns.
+// How C is cut into tasks: blocks of rows, each a whole number of A panels, and of columns.
 struct Plan {
   int64_t M, N, K;
   int64_t words;  // 32-bit words along K
@@ -122,8 +112,8 @@ struct Plan {
 
 inline size_t round_up(size_t x, size_t step) { return (x + step - 1) / step * step; }
 
-// The cheapest cut by a small model, in tenths of a tile of the busiest thread:
-// packing a panel of B costs half a tile, one of A a fifth.
+// The cheapest cut by a small model, in tenths of a tile of the busiest thread: packing a panel of
+// B costs half a tile, one of A a fifth.
 inline Plan make_plan(int64_t M, int64_t N, int64_t K, int64_t words, int threads) {
   Plan best{M, N, K, words, 1, 1, 1};
   const int64_t P = M > 0 ? best.row_panels() : 1, Q = N > 0 ? best.column_panels() : 1;
@@ -144,8 +134,7 @@ inline Plan make_plan(int64_t M, int64_t N, int64_t K, int64_t words, int thread
   return best;
 }
 
-// A thread's workspace: its block of packed A, its group of packed B, and their
-// tiles of C.
+// A thread's workspace: its block of packed A, its group of packed B, and their tiles of C.
 struct Scratch {
   float *b, *c, *a;
 
@@ -160,8 +149,8 @@ inline size_t gemm_workspace(const Plan& plan, int threads) {
   return size_t(threads) * Scratch::floats(plan.block_panels, plan.words);
 }
 
-// Packs a block of rows over all of K, a slab of K at a time, so that a matrix
-// that lies the other way is read in whole cache lines and few pages.
+// Packs a block of rows over all of K, a slab of K at a time, so that a matrix that lies the other
+// way is read in whole cache lines and few pages.
 template <class T, class Pack>
 void pack_block(Slice rows, int64_t K, float* out, const Pack& pack) {
   const int64_t words = words_of<T>(K);
@@ -207,8 +196,7 @@ void multiply_block(const float* a, Slice rows, Slice columns, int64_t K, int64_
   }
 }
 
-// Runs task(index, worker) for every index below `tasks`, each on the next free
-// thread.
+// Runs task(index, worker) for every index below `tasks`, each on the next free thread.
 template <class Task>
 void run_tasks(int64_t tasks, const Parallel& parallel, const Task& task) {
   int64_t next = 0;
@@ -221,9 +209,9 @@ void run_tasks(int64_t tasks, const Parallel& parallel, const Task& task) {
   });
 }
 
-// C = A B. pack_a(i, rows, begin, end, out) and pack_b(j, columns, begin, end,
-// out) write steps [begin, end) of a panel in the layout of T (pack.h), begin
-// even; epilogue(tile) takes each finished tile, from any thread.
+// C = A B. pack_a(i, rows, begin, end, out) and pack_b(j, columns, begin, end, out) write steps
+// [begin, end) of a panel in the layout of T (pack.h), begin even; epilogue(tile) takes each
+// finished tile, from any thread.
 template <class T, class PackA, class PackB, class Epilogue>
 void gemm(const Plan& plan, const PackA& pack_a, const PackB& pack_b, const Epilogue& epilogue,
           float* workspace, const Parallel& parallel) {
