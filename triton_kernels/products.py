@@ -153,11 +153,11 @@ def halves(x):
 
 
 def tile_for(kind: str, x: Tensor, M: int, N: int, K: int) -> Tile:
-    """The entry of the table for x's GPU and dtype, no larger than an [M, N] result needs."""
+    """The table's entry for x's GPU and dtype, hardly larger than the [M, N] result; wgmma has 64 rows."""
     short = x.element_size() == 4 and K < LONG_SUM
     tiles = SHORT_SUMS if short else CONFIGURATIONS[launch.architecture(x.device), x.element_size()]
     tile: Tile = getattr(tiles, kind)
-    return tile._replace(BM=min(tile.BM, launch.padded(M)), BN=min(tile.BN, launch.padded(N)))
+    return tile._replace(BM=min(tile.BM, launch.padded(M, 64)), BN=min(tile.BN, launch.padded(N)))
 
 
 def operand(x: Tensor, rows: int, columns: int) -> Matrix | TensorDescriptor:
