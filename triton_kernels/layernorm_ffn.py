@@ -1,11 +1,12 @@
-"""The norms of a Transformer block, and what stands between its two matrix products, in Triton.
+"""A Transformer's feed-forward block in Triton: its norm, its products, and what stands around them.
 
     norm             s = drop(x) + residual      y = (s - mean) * rstd * weight + bias   rms: mean counts as 0
     bias_activation  p = product + bias          out = drop(act(p)), or drop(act(gate) * up), p = [gate | up]
     dropout_add      out = drop(x) + residual
+    up, down, ...    the products, each in one kernel with what follows it: `ffn_products.py`
 
-All of it is bound by memory: every kernel reads its inputs once and writes its outputs once. A row lives in
-registers between its statistics and its use:
+All but the products is bound by memory: a kernel reads its inputs once and writes its outputs once. A row
+lives in registers between its statistics and its use:
 
     norm            program = BM rows          [BM, BN] tile, BN >= N: load, reduce, reduce, store
     norm_backward   program = every P-th       ds is stored row block by row block; the sums for weight and
@@ -20,7 +21,7 @@ and var = mean(d^2) - mean(d)^2, where mean(d) is a rounding error. A large mean
 its digits. Partial sums have one owner each: the result is the same in every run.
 
     norm.py norm_backward.py     the norms           activation.py     what stands between the products
-    rows.py                      what they share
+    rows.py dropout.py           what they share     ffn_products.py   the products, from products.py's tiles
 
 Ba, Kiros, Hinton, Layer Normalization (2016); Zhang, Sennrich, RMSNorm (2019); Shazeer, GLU variants (2020).
 """
