@@ -89,19 +89,27 @@ __global__ void __launch_bounds__(L::kThreads, kMaxThreadsPerSm / L::kThreads)
   }
 }
 
-template <class T, int TEAM, bool HELD>
+template <class T, int TEAM, bool HELD, bool WIDE = HELD>
 constexpr Kernel<void (*)(NormParams)> forward(const char* name) {
-  using L = Layout<T, TEAM, HELD>;
+  using L = Layout<T, TEAM, HELD, WIDE>;
   return instance<L>(name, norm_kernel<L>);
 }
 
 const Kernel<void (*)(NormParams)> kTable[] = {
     forward<bf16, 32, true>("norm bf16 1024"),  // up to 1024 columns, a warp each row
-    forward<bf16, 128, true>("norm bf16 4096"),       forward<bf16, 512, true>("norm bf16 16384"),
-    forward<bf16, 128, false>("norm bf16 streamed"),  forward<fp16, 32, true>("norm fp16 1024"),
-    forward<fp16, 128, true>("norm fp16 4096"),       forward<fp16, 512, true>("norm fp16 16384"),
-    forward<fp16, 128, false>("norm fp16 streamed"),  forward<float, 32, true>("norm fp32 512"),
-    forward<float, 128, true>("norm fp32 2048"),      forward<float, 512, true>("norm fp32 8192"),
+    forward<bf16, 128, true>("norm bf16 4096"),
+    forward<bf16, 512, true>("norm bf16 16384"),
+    forward<bf16, 512, false, true>("norm bf16 wide"),
+    forward<bf16, 128, false>("norm bf16 streamed"),
+    forward<fp16, 32, true>("norm fp16 1024"),
+    forward<fp16, 128, true>("norm fp16 4096"),
+    forward<fp16, 512, true>("norm fp16 16384"),
+    forward<fp16, 512, false, true>("norm fp16 wide"),
+    forward<fp16, 128, false>("norm fp16 streamed"),
+    forward<float, 32, true>("norm fp32 512"),
+    forward<float, 128, true>("norm fp32 2048"),
+    forward<float, 512, true>("norm fp32 8192"),
+    forward<float, 512, false, true>("norm fp32 wide"),
     forward<float, 128, false>("norm fp32 streamed"),
 };
 

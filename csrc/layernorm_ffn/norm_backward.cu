@@ -34,7 +34,10 @@ class ColumnSum {
         for (int i = 0; i < L::kWidth; ++i) held_[chunk][i] = 0.0f;
       }
     } else if (partial != nullptr) {
-      L::each(N, [&](int, int column) { partial[column] = 0.0f; });
+      L::each(N, [&](int, int column) {
+#pragma unroll
+        for (int i = 0; i < L::kWidth; ++i) partial[column + i] = 0.0f;
+      });
     }
   }
 
@@ -42,7 +45,7 @@ class ColumnSum {
     if constexpr (L::kHeld) {
       held_[chunk][i] += value;
     } else if (partial_ != nullptr) {
-      partial_[column] += value;
+      partial_[column + i] += value;
     }
   }
 
@@ -136,9 +139,9 @@ __global__ void __launch_bounds__(L::kThreads, kMaxThreadsPerSm / L::kThreads)
   dbias.finish(N);
 }
 
-template <class T, int TEAM, bool HELD>
+template <class T, int TEAM, bool HELD, bool WIDE = HELD>
 constexpr Kernel<void (*)(NormBackwardParams)> backward(const char* name) {
-  using L = Layout<T, TEAM, HELD>;
+  using L = Layout<T, TEAM, HELD, WIDE>;
   return instance<L>(name, norm_backward_kernel<L>);
 }
 
@@ -147,16 +150,19 @@ const Kernel<void (*)(NormBackwardParams)> kTable[] = {
     backward<bf16, 128, true>("norm_backward bf16 4096"),
     backward<bf16, 256, true>("norm_backward bf16 8192"),
     backward<bf16, 512, true>("norm_backward bf16 16384"),
+    backward<bf16, 512, false, true>("norm_backward bf16 wide"),
     backward<bf16, 128, false>("norm_backward bf16 streamed"),
     backward<fp16, 32, true>("norm_backward fp16 1024"),
     backward<fp16, 128, true>("norm_backward fp16 4096"),
     backward<fp16, 256, true>("norm_backward fp16 8192"),
     backward<fp16, 512, true>("norm_backward fp16 16384"),
+    backward<fp16, 512, false, true>("norm_backward fp16 wide"),
     backward<fp16, 128, false>("norm_backward fp16 streamed"),
     backward<float, 32, true>("norm_backward fp32 512"),
     backward<float, 128, true>("norm_backward fp32 2048"),
     backward<float, 256, true>("norm_backward fp32 4096"),
     backward<float, 512, true>("norm_backward fp32 8192"),
+    backward<float, 512, false, true>("norm_backward fp32 wide"),
     backward<float, 128, false>("norm_backward fp32 streamed"),
 };
 

@@ -6,8 +6,8 @@
 //
 //   row   | vec 0 .. TEAM-1 | vec TEAM .. 2 TEAM-1 | ...     thread t: vectors t, TEAM + t, ...
 //
-// A row that is longer, or not aligned to 16 bytes, is streamed instead: one element at a time,
-// read again from memory (in practice from L2) by each pass over it.
+// A row that is longer is streamed instead: read again from memory (in practice from L2) by each
+// pass over it. So is one that is not aligned to 16 bytes, one element at a time.
 #pragma once
 
 #include "common/reduce.cuh"
@@ -20,12 +20,12 @@ constexpr int kHeldVectors = 4;
 constexpr int kMinBlock = 128;         // threads; smaller teams share a block
 constexpr int kMaxThreadsPerSm = 512;  // of kernels that may take 128 registers a thread
 
-template <class Scalar, int TEAM, bool HELD>
+template <class Scalar, int TEAM, bool HELD, bool WIDE = HELD>
 struct Layout {
   using T = Scalar;
   static constexpr int kTeam = TEAM;
   static constexpr bool kHeld = HELD;
-  static constexpr int kWidth = HELD ? kVecWidth<T> : 1;  // elements to one access
+  static constexpr int kWidth = WIDE ? kVecWidth<T> : 1;  // elements to one access
   static constexpr int kChunks =
       HELD ? kHeldVectors : 1;  // accesses whose values stay in registers
   static constexpr int kThreads = TEAM < kMinBlock ? kMinBlock : TEAM;
@@ -43,7 +43,7 @@ struct Layout {
         if (column < N) f(chunk, column);
       }
     } else {
-      for (int column = lane; column < N; column += TEAM) f(0, column);
+      for (int column = lane * kWidth; column < N; column += TEAM * kWidth) f(0, column);
     }
   }
 
@@ -97,8 +97,9 @@ class Row {
 
 template <class L, class Function>
 constexpr Kernel<Function> instance(const char* name, Function function) {
-  return {name,    DtypeOf<typename L::T>::value, L::kMaxColumns, L::kHeld, L::kThreads, L::kRows,
-          function};
+  return {
+      name,    DtypeOf<typename L::T>::value, L::kMaxColumns, L::kWidth > 1, L::kThreads, L::kRows,
+      function};
 }
 
 // A piece of a vector, `missing` where there is none.
