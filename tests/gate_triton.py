@@ -261,7 +261,8 @@ def product_cases() -> Iterator[Case]:
             yield f"{name} {activation}", product_call(dtype, activation, 4096, 1024, 4096), True
             if activation in ("gelu", "swiglu"):
                 yield f"{name} {activation} ragged", product_call(dtype, activation, 4091, 1023, 4095), True
-                yield f"{name} {activation} few", product_call(dtype, activation, 16, 128, 192), True
+                few = product_call(dtype, activation, 16, 128, 192)
+                yield f"{name} {activation} few", few, dtype != torch.float32
 
 
 def product_call(dtype: torch.dtype, activation: str, M: int, D: int, F: int) -> Callable[[], object]:

@@ -202,7 +202,7 @@ def bias_activation_backward(
     width = preactivation.shape[1]
     dpre = torch.empty_like(preactivation)
     out = dout.new_empty(M, F) if rebuild else None
-    BM, BN, warps = element_tile(F)
+    (BM, BN, _), warps = element_tile(F), 8  # 4 have too few registers for a gelu's gradient and dropout
     tiles = triton.cdiv(F, BN)
     P = programs(dout, M, BM, tiles, warps)
     dbias = torch.empty(P, width, dtype=torch.float32, device=dout.device) if want_bias else None
