@@ -16,6 +16,7 @@ from parity import BACKENDS, assert_parity, device_of, poisoned_empty_memory
 from torch import Tensor
 
 from bigkern.reference import attention as attention_reference
+from bigkern.reference import layernorm_ffn as ffn_reference
 from bigkern.reference import norm as norm_reference
 from bigkern.reference.dropout import dropped
 from bigkern.reference.norm import HIDDEN, OUTPUT
@@ -31,6 +32,7 @@ from bigkern.triton_kernels import (
     attention_tiles,
     launch,
     layernorm_ffn,
+    products,
 )
 from bigkern.triton_kernels.norm import LONGEST_FORWARD
 
@@ -279,6 +281,57 @@ def test_dropout_add(dtype: torch.dtype) -> None:
         exact = dropped(x.double(), KEY, 0.25, OUTPUT)
         low, exact = (low, exact) if r is None else (low + r, exact + r.double())
         check("layernorm_ffn", "out", (out,), (exact,), (low,))
+
+
+# ---- an FFN's products -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_products_in_every_configuration(
+    monkeypatch: pytest.MonkeyPatch, arch: int, dtype: torch.dtype, activation: str
+) -> None:
+    """Whole and ragged tiles, sums long enough for "tf32x3" and shorter ones, with all that can follow."""
+    monkeypatch.setattr(launch, "architecture", lambda device: arch)
+    (M, D, F_), drop = (150, 264, 136), (0.25, KEY)
+    width = F_ * (2 if activation in layernorm_ffn.GATED else 1)
+    x, dz, w1 = draw(M, D, dtype=dtype), draw(M, D, dtype=dtype), draw(width, D, dtype=dtype) / 16
+    w2, b1, b2 = draw(D, F_, dtype=dtype) / 16, draw(width, dtype=dtype), draw(D, dtype=dtype)
+    poisoned_empty_memory()
+    p, a = layernorm_ffn.up(x, w1, b1, activation, drop, True)
+    assert p is not None
+    y = layernorm_ffn.down(a, w2, b2, x, drop)
+    dp, again, db1 = layernorm_ffn.up_backward(dz, w2, p, activation, drop, True, True)
+    dw = layernorm_ffn.weight_gradient(dp, x, None)
+    into = torch.ones(width, D, device=DEVICE)
+    assert layernorm_ffn.weight_gradient(dp, x, into) is None
+    assert torch.equal(a, layernorm_ffn.up(x, w1, b1, activation, drop, False)[1])
+    assert again is not None
+    torch.testing.assert_close(again, a)
+
+    def plain(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, dz: Any, p: Any, a: Any, dp: Any) -> Any:
+        forward = *ffn_reference.up(x, w1, b1, activation, drop, True), ffn_reference.down(a, w2, b2, x, drop)
+        dp_, _, db1_ = ffn_reference.up_backward(dz, w2, p, activation, drop, True, False)
+        return forward, (dp_, db1_, dp.t() @ x)
+
+    inputs = (x, w1, b1, w2, b2, dz, p, a, dp)
+    (exact, exact_grads), (low, low_grads) = plain(*double(*inputs)), plain(*inputs)
+    check("layernorm_ffn", "p a y", (p, a, y), exact, low)
+    check("layernorm_ffn", "dp db1 dw", (dp, db1, dw), exact_grads, low_grads, grad=True)
+    torch.testing.assert_close(into - 1, exact_grads[2].float(), rtol=1e-4, atol=1e-4)
+
+
+def test_rows_that_are_not_whole_vectors_are_padded_with_zeros() -> None:
+    whole, odd = draw(6, 64), draw(5, 33)
+    assert products.aligned(whole) is whole
+    assert products.aligned(whole[:, 16:48]).data_ptr() == whole[:, 16:48].data_ptr()
+    for x in (odd, whole[:, 1:33], whole.t(), whole[:1].expand(4, 64)):
+        copy = products.aligned(x)
+        assert copy.is_contiguous()
+        assert copy.shape[1] % 16 == 0
+        assert torch.equal(copy[:, : x.shape[1]], x)
+        assert not copy[:, x.shape[1] :].any()
 
 
 # ---- adam ------------------------------------------------------------------------------------------
