@@ -47,6 +47,8 @@ from bigkern.ops.norm import rms_norm
 class FeedForwardBlock(nn.Module):
     """A block that calls the op with its parts, above the stock class that knows what else to do."""
 
+    copies = False  # whether its weights must be copied to be what the op takes
+
     def _parts(self: Any) -> Parts | str:
         """The parts of this block as they are now, or why they are not its stock class's."""
         raise NotImplementedError
@@ -59,7 +61,7 @@ class FeedForwardBlock(nn.Module):
 
     def _plan(self, x: Tensor, width: int) -> Parts | str:
         """The parts to call the op with on x, of rows of so many elements, or why the stock forward runs."""
-        parts = few_rows(x, width) or self._known_parts()
+        parts = few_rows(x, width, self.copies) or self._known_parts()
         return parts if isinstance(parts, str) else stock_reason(parts, x) or parts
 
     def _run(self, x: Tensor, stock: Callable[[Tensor], Any]) -> Tensor:
@@ -111,6 +113,8 @@ class TwoLinears(FeedForwardBlock):
 class Gated(FeedForwardBlock):
     """``down(act(gate(x)) * up(x))``."""
 
+    copies = True
+
     def _parts(self: Any) -> Parts | str:
         return Parts(self.up_proj, self.act_fn, self.down_proj, gate=self.gate_proj)
 
@@ -158,6 +162,8 @@ class FFN(FeedForwardBlock, distilbert.FFN):
 
 
 class GPT2MLP(TwoLinears, gpt2.GPT2MLP):
+    copies = True
+
     def _parts(self: Any) -> Parts | str:
         return Parts(self.c_fc, self.act, self.c_proj, dropout=self.dropout)
 
@@ -230,6 +236,8 @@ class T5LayerNorm(RMSNorm, t5.T5LayerNorm):
 
 class T5LayerFF(FeedForwardBlock, t5.T5LayerFF):
     """``x + drop(wo(drop(act(wi(norm(x))))))``."""
+
+    copies = True  # where it is gated
 
     def _parts(self: Any) -> Parts | str:
         inner = self.DenseReluDense

@@ -23,6 +23,8 @@ ACTIVATIONS: dict[type, Activation] = {
     NewGELUActivation: "gelu_tanh",
     SiLUActivation: "silu",
 }
+COPYING_FASTER_FROM = 512  # rows on a CPU: where weights must be transposed or joined first
+
 GATED: dict[Activation | None, Activation] = {"silu": "swiglu", "gelu": "geglu"}
 
 
@@ -99,10 +101,11 @@ def stock_reason(parts: Parts, x: Tensor) -> str | None:
     return unfit(x, *parameters) or joining_reason(parts, x)
 
 
-def few_rows(x: Tensor, width: int) -> str | None:
+def few_rows(x: Tensor, width: int, copies: bool) -> str | None:
     """Why the op would not fuse x of so few rows: a cheap question, asked before a look at the block."""
-    if x.is_cpu and x.numel() < FASTER_FROM * width and not registry.forced():
-        return f"stock is faster below {FASTER_FROM} rows"
+    least = COPYING_FASTER_FROM if copies else FASTER_FROM
+    if x.is_cpu and x.numel() < least * width and not registry.forced():
+        return f"stock is faster below {least} rows"
     return None
 
 
