@@ -232,11 +232,11 @@ class StockFFN(nn.Module):
         super().__init__()
         self.activation = config.activation
         hidden = config.ffn_width
-        self.norm = _stock_norm(config)
         self.linear1 = nn.Linear(
             config.width, 2 * hidden if config.activation in GATED else hidden, config.bias
         )
         self.linear2 = nn.Linear(hidden, config.width, config.bias)
+        self.norm = _stock_norm(config)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
