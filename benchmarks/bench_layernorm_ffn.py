@@ -16,7 +16,7 @@ def cases(bench: Bench) -> list[Case]:
 
 
 def sizes(bench: Bench) -> list[Case]:
-    """Tokens x D x F of pre-norm blocks with gelu; one of them with nothing but its input saved."""
+    """Tokens x D x F of pre-norm blocks with gelu; one of them saves its input alone, stock by checkpoint."""
     if bench.device.type == "cuda":
         found = [(M, D, 4 * D) for D in (768, 1024, 2048, 4096) for M in (2048, 16384)]
     else:

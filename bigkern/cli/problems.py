@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from bigkern.cli.attention_problems import attention, decode, varlen
 from bigkern.cli.problem import Call, Inputs, Problem
@@ -93,7 +95,7 @@ def layernorm_ffn(
         shapes,
         ffn_room.layernorm_ffn,
         lambda inputs: (ordered(inputs), options),
-        stock,
+        stock if save == "preactivation" else partial(checkpoint, stock, use_reentrant=False),
         flops=2 * M * D * (rows + hidden),
         elements=2 * M * D + D * (rows + hidden),
         parameters=tuple(name for name in shapes if name != "x"),
