@@ -351,7 +351,7 @@ def test_compile_without_recompiles(backend: str) -> None:
 
 
 def test_the_cpu_kernels_run_where_they_are_faster() -> None:
-    x, big = torch.randn(4, 64, requires_grad=True), torch.randn(600, 768, requires_grad=True)
+    x, big = torch.randn(4, 64, requires_grad=True), torch.randn(2048, 768, requires_grad=True)
     assert "stock is faster below" in str(bigkern.explain("norm", x, 64))
     assert bigkern.explain("norm", big, 768).chosen in ("cpu", "cuda", "triton")
     with torch.no_grad():
@@ -360,7 +360,7 @@ def test_the_cpu_kernels_run_where_they_are_faster() -> None:
 
 def test_compile_with_inductor() -> None:
     torch._dynamo.reset()
-    x, weight = torch.randn(128, 4096), torch.randn(4096, requires_grad=True)
+    x, weight = torch.randn(256, 4096), torch.randn(4096, requires_grad=True)
     chosen = bigkern.explain("norm", x, 4096, weight).chosen
     compiled = torch.compile(lambda x: bigkern.layer_norm(x, 4096, weight, weight), fullgraph=True)
     (got,) = torch.autograd.grad(compiled(x).sum(), weight)

@@ -394,8 +394,8 @@ def _refuses(backend: str) -> Callable[..., registry.Reason]:
 
 
 # Where our CPU kernels start to win on two Zen 4 cores, in elements, measured with 768 columns.
-LAYER_FASTER_FROM = 1 << 18  # with a gradient
-LAYER_FORWARD_FASTER_FROM = 1 << 19  # float32 alone: 16-bit forwards are as fast as torch's own
+LAYER_FASTER_FROM = 1 << 20  # with a gradient
+LAYER_FORWARD_FASTER_FROM = 1 << 21  # float32 alone: 16-bit forwards are as fast as torch's own
 RMS_FORWARD_FASTER_FROM = 1 << 15  # with a gradient: at every size
 
 
