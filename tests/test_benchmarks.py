@@ -431,6 +431,7 @@ def test_saving_the_input_saves_memory() -> None:
         task = harness.ours(problem).tasks(inputs)["backward"]
         with bigkern.use("cpu"):
             megabytes[save] = timing.saved_mb(task, [inputs[name] for name in problem.parameters])
+    problem = problems.layernorm_ffn(512, 64, 256)
     inputs = problem.make(torch.float32, CPU)
     eager = harness.by_autograd("eager", problem.stock, "torch").tasks(inputs)["backward"]
     stock = timing.saved_mb(eager, [inputs[name] for name in problem.parameters])
