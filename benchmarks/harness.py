@@ -347,7 +347,7 @@ def _row(
         device=bench.device.type,
         mode=mode,
         contestant=contestant.name,
-        backend="" if wrong else contestant.backend(inputs),
+        backend="" if wrong else _backend(contestant, inputs, mode),
         ms=1e3 * middle,
         p20_ms=1e3 * low,
         p80_ms=1e3 * high,
@@ -372,6 +372,12 @@ def _row(
         x=case.x,
         saved_mb=saved,
     )
+
+
+def _backend(contestant: Contestant, inputs: Inputs, mode: str) -> str:
+    """What ran: forward alone runs without gradients, and may run on something else for that."""
+    with torch.set_grad_enabled(mode != "forward"):
+        return contestant.backend(inputs)
 
 
 def _rate(

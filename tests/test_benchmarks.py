@@ -437,3 +437,10 @@ def test_saving_the_input_saves_memory() -> None:
     stock = timing.saved_mb(eager, [inputs[name] for name in problem.parameters])
     assert megabytes["preactivation"] <= 0.55 * stock
     assert megabytes["input"] <= 0.15 * stock
+
+
+def test_a_forward_row_names_what_runs_without_gradients(bench: harness.Bench) -> None:
+    """A LayerNorm of this size runs on our kernels with a gradient, and on stock without one."""
+    problem = problems.norm(2048, 513)
+    rows = harness.measure(harness.Case(problem, [harness.ours(problem)]), torch.float32, bench)
+    assert {row.mode: row.backend for row in rows} == {"forward": "torch", "backward": "cpu", "both": "cpu"}
