@@ -505,14 +505,10 @@ def composed_pieces(
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         if residual is None:
             s = down(a, w2, b2, None, dropout)
-            y, _, mean, rstd = norm(s, None, *affine)
+            y, _, mean, rstd = norm(s, None, *affine, *reference.NO_DROPOUT)
         else:
             y, s, mean, rstd = norm(F.linear(a, w2, b2), residual, *affine, *dropout)
         return y, s, mean, rstd
-
-    def down_backward(dy: Tensor, dropout: Any, want_bias: bool) -> tuple[Tensor, Tensor | None]:
-        dz = dropout_add(dy, None, *dropout) if dropout[0] > 0.0 else dy
-        return dz, dz.sum(0) if want_bias else None
 
     def up_backward(
         dz: Tensor, w2: Tensor, preactivation: Tensor, activation: str, dropout: Any, *wanted: bool
@@ -521,38 +517,38 @@ def composed_pieces(
         return cast(tuple[Tensor, Tensor | None, Tensor | None], result)
 
     return Pieces(
-        norm, norm_backward, up, down, down_norm, down_backward, up_backward, reference.weight_gradient
+        norm,
+        norm_backward,
+        up,
+        down,
+        down_norm,
+        down_backward_by(dropout_add),
+        up_backward,
+        reference.weight_gradient,
     )
 
 
-def native_pieces(native: Any) -> Pieces:
-    def norm(*arguments: Any) -> Any:
-        return native.norm(*_with_dropout(arguments, 6))
-
-    def norm_backward(*arguments: Any) -> Any:
-        return native.norm_backward(*_with_dropout(arguments, 9))
-
-    names = ("bias_activation", "bias_activation_backward", "dropout_add")
-    return composed_pieces(norm, norm_backward, *(getattr(native, name) for name in names))
-
-
-def _with_dropout(arguments: tuple[Any, ...], others: int) -> tuple[Any, ...]:
-    """The arguments; where only the ``others`` were given, with no dropout: a schema has no defaults."""
-    return arguments if len(arguments) > others else (*arguments, 0.0, None)
-
-
-def fused_pieces() -> Pieces:
-    """Triton's: each product in one kernel with what follows it."""
+def down_backward_by(dropout_add: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The piece in which nothing but what dropout lets through is to be computed."""
 
     def down_backward(dy: Tensor, dropout: Any, want_bias: bool) -> tuple[Tensor, Tensor | None]:
         dz = dropout_add(dy, None, *dropout) if dropout[0] > 0.0 else dy
         return dz, dz.sum(0) if want_bias else None
 
-    dropout_add = triton_kernel("layernorm_ffn", "dropout_add")
+    return down_backward
+
+
+def native_pieces(native: Any) -> Pieces:
+    names = ("norm", "norm_backward", "bias_activation", "bias_activation_backward", "dropout_add")
+    return composed_pieces(*(getattr(native, name) for name in names))
+
+
+def fused_pieces() -> Pieces:
+    """Triton's: each product in one kernel with what follows it."""
     kernels = {
         name: triton_kernel("layernorm_ffn", name) for name in Pieces._fields if name != "down_backward"
     }
-    return Pieces(**kernels, down_backward=down_backward)
+    return Pieces(**kernels, down_backward=down_backward_by(triton_kernel("layernorm_ffn", "dropout_add")))
 
 
 TRITON_PIECES = fused_pieces()

@@ -32,6 +32,7 @@ from bigkern.reference.norm import norm_backward as plain_norm_backward
 GATED = {"swiglu": "silu", "geglu": "gelu"}  # gated activation -> what it applies to the gate
 
 Dropout = tuple[float, Tensor | None]  # probability, key
+NO_DROPOUT: Dropout = (0.0, None)
 Gradients = tuple[Tensor | None, ...]  # of x, w1, b1, w2, b2, norm_weight, norm_bias
 
 
@@ -203,7 +204,7 @@ def layernorm_ffn(
         preactivation, a = pieces.up(rows, w1, b1, activation, hidden_dropout, keep)
         y = pieces.down(a, w2, b2, rows if residual else None, dropout)
     elif placement == "pre":
-        n, _, mean, rstd = pieces.norm(rows, None, *affine)
+        n, _, mean, rstd = pieces.norm(rows, None, *affine, *NO_DROPOUT)
         preactivation, a = pieces.up(n, w1, b1, activation, hidden_dropout, keep)
         y = pieces.down(a, w2, b2, rows if residual else None, dropout)
     else:
@@ -262,7 +263,7 @@ def layernorm_ffn_backward(
     ds = dy
     if post:
         ds, _, dweight, dbias = pieces.norm_backward(
-            dy, None, s, norm_weight, mean, rstd, norm, want_weight, want_bias
+            dy, None, s, norm_weight, mean, rstd, norm, want_weight, want_bias, *NO_DROPOUT
         )
     dz, db2 = pieces.down_backward(ds, (dropout_p, dropout_key), want_b2)
 
@@ -274,7 +275,7 @@ def layernorm_ffn_backward(
     if want_w2:
         dw2 = pieces.weight_gradient(dz, cast(Tensor, a), w2_sum)
     if want_w1:
-        n = pieces.norm(rows, None, norm_weight, norm_bias, eps, norm)[0] if pre else rows
+        n = pieces.norm(rows, None, norm_weight, norm_bias, eps, norm, *NO_DROPOUT)[0] if pre else rows
         dw1 = pieces.weight_gradient(dp, n, w1_sum)
 
     if want_dn:
@@ -282,7 +283,7 @@ def layernorm_ffn_backward(
         if pre:
             through = dy if residual else None
             dx, _, dweight, dbias = pieces.norm_backward(
-                dx, through, rows, norm_weight, mean, rstd, norm, want_weight, want_bias
+                dx, through, rows, norm_weight, mean, rstd, norm, want_weight, want_bias, *NO_DROPOUT
             )
         elif residual:
             dx += ds

@@ -1,6 +1,7 @@
 // The CPU kernels, in the order in which they build on each other; once per instruction set.
 
 // clang-format off
+#include "common/cpu/dropout.h"
 #include "common/cpu/gemm.h"
 
 #include "attention/cpu_product.h"

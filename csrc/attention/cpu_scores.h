@@ -125,17 +125,9 @@ void restrict_scores(const Shape& s, const QueryTile& tile, const Horizon& horiz
 
 // ---- dropout ------------------------------------------------------------------------------------
 
-// dropout.h's mix, a lane at a time.
-ATTENTION_INLINE vu mix_lanes(vu x, vu half_way) {
-  x = (x ^ (x >> 16)) * kMix1 + half_way;
-  x = (x ^ (x >> 15)) * kMix2;
-  return x ^ (x >> 16);
-}
-
 // What dropout multiplies weights by: 0 or 1 / (1 - p), from the bits of (a, c) at key j.
 ATTENTION_INLINE vf draw(const Dropout& dropout, vu a, vu c, vu j) {
-  const vu bits = mix_lanes(a + j * kGolden, c);
-  return select(vi(bits >= dropout.threshold), set1(dropout.scale), zero());
+  return select(vi(draw_bits(a, c, j) >= dropout.threshold), set1(dropout.scale), zero());
 }
 
 // The same for a block: kept [keys, 64].

@@ -1,16 +1,9 @@
-// Dropout of a matrix, W columns at a time: the generator of common/dropout.h on vectors.
+// Dropout of a matrix, W columns at a time.
 //
 // Included once per instruction set by cpu_kernels.h; no include guard.
 
 namespace bigkern::layernorm_ffn::BIGKERN_ISA {
 namespace {
-
-// dropout.h's mix, a lane at a time.
-inline vu mix_lanes(vu x, uint32_t half_way) {
-  x = (x ^ (x >> 16)) * kMix1 + half_way;
-  x = (x ^ (x >> 15)) * kMix2;
-  return x ^ (x >> 16);
-}
 
 // drop(x, i, j): what is left of x, columns j .. j + W of row i; x itself without dropout.
 struct Drop {
@@ -25,7 +18,7 @@ struct Drop {
   vf operator()(vf x, int64_t i, int64_t j) const {
     if (!active()) return x;
     const DropoutRow row = head.row(uint32_t(i));
-    const vu bits = mix_lanes(row.a + (vu(lanes()) + uint32_t(j)) * kGolden, row.c);
+    const vu bits = draw_bits(vu{} + row.a, vu{} + row.c, vu(lanes()) + uint32_t(j));
     return select(vi(bits >= threshold), x * scale, zero());
   }
 };

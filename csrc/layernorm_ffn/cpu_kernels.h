@@ -1,6 +1,7 @@
 // All CPU kernels of the op, compiled by cpu.cpp once per instruction set; no include guard.
 
 // clang-format off: each builds on those before it
+#include "common/cpu/dropout.h"
 #include "common/cpu/gemm.h"
 
 namespace bigkern::layernorm_ffn::BIGKERN_ISA {
