@@ -13,7 +13,8 @@ from parity import BACKENDS, KERNEL_BACKENDS, assert_parity, device_of, run_back
 from torch import Tensor
 
 import bigkern
-from bigkern.ops.adam import ADAM, adam, bind
+from bigkern.ops.adam import ADAM, adam
+from bigkern.ops.adam_arguments import bind
 from bigkern.reference.adam import adam as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Sequence
 from functools import partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,28 +24,38 @@ from bigkern.ops._library import (
     unavailable,
     unproven,
 )
+from bigkern.ops.adam_arguments import LISTS, bind
+from bigkern.reference import adam as reference
 
 # Everything is updated in place, element i of each list belonging to parameter i:
 #   params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs  the update; the last is empty without amsgrad
-#   grads        left as they are without grad_scale; with it, divided by it (as torch's fused path does)
+#   grads        left as they are without grad_scale; with it, divided by it (as torch's fused path does);
+#                with zero_grads, 0
 #   state_steps  float32, 0-dim, on the parameters' device: THE OP ADDS 1 to each before it uses it
+#   masters      empty, or where bf16 and fp16 parameters live in float32; int16: what bf16's rounding left
+#   exp_avg_scales, exp_avg_sq_scales  empty, or, where the moments are uint8 codes, a float32 for each 256
+#   seed         round what is stored in bf16, but a master's parameter, at random
 #   lr_tensor    one float32 on the parameters' device, which replaces lr where it is given
 #   found_inf    one float32; where it is not 0, nothing changes: no parameter, state, gradient or step
+#   grad_norm    one float32, the norm of all gradients as they came: they are clipped to max_norm
+_HYPER = (
+    "float lr, float beta1, float beta2, float eps, float weight_decay, bool decoupled, bool amsgrad,"
+    " bool maximize, bool zero_grads, float max_norm, int? seed, Tensor? grad_scale, Tensor? found_inf,"
+    " Tensor? lr_tensor, Tensor? grad_norm"
+)
 define(
     "adam(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
-    " Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] state_steps, float lr, float beta1, float beta2, float eps,"
-    " float weight_decay, bool decoupled, bool amsgrad, bool maximize, Tensor? grad_scale=None,"
-    " Tensor? found_inf=None, Tensor? lr_tensor=None) -> ()"
+    " Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] state_steps, Tensor(g!)[] masters,"
+    f" Tensor(h!)[] exp_avg_scales, Tensor(i!)[] exp_avg_sq_scales, {_HYPER}) -> ()"
 )
 # The same from a table of addresses that a caller packs once and answers for: see Packed.
 define_native(
     "adam_pack(Tensor[] params, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] max_exp_avg_sqs,"
-    " Tensor[] state_steps, bool amsgrad) -> Tensor table"
+    " Tensor[] state_steps, Tensor[] masters, Tensor[] exp_avg_scales, Tensor[] exp_avg_sq_scales)"
+    " -> Tensor table"
 )
 define_native(
-    "adam_packed(Tensor like, Tensor table, Tensor grads, float lr, float beta1, float beta2, float eps,"
-    " float weight_decay, bool decoupled, bool amsgrad, bool maximize, Tensor? grad_scale=None,"
-    " Tensor? found_inf=None, Tensor? lr_tensor=None) -> ()"
+    f"adam_packed(Tensor param, Tensor exp_avg, Tensor? master, Tensor table, Tensor grads, {_HYPER}) -> ()"
 )
 
 
@@ -61,6 +70,9 @@ def adam(
     max_exp_avg_sqs: Sequence[Tensor],
     state_steps: Sequence[Tensor],
     *,
+    masters: Sequence[Tensor] = (),
+    exp_avg_scales: Sequence[Tensor] = (),
+    exp_avg_sq_scales: Sequence[Tensor] = (),
     lr: float | Tensor = 1e-3,
     beta1: float = 0.9,
     beta2: float = 0.999,
@@ -69,8 +81,12 @@ def adam(
     decoupled: bool = False,
     amsgrad: bool = False,
     maximize: bool = False,
+    zero_grads: bool = False,
+    max_norm: float | None = None,
+    seed: int | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    grad_norm: Tensor | None = None,
 ) -> None:
     r"""One step of Adam, or of AdamW with ``decoupled``, over lists of tensors, in place.
 
@@ -84,10 +100,16 @@ def adam(
         params: the parameters, any shapes; float32, bfloat16 or float16 on one device, stored densely
             in any order of dimensions (float64, complex and other layouts run on stock PyTorch).
         grads: g, like ``params``. With ``grad_scale`` they are divided by it in place.
-        exp_avgs: m, like ``params`` in shape, dtype and strides.
+        exp_avgs: m, like ``params`` in shape and strides; of their dtype, float32, bfloat16, or uint8
+            codes (block-wise dynamic quantisation, see :mod:`bigkern.reference.dynamic8`).
         exp_avg_sqs: v, likewise.
         max_exp_avg_sqs: the running maximum of v with ``amsgrad``, likewise; otherwise empty.
         state_steps: t, one float32 scalar tensor a parameter on its device; 1 is added to each.
+        masters: empty, or for each bfloat16 or float16 parameter its value in float32, or, for
+            bfloat16, in int16 the bits that rounding takes from it. The update reads the master, and
+            ``params`` become its rounding.
+        exp_avg_scales, exp_avg_sq_scales: with uint8 moments a float32 for each 256 elements, as they
+            lie in memory; otherwise empty.
         lr: learning rate; a one-element tensor is read on its device, without waiting for it.
         beta1, beta2: decay of m and v, in [0, 1).
         eps: added to the denominator.
@@ -95,6 +117,13 @@ def adam(
             ``decoupled``, p is first multiplied by ``1 - lr * weight_decay``.
         amsgrad: divide by the largest v so far.
         maximize: ascend.
+        zero_grads: leave zeros in ``grads``.
+        max_norm, grad_norm: clip: the gradients are multiplied by
+            ``min(1, max_norm / (grad_norm + 1e-6))`` on the way in. ``grad_norm`` is a one-element
+            tensor, the norm of all gradients as they came: :func:`grad_norm`'s.
+        seed: round what is stored in bfloat16 at random, up or down in proportion to the distances, so
+            that small updates are not lost; a parameter with a master is always rounded to nearest.
+            Bits depend on seed, step and position alone.
         grad_scale: one-element tensor; the gradients are divided by it first.
         found_inf: one-element tensor; where it is not 0 nothing is changed.
 
@@ -103,7 +132,8 @@ def adam(
         ValueError: lengths, shapes, devices or hyper-parameters do not fit.
 
     Source: Kingma and Ba, Adam (2015); Loshchilov and Hutter, Decoupled Weight Decay Regularization
-    (2019); Reddi et al., On the Convergence of Adam and Beyond (2018).
+    (2019); Reddi et al., On the Convergence of Adam and Beyond (2018); Dettmers et al., 8-bit Optimizers
+    via Block-wise Quantization (2022).
 
     Example:
         >>> import torch
@@ -120,6 +150,9 @@ def adam(
         exp_avg_sqs,
         max_exp_avg_sqs,
         state_steps,
+        masters=masters,
+        exp_avg_scales=exp_avg_scales,
+        exp_avg_sq_scales=exp_avg_sq_scales,
         lr=lr,
         beta1=beta1,
         beta2=beta2,
@@ -128,127 +161,18 @@ def adam(
         decoupled=decoupled,
         amsgrad=amsgrad,
         maximize=maximize,
+        zero_grads=zero_grads,
+        max_norm=max_norm,
+        seed=seed,
         grad_scale=grad_scale,
         found_inf=found_inf,
+        grad_norm=grad_norm,
     )
     with torch.no_grad():
         if plain(*arguments[0], *arguments[1]):
             _forward(*arguments)
         else:
             torch.ops.bigkern.adam(*arguments)
-
-
-# ---- checks ----------------------------------------------------------------------------------------
-
-
-def bind(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    state_steps: Sequence[Tensor],
-    *,
-    lr: float | Tensor = 1e-3,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    decoupled: bool = False,
-    amsgrad: bool = False,
-    maximize: bool = False,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> tuple[Any, ...]:
-    """Check a public call and turn it into the op's arguments, in the order of its schema."""
-    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    if amsgrad:
-        lists["max_exp_avg_sqs"] = max_exp_avg_sqs
-    elif len(max_exp_avg_sqs) != 0:
-        have = len(max_exp_avg_sqs)
-        raise ValueError(f"max_exp_avg_sqs must be empty without amsgrad, not of length {have}")
-    for name, tensors in {**lists, "state_steps": state_steps}.items():
-        _check_list(name, tensors, params)
-    for name, tensors in lists.items():
-        _check_like_params(name, tensors, params)
-    for i, step in enumerate(state_steps):
-        if step.numel() != 1:
-            raise ValueError(f"state_steps[{i}] must have 1 element, not shape {tuple(step.shape)}")
-    _check_distinct(params)
-    if isinstance(lr, Tensor):
-        _check_scalar_tensor("lr", lr)
-    else:
-        _check_hyper("lr", lr, 0.0, math.inf)
-    _check_hyper("beta1", beta1, 0.0, 1.0)
-    _check_hyper("beta2", beta2, 0.0, 1.0)
-    _check_hyper("eps", eps, 0.0, math.inf)
-    _check_hyper("weight_decay", weight_decay, 0.0, math.inf)
-    for name, scalar in (("grad_scale", grad_scale), ("found_inf", found_inf)):
-        if scalar is not None:
-            _check_scalar_tensor(name, scalar)
-    rate, lr_tensor = split_lr(lr, params[0].device if params else torch.device("cpu"))
-    hyper = (rate, float(beta1), float(beta2), float(eps), float(weight_decay))
-    all_lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
-    return (*map(list, all_lists), *hyper, decoupled, amsgrad, maximize, grad_scale, found_inf, lr_tensor)
-
-
-def split_lr(lr: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
-    """``lr`` as the op takes it: a number, or a tensor where reading the number would wait for a GPU."""
-    if not isinstance(lr, Tensor):
-        return float(lr), None
-    if lr.device.type == "cpu":
-        return float(lr), None
-    return 0.0, lr.detach().to(device=device, dtype=torch.float32, non_blocking=True)
-
-
-def _check_list(name: str, tensors: Any, params: Any) -> None:
-    if not isinstance(tensors, (list, tuple)):
-        raise TypeError(f"{name} must be a list of Tensors, not {type(tensors).__name__}")
-    for i, tensor in enumerate(tensors):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}[{i}] must be a Tensor, not {type(tensor).__name__}")
-    if len(tensors) != len(params):
-        raise ValueError(f"{name} must have one tensor a parameter, {len(params)}, not {len(tensors)}")
-
-
-def _check_like_params(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-    for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
-        if not (tensor.is_floating_point() or tensor.is_complex()):
-            raise TypeError(f"{name}[{i}] must be floating point, not {tensor.dtype}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name}[{i}] must be dense, not {tensor.layout}")
-        if tensor.dtype != param.dtype:
-            raise TypeError(f"{name}[{i}] must have params[{i}]'s dtype {param.dtype}, not {tensor.dtype}")
-        if tensor.device != param.device:
-            want, have = param.device, tensor.device
-            raise ValueError(f"{name}[{i}] must be on params[{i}]'s device {want}, not {have}")
-        if tensor.shape != param.shape:
-            shape, got = tuple(param.shape), tuple(tensor.shape)
-            raise ValueError(f"{name}[{i}] must have params[{i}]'s shape {shape}, not {got}")
-
-
-def _check_distinct(params: Sequence[Tensor]) -> None:
-    seen: dict[int, int] = {}
-    for i, param in enumerate(params):
-        if param.numel() == 0 or type(param) not in (Tensor, Parameter):
-            continue
-        first = seen.setdefault(0 if param.is_meta else param.data_ptr(), i)
-        if first != i and not param.is_meta:
-            raise ValueError(f"params[{i}] shares its memory with params[{first}]; each must be given once")
-
-
-def _check_hyper(name: str, value: Any, low: float, end: float) -> None:
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
-    if not low <= value < end:
-        raise ValueError(f"{name} must be in [{low}, {end}), not {value}")
-
-
-def _check_scalar_tensor(name: str, tensor: Any) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}")
-    if tensor.numel() != 1:
-        raise ValueError(f"{name} must have 1 element, not shape {tuple(tensor.shape)}")
 
 
 # ---- the op: fake and kernel -----------------------------------------------------------------------
@@ -280,6 +204,9 @@ def stock(
     exp_avg_sqs: list[Tensor],
     max_exp_avg_sqs: list[Tensor],
     state_steps: list[Tensor],
+    masters: list[Tensor],
+    exp_avg_scales: list[Tensor],
+    exp_avg_sq_scales: list[Tensor],
     lr: float,
     beta1: float,
     beta2: float,
@@ -288,11 +215,26 @@ def stock(
     decoupled: bool,
     amsgrad: bool,
     maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    lr_tensor: Tensor | None = None,
+    zero_grads: bool,
+    max_norm: float,
+    seed: int | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    lr_tensor: Tensor | None,
+    grad_norm: Tensor | None,
 ) -> None:
-    """The same update by torch's own optimizer functions: its fused one where that takes the tensors."""
+    """The same update by torch's own optimizer functions: its fused one where that takes the tensors.
+
+    What torch.optim has no word for is left to the reference.
+    """
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
+    beyond = (masters, exp_avg_scales, exp_avg_sq_scales)
+    hyper = (lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize)
+    own = any(m.dtype != p.dtype for p, m in zip(params, exp_avgs, strict=True))
+    if own or any(beyond) or zero_grads or seed is not None or grad_norm is not None:
+        rest: Any = (zero_grads, max_norm, seed, grad_scale, found_inf, lr_tensor, grad_norm)
+        reference.adam(*lists, *beyond, *hyper, *rest)
+        return
     fused = all(
         p.is_floating_point() and dense(p) and _same_layout(p, g) for p, g in zip(params, grads, strict=True)
     )
@@ -305,12 +247,7 @@ def stock(
     if found_inf is not None:
         found_inf = found_inf.reshape(())  # torch subtracts it from the 0-dim steps
     torch_adam(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        max_exp_avg_sqs,
-        state_steps,
+        *lists,
         foreach=False if fused else None,
         fused=fused,
         capturable=not fused and state_steps[0].device.type == "cuda",
@@ -345,11 +282,10 @@ def dense(p: Tensor) -> bool:
     return True
 
 
-def kernel_refuses(
-    backend: str, params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], *rest: Any
-) -> registry.Reason:
-    """What no kernel of ours does, in whatever language; `rest` is the remainder of the op's arguments."""
-    exp_avg_sqs, max_exp_avg_sqs, state_steps = rest[:3]
+def kernel_refuses(backend: str, *arguments: Any) -> registry.Reason:
+    """What no kernel of ours does, in whatever language."""
+    lists = dict(zip(LISTS, arguments, strict=False))
+    params = lists["params"]
     if not params:
         return None
     first = params[0]
@@ -357,21 +293,22 @@ def kernel_refuses(
         return reason
     if first.dtype not in KERNEL_DTYPES:
         return f"dtype {first.dtype} is not float32, bfloat16 or float16"
-    for group in (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs):
-        for p, x in zip(params, group, strict=False):
+    for name, tensors in lists.items():
+        like_params = not name.endswith(("steps", "scales"))
+        for p, x in zip(params, tensors, strict=False):
             if type(x) is not Tensor and type(x) is not Parameter:
                 return f"a tensor is a {type(x).__name__}"
             if x.device != first.device:
                 return f"tensors are on {first.device} and on {x.device}"
-            if x.dtype != first.dtype:
-                return f"tensors are {first.dtype} and {x.dtype}"
+            if x.dtype != (first.dtype if name == "grads" else tensors[0].dtype):
+                return f"{name} are {tensors[0].dtype} and {x.dtype}"
             if x.layout != torch.strided:
                 return f"a tensor's layout is {x.layout}"
-            if not (dense(x) if x is p else _same_layout(p, x)):
+            if like_params and not (dense(x) if x is p else _same_layout(p, x)):
                 return f"strides {x.stride()} are not dense, or not the parameter's {p.stride()}"
-    for step in state_steps:
-        if step.device != first.device or step.dtype != torch.float32:
-            return f"a step is {step.dtype} on {step.device}, not float32 on {first.device}"
+    for step in lists["state_steps"]:
+        if step.dtype != torch.float32:
+            return f"a step is {step.dtype}, not float32"
     return None
 
 
@@ -403,9 +340,11 @@ class Packed:
     still hold: :meth:`matches` for the tensors that were packed, :meth:`fits` for new gradients.
     """
 
-    def __init__(self, lists: Sequence[list[Tensor]], *, amsgrad: bool):
-        self._table = _native.adam_pack.default(*lists, amsgrad)
-        self._like = lists[0][0]
+    def __init__(self, lists: Sequence[list[Tensor]]):
+        """``lists`` are the op's, without the gradients."""
+        self._table = _native.adam_pack.default(*lists)
+        masters = lists[5]
+        self._like = (lists[0][0], lists[1][0], masters[0] if masters else None)
         self._addresses = [_addresses(tensors) for tensors in lists]
         self._sizes = list(map(Tensor.numel, lists[0]))
         self._strides = list(map(Tensor.stride, lists[0]))
@@ -417,18 +356,26 @@ class Packed:
     def fits(self, grads: list[Tensor]) -> bool:
         """Whether every gradient is stored as its parameter is."""
         return (
-            set(map(_dtype, grads)) == {self._like.dtype}
+            set(map(_dtype, grads)) == {self._like[0].dtype}
             and list(map(Tensor.numel, grads)) == self._sizes
             and list(map(Tensor.stride, grads)) == self._strides
         )
 
     def update(self, grads: list[Tensor], *hyper: Any) -> None:
         """The op on what was packed; ``hyper`` are its arguments after the lists."""
-        addresses = torch.frombuffer(array("q", _addresses(grads)), dtype=torch.int64)
-        _native.adam_packed.default(self._like, self._table, addresses, *hyper)
+        _native.adam_packed.default(*self._like, self._table, _packed_addresses(grads), *hyper)
+
+    def grad_norm(self, grads: list[Tensor]) -> Tensor:
+        """The norm of the gradients of what was packed."""
+        norm = _native.grad_norm_packed.default(self._like[0], self._table, _packed_addresses(grads))
+        return cast(Tensor, norm)
 
 
 _dtype = attrgetter("dtype")
+
+
+def _packed_addresses(tensors: list[Tensor]) -> Tensor:
+    return torch.frombuffer(array("q", _addresses(tensors)), dtype=torch.int64)
 
 
 def _addresses(tensors: list[Tensor]) -> list[int]:

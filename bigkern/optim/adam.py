@@ -24,7 +24,8 @@ from torch.optim.adam import adam as torch_adam
 from torch.optim.optimizer import _use_grad_for_differentiable
 
 from bigkern import registry
-from bigkern.ops.adam import ADAM, Packed, split_lr
+from bigkern.ops.adam import ADAM, Packed
+from bigkern.ops.adam_arguments import split_lr
 
 Group = dict[str, Any]
 Tensors = list[Tensor]
@@ -47,11 +48,11 @@ class _Bucket:
             return None
         maxima = self._of("max_exp_avg_sq") if self.amsgrad else []
         states = (self._of("exp_avg"), self._of("exp_avg_sq"), maxima, self._of("step"))
-        if self.packed is not None and not self.packed.matches((self.params, *states)):
+        if self.packed is not None and not self.packed.matches((self.params, *states, [], [], [])):
             return None
         if self.packed is None and len(set(map(attrgetter("device", "dtype"), self.params))) != 1:
             return None
-        return self.params, grads, *states
+        return self.params, grads, *states, [], [], []
 
     def _of(self, key: str) -> Tensors:
         return list(map(itemgetter(key), self.states))
@@ -62,7 +63,7 @@ class _Bucket:
             return
         params, grads, *states = lists
         if self.packed is None:
-            self.packed = Packed((params, *states), amsgrad=self.amsgrad)
+            self.packed = Packed((params, *states))
         if self.packed.fits(grads):
             self.packed.update(grads, *hyper)
             torch.autograd.graph.increment_version(params)
@@ -202,7 +203,7 @@ class _Step(torch.optim.Adam):
         for i, p in enumerate(params):
             buckets.setdefault((p.device, p.dtype), []).append(i)
         return [
-            (*([x[i] for i in chosen] if x else [] for x in lists), *self._hyper(group, device))
+            (*([x[i] for i in chosen] if x else [] for x in lists), [], [], [], *self._hyper(group, device))
             for (device, _dtype), chosen in buckets.items()
         ]
 
@@ -213,7 +214,7 @@ class _Step(torch.optim.Adam):
         rates = (lr, float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"]))
         flags = (bool(group["decoupled_weight_decay"]), bool(group["amsgrad"]), bool(group["maximize"]))
         grad_scale, found_inf = (self._scalar(name, device) for name in ("grad_scale", "found_inf"))
-        return *rates, *flags, grad_scale, found_inf, lr_tensor
+        return *rates, *flags, False, 0.0, None, grad_scale, found_inf, lr_tensor, None
 
     def _scalar(self, name: str, device: torch.device) -> Tensor | None:
         """What GradScaler leaves on the optimizer for the length of a step."""

@@ -2,6 +2,7 @@
 
     t    = t + 1
     g    = g / grad_scale                                       where a scale is given
+    g    = g min(1, max_norm / (grad_norm / grad_scale + 1e-6)) where the norm of all g is given
     g    = -g                                                   with maximize
     p    = p (1 - lr weight_decay)   or   g = g + weight_decay p      decoupled (AdamW) or not (Adam)
     m    = m + (1 - beta1) (g - m)                              exp_avg
@@ -9,14 +10,23 @@
     vmax = max(vmax, v), which then takes v's place below       with amsgrad
     p    = p - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
 
-The math is fp32 (fp64 for fp64), rounded to the storage's dtype once, at the end. Where found_inf is not 0
-nothing changes, t included.
+The math is fp32 (fp64 for fp64), rounded to each tensor's storage once, at the end. Where found_inf is not 0
+nothing changes, t included. Three things are stored in ways of their own:
+
+    p    in bf16 or fp16 may have a master: p in fp32; or, for bf16, the 16 bits that rounding took from it
+    m, v may be 8-bit codes with a scale for each 256 neighbours: see dynamic8.py
+    bf16 may be rounded at random, in proportion to the two neighbours' distances, by a seed
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from bigkern.reference.dropout import GOLDEN, MASK32, mix
+from bigkern.reference.dynamic8 import dequantised, quantised
+
+MOMENTS, PARAMETER = 0, 1  # the generator's heads: low half for m and high half for v; low half for p
 
 
 def adam(
@@ -26,6 +36,9 @@ def adam(
     exp_avg_sqs: list[Tensor],
     max_exp_avg_sqs: list[Tensor],
     state_steps: list[Tensor],
+    masters: list[Tensor],
+    exp_avg_scales: list[Tensor],
+    exp_avg_sq_scales: list[Tensor],
     lr: float,
     beta1: float,
     beta2: float,
@@ -34,23 +47,40 @@ def adam(
     decoupled: bool,
     amsgrad: bool,
     maximize: bool,
+    zero_grads: bool = False,
+    max_norm: float = 0.0,
+    seed: int | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     lr_tensor: Tensor | None = None,
+    grad_norm: Tensor | None = None,
 ) -> None:
-    """One step, in place; ``lr_tensor`` replaces ``lr``, and ``grads`` are left divided by ``grad_scale``."""
+    """One step, in place. ``lr_tensor`` replaces ``lr``; ``grads`` are left divided by ``grad_scale``, or 0
+    with ``zero_grads``; ``grad_norm`` is the norm of all gradients as they came, scaled."""
     if found_inf is not None and bool(found_inf != 0):
         return
     if lr_tensor is not None:
         lr = float(lr_tensor)
+    before = 0  # elements of the parameters ahead in the list
     for i, param in enumerate(params):
-        wide = torch.promote_types(param.dtype, torch.float32)
-        p, g, m, v = (x[i].to(wide) for x in (params, grads, exp_avgs, exp_avg_sqs))
+        p = _master_of(param, masters[i]) if masters else in_memory(param)
+        g = in_memory(grads[i]).to(p.dtype)
+        m, v = in_memory(exp_avgs[i]), in_memory(exp_avg_sqs[i])
+        if exp_avg_scales:
+            m = dequantised(m, exp_avg_scales[i], signed=True)
+            v = dequantised(v, exp_avg_sq_scales[i], signed=False)
+        m, v = m.to(p.dtype), v.to(p.dtype)
         state_steps[i] += 1
         t = float(state_steps[i])
         if grad_scale is not None:
             g = g / grad_scale
-            grads[i].copy_(g)
+        if zero_grads:
+            grads[i].zero_()
+        elif grad_scale is not None:
+            store(grads[i], g)
+        if grad_norm is not None:
+            norm = grad_norm if grad_scale is None else grad_norm / grad_scale
+            g = g * (max_norm / (norm + 1e-6)).clamp(max=1.0)
         if maximize:
             g = -g
         if decoupled:
@@ -59,10 +89,104 @@ def adam(
             g = g + weight_decay * p
         m = m + (1 - beta1) * (g - m)
         v = beta2 * v + (1 - beta2) * g * g
-        exp_avgs[i].copy_(m)
-        exp_avg_sqs[i].copy_(v)
+        bits = None if seed is None else drawn(seed, MOMENTS, int(t), before, len(p), p.device)
+        if exp_avg_scales:
+            for x, codes, scales, signed in (
+                (m, exp_avgs[i], exp_avg_scales[i], True),
+                (v, exp_avg_sqs[i], exp_avg_sq_scales[i], False),
+            ):
+                new_codes, new_scales = quantised(x, signed)
+                store(codes, new_codes)
+                scales.copy_(new_scales)
+        else:
+            store(exp_avgs[i], m, bits)
+            store(exp_avg_sqs[i], v, None if bits is None else bits >> 16)
         if amsgrad:
-            v = torch.maximum(max_exp_avg_sqs[i].to(wide), v)
-            max_exp_avg_sqs[i].copy_(v)
+            v = torch.maximum(in_memory(max_exp_avg_sqs[i]).to(p.dtype), v)
+            store(max_exp_avg_sqs[i], v, None if bits is None else bits >> 16)
         denominator = v.sqrt() / (1 - beta2**t) ** 0.5 + eps
-        param.copy_(p - lr / (1 - beta1**t) * m / denominator)
+        p = p - lr / (1 - beta1**t) * m / denominator
+        if masters:
+            _store_master(param, masters[i], p)
+        else:
+            bits = None if seed is None else drawn(seed, PARAMETER, int(t), before, len(p), p.device)
+            store(param, p, bits)
+        before += len(p)
+
+
+def grad_norm(grads: list[Tensor]) -> Tensor:
+    """The Euclidean norm of all elements of all gradients, one fp32."""
+    return torch.stack([g.to(torch.promote_types(g.dtype, torch.float32)).norm() for g in grads]).norm()
+
+
+# ---- storage ---------------------------------------------------------------------------------------
+
+
+def in_memory(x: Tensor) -> Tensor:
+    """``[n]`` x's elements in the order in which they lie in memory, at least fp32 where they are numbers."""
+    flat = x.permute(_outer_to_inner(x)).reshape(-1)
+    return flat.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else flat
+
+
+def store(x: Tensor, values: Tensor, bits: Tensor | None = None) -> None:
+    """The inverse: values ``[n]`` into x; bf16 by the low 16 of random ``bits``, if given."""
+    if bits is not None and x.dtype == torch.bfloat16:
+        values = stochastically_rounded(values, bits)
+    outer_to_inner = x.permute(_outer_to_inner(x))
+    outer_to_inner.copy_(values.view(outer_to_inner.shape))
+
+
+def _outer_to_inner(x: Tensor) -> list[int]:
+    return sorted(range(x.dim()), key=x.stride, reverse=True)
+
+
+def stochastically_rounded(x: Tensor, bits: Tensor) -> Tensor:
+    """fp32 to one of its two bf16 neighbours, the nearer one more often: on average, x."""
+    raw = x.float().view(torch.int32)
+    up = (raw + (bits & 0xFFFF).to(torch.int32)) >> 16 << 16
+    return torch.where(x.isfinite(), up, raw).view(torch.float32).to(torch.bfloat16)
+
+
+def drawn(seed: int, head: int, t: int, before: int, n: int, device: torch.device) -> Tensor:
+    """``[n]`` 32 random bits, in int64, for the elements before .. before + n of the list in step t.
+
+    csrc/common/dropout.h's generator; t < 2^24 and the position's high half share a row.
+    """
+    position = torch.arange(before, before + n, device=device)
+    row = (t ^ (position >> 32 << 24)) & MASK32
+    key0 = torch.tensor(seed & MASK32, device=device)
+    k0 = mix((key0 + head * GOLDEN) & MASK32)
+    k1 = mix((seed >> 32) ^ k0)
+    a = mix((k0 + row * GOLDEN) & MASK32)
+    c = mix((k1 + a) & MASK32)
+    return mix((a + (position & MASK32) * GOLDEN) & MASK32, c)
+
+
+def _master_of(param: Tensor, master: Tensor) -> Tensor:
+    """p in fp32: the master itself, or bf16's bits in the upper half plus the signed remainder."""
+    if master.dtype == torch.float32:
+        return in_memory(master)
+    return joined(param, master)
+
+
+def joined(param: Tensor, remainder: Tensor) -> Tensor:
+    """``[n]`` fp32 from bf16 p and the int16 that its rounding left."""
+    upper = in_memory(param.view(torch.int16)).to(torch.int32) << 16
+    return (upper + in_memory(remainder).to(torch.int32)).view(torch.float32)
+
+
+def split(p: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 as bf16, rounded to nearest, ties up, and an int16 remainder: joined() gives every bit back."""
+    raw = p.view(torch.int32)
+    upper = (raw + 0x8000) >> 16
+    return upper.to(torch.int16).view(torch.bfloat16), (raw - (upper << 16)).to(torch.int16)
+
+
+def _store_master(param: Tensor, master: Tensor, p: Tensor) -> None:
+    if master.dtype == torch.float32:
+        store(master, p)
+        store(param, p)
+    else:
+        rounded, remainder = split(p)
+        store(param, rounded)
+        store(master, remainder)

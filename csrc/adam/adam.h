@@ -1,6 +1,8 @@
 // The adam op's C++ contract: raw pointers and sizes. No torch.
 //
-//   g    = sign g / grad_scale                        sign is -1 with maximize
+//   g    = g / grad_scale
+//   g    = g min(1, max_norm / (grad_norm / grad_scale + 1e-6))   where grad_norm is given
+//   g    = -g                                         with maximize
 //   p    = p (1 - lr weight_decay)                    decoupled (AdamW); otherwise
 //   g    = g + weight_decay p
 //   m    = m + (1 - beta1) (g - m)
@@ -8,37 +10,61 @@
 //   vmax = max(vmax, v), which takes v's place below  with amsgrad
 //   p    = p - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)         t = step + 1
 //
-// Everything is updated in place: p, m, v, vmax; step, which becomes t; and, where there is a
-// grad_scale, g, which becomes g / grad_scale. The math is fp32, rounded to the storage's dtype
-// once. Where *found_inf is not 0 nothing changes. op.cpp has checked that a parameter's tensors
-// agree.
+// Everything is updated in place: p and its master, m, v, vmax; step, which becomes t; and g, which
+// becomes 0 with zero_grads, and otherwise g / grad_scale where there is a grad_scale. The math is
+// fp32, rounded to the storage's dtype once. Where *found_inf is not 0 nothing changes. op.cpp has
+// checked that a parameter's tensors agree.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
+#include "common/dropout.h"
 #include "common/dtypes.h"
 #include "common/parallel.h"
 
 namespace bigkern::adam {
 
-// One parameter: n elements of the call's dtype in each array, all in the same order.
+// How m, v and vmax are stored. codes: 8 bits, see dynamic8.h, and no vmax.
+enum class Moments : int { f32, bf16, f16, codes };
+
+// Where p lives between steps, if not in p itself: fp32, or, for bf16, the 16 bits that rounding
+// took from it (remainder.h).
+enum class Master : int { none, f32, remainder };
+
+// One parameter: n elements in each array, all in the same order; p and g of the call's dtype.
 struct Parameter {
   void *p, *g, *m, *v;
-  void* vmax;   // null without amsgrad
-  float* step;  // one number, how many updates there were
+  void* vmax;                // null without amsgrad
+  void* master;              // null without
+  float *m_scale, *v_scale;  // a number for each 256 elements; null but for codes
+  float* step;               // one number, how many updates there were
   int64_t n;
   int64_t before;  // elements of the parameters ahead of it in the list
 };
 
 struct Update {
   Dtype dtype;
-  double lr, beta1, beta2, eps, weight_decay;
-  bool decoupled, amsgrad, maximize;
+  Moments moments;
+  Master master;
+  double lr, beta1, beta2, eps, weight_decay, max_norm;
+  bool decoupled, amsgrad, maximize, zero_grads;
+  bool stochastic;  // round to bf16 at random, by seed: whatever is stored in bf16 but a master's p
+  uint64_t seed;
   const float* grad_scale;  // one number each, where the parameters are; null where not given
   const float* found_inf;
   const float* lr_tensor;  // replaces lr
+  const float* grad_norm;  // of all gradients as they are stored; clips them to max_norm
 };
+
+// The random bits of element i of a parameter in step t, common/dropout.h's: heads kMoments (low
+// half for m, high half for v and vmax) and kParameter (low half for p).
+constexpr uint32_t kMoments = 0, kParameter = 1;
+
+BIGKERN_HD DropoutRow random_row(uint64_t seed, uint32_t head, uint32_t t, int64_t position) {
+  const Dropout generator = {uint32_t(seed), uint32_t(seed >> 32), 0, 1.0f};
+  return generator.head(head).row(t ^ uint32_t(position >> 32) << 24);
+}
 
 // The numbers of an update that no step changes, in the kernels' precision. The differences from 1
 // are taken in double: 1 - 0.999f has lost 5e-5 of its value.
@@ -82,11 +108,17 @@ BIGKERN_HD Factors factors_of(const Constants& c, float lr, float t) {
 namespace cpu {
 void update(const Update& call, const Parameter* parameters, int64_t count,
             const Parallel& parallel);
+// The Euclidean norm of all gradients.
+float grad_norm(Dtype dtype, const Parameter* parameters, int64_t count, const Parallel& parallel);
 }  // namespace cpu
 
 // The launcher returns a cudaError_t as an int, 0 for success, so that this header needs no CUDA.
 namespace cuda {
 int update(const Update& call, const Parameter* parameters, int64_t count, void* stream);
+// workspace: one float a chunk of grad_norm_workspace; norm: one float.
+int64_t grad_norm_workspace(const Parameter* parameters, int64_t count);
+int grad_norm(Dtype dtype, const Parameter* parameters, int64_t count, float* workspace,
+              float* norm, void* stream);
 }  // namespace cuda
 
 }  // namespace bigkern::adam

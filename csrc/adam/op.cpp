@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <utility>
 
 #include "adam/adam.h"
+#include "adam/dynamic8.h"
 
 namespace bigkern::adam {
 namespace {
@@ -42,42 +44,144 @@ void check_length(const TensorList& list, const char* name, size_t length) {
                   ", not ", list.size());
 }
 
-// x has its parameter's dtype, device and shape.
-void check_like(const Tensor& x, const Tensor& param, const char* name, size_t i) {
-  STD_TORCH_CHECK(x.scalar_type() == param.scalar_type(), name, "[", i,
-                  "] must have params' dtype");
+void check_place(const Tensor& x, const Tensor& param, const char* name, size_t i) {
   STD_TORCH_CHECK(x.is_cpu() == param.is_cpu() && x.get_device_index() == param.get_device_index(),
                   name, "[", i, "] must be on params' device");
+}
+
+// The address of a tensor that lies as its parameter does and is updated there; `like` is the first
+// of its list.
+void* updated(const Tensor& x, const Tensor& like, const Tensor& param, const char* name,
+              size_t i) {
+  STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), name, "[", i, "] must have ", name,
+                  "[0]'s dtype");
+  check_place(x, param, name, i);
   bool same_shape = x.dim() == param.dim();
   for (int64_t d = 0; same_shape && d < x.dim(); ++d) same_shape = x.size(d) == param.size(d);
   STD_TORCH_CHECK(same_shape, name, "[", i, "] must have params[", i, "]'s shape");
-}
-
-// The address of a tensor that is updated where it lies.
-void* updated(const Tensor& x, const Tensor& param, const char* name, size_t i) {
-  check_like(x, param, name, i);
   STD_TORCH_CHECK(same_layout(x, param), name, "[", i, "] must have params[", i, "]'s strides");
   return x.mutable_data_ptr();
 }
 
-float* step_of(const Tensor& step, const Tensor& param, size_t i) {
-  STD_TORCH_CHECK(dtype_of(step, "state_steps") == Dtype::f32 && step.numel() == 1, "state_steps[",
-                  i, "] must be one float32");
-  STD_TORCH_CHECK(
-      step.is_cpu() == param.is_cpu() && step.get_device_index() == param.get_device_index(),
-      "state_steps[", i, "] must be on params' device");
-  return static_cast<float*>(step.mutable_data_ptr());
+// The address of `count` float32 beside a parameter.
+float* numbers_of(const Tensor& x, int64_t count, const Tensor& param, const char* name, size_t i) {
+  STD_TORCH_CHECK(dtype_of(x, name) == Dtype::f32 && x.numel() == count && x.is_contiguous(), name,
+                  "[", i, "] must be ", count, " float32");
+  check_place(x, param, name, i);
+  return static_cast<float*>(x.mutable_data_ptr());
 }
 
 const float* scalar_of(const OptionalTensor& x, const Tensor& param, const char* name) {
   if (!x.has_value()) return nullptr;
-  STD_TORCH_CHECK(dtype_of(*x, name) == Dtype::f32 && x->numel() == 1, name,
-                  " must be one float32");
-  STD_TORCH_CHECK(
-      x->is_cpu() == param.is_cpu() && x->get_device_index() == param.get_device_index(), name,
-      " must be on params' device");
-  return static_cast<const float*>(x->const_data_ptr());
+  return numbers_of(*x, 1, param, name, 0);
 }
+
+// ---- storage ------------------------------------------------------------------------------------
+
+Moments moments_of(const Tensor& exp_avg) {
+  if (exp_avg.scalar_type() == torch::headeronly::ScalarType::Byte) return Moments::codes;
+  switch (dtype_of(exp_avg, "exp_avgs")) {
+    case Dtype::f32:
+      return Moments::f32;
+    case Dtype::bf16:
+      return Moments::bf16;
+    default:
+      return Moments::f16;
+  }
+}
+
+Master master_of(const OptionalTensor& master, Dtype dtype) {
+  if (!master.has_value()) return Master::none;
+  if (master->scalar_type() == torch::headeronly::ScalarType::Short) {
+    STD_TORCH_CHECK(dtype == Dtype::bf16, "masters of int16 belong to bfloat16 parameters");
+    return Master::remainder;
+  }
+  STD_TORCH_CHECK(dtype_of(*master, "masters") == Dtype::f32 && dtype != Dtype::f32,
+                  "masters must be float32 or int16, beside parameters of 16 bits");
+  return Master::f32;
+}
+
+OptionalTensor first_of(const TensorList& list) {
+  return list.empty() ? std::nullopt : OptionalTensor(list[0]);
+}
+
+// ---- lists as addresses -------------------------------------------------------------------------
+
+struct Lists {
+  const TensorList &params, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs, &state_steps, &masters,
+      &exp_avg_scales, &exp_avg_sq_scales;
+};
+
+// Checks the lists against each other and gathers their addresses, all but those of the gradients.
+std::vector<Parameter> gather(const Lists& x) {
+  const size_t count = x.params.size();
+  const bool amsgrad = !x.max_exp_avg_sqs.empty(), mastered = !x.masters.empty();
+  const bool codes =
+      count > 0 && !x.exp_avgs.empty() && moments_of(x.exp_avgs[0]) == Moments::codes;
+  check_length(x.exp_avgs, "exp_avgs", count);
+  check_length(x.exp_avg_sqs, "exp_avg_sqs", count);
+  check_length(x.max_exp_avg_sqs, "max_exp_avg_sqs", amsgrad ? count : 0);
+  check_length(x.state_steps, "state_steps", count);
+  check_length(x.masters, "masters", mastered ? count : 0);
+  check_length(x.exp_avg_scales, "exp_avg_scales", codes ? count : 0);
+  check_length(x.exp_avg_sq_scales, "exp_avg_sq_scales", codes ? count : 0);
+  STD_TORCH_CHECK(!(codes && amsgrad), "amsgrad must be false with 8-bit moments");
+  std::vector<Parameter> parameters(count);
+  int64_t before = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor& param = x.params[i];
+    STD_TORCH_CHECK(param.scalar_type() == x.params[0].scalar_type() &&
+                        param.get_device_index() == x.params[0].get_device_index(),
+                    "params[", i, "] must have the dtype and device of params[0]");
+    STD_TORCH_CHECK(dense(param), "params[", i, "] must be dense in memory");
+    const auto moment = [&](const TensorList& list, const char* name) {
+      return updated(list[i], x.exp_avgs[0], param, name, i);
+    };
+    Parameter& to = parameters[i];
+    to = {};
+    to.p = param.mutable_data_ptr();
+    to.m = moment(x.exp_avgs, "exp_avgs");
+    to.v = moment(x.exp_avg_sqs, "exp_avg_sqs");
+    if (amsgrad) to.vmax = moment(x.max_exp_avg_sqs, "max_exp_avg_sqs");
+    if (mastered) to.master = updated(x.masters[i], x.masters[0], param, "masters", i);
+    to.n = param.numel();
+    if (codes) {
+      const int64_t blocks = (to.n + kBlock - 1) / kBlock;
+      to.m_scale = numbers_of(x.exp_avg_scales[i], blocks, param, "exp_avg_scales", i);
+      to.v_scale = numbers_of(x.exp_avg_sq_scales[i], blocks, param, "exp_avg_sq_scales", i);
+    }
+    to.step = numbers_of(x.state_steps[i], 1, param, "state_steps", i);
+    to.before = before;
+    before += to.n;
+  }
+  return parameters;
+}
+
+// The op's arguments after the lists.
+struct Hyper {
+  double lr, beta1, beta2, eps, weight_decay;
+  bool decoupled, amsgrad, maximize, zero_grads;
+  double max_norm;
+  std::optional<int64_t> seed;
+  const OptionalTensor &grad_scale, &found_inf, &lr_tensor, &grad_norm;
+
+  Update update(const Tensor& param, const Tensor& exp_avg, const OptionalTensor& master) const {
+    Update u = {};
+    u.dtype = dtype_of(param, "params");
+    u.moments = moments_of(exp_avg);
+    u.master = master_of(master, u.dtype);
+    u.lr = lr, u.beta1 = beta1, u.beta2 = beta2, u.eps = eps, u.weight_decay = weight_decay;
+    u.max_norm = max_norm;
+    u.decoupled = decoupled, u.amsgrad = amsgrad, u.maximize = maximize, u.zero_grads = zero_grads;
+    u.stochastic = seed.has_value();
+    u.seed = uint64_t(seed.value_or(0));
+    u.grad_scale = scalar_of(grad_scale, param, "grad_scale");
+    u.found_inf = scalar_of(found_inf, param, "found_inf");
+    u.lr_tensor = scalar_of(lr_tensor, param, "lr_tensor");
+    u.grad_norm = scalar_of(grad_norm, param, "grad_norm");
+    return u;
+  }
+};
 
 struct Cpu {
   static void update(const Update& call, const std::vector<Parameter>& parameters, const Tensor&) {
@@ -96,67 +200,29 @@ struct Cuda {
 };
 #endif
 
-// Checks the lists against each other and gathers their addresses, all but those of the gradients.
-std::vector<Parameter> gather(const TensorList& params, const TensorList& exp_avgs,
-                              const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
-                              const TensorList& state_steps, bool amsgrad) {
-  const size_t count = params.size();
-  check_length(exp_avgs, "exp_avgs", count);
-  check_length(exp_avg_sqs, "exp_avg_sqs", count);
-  check_length(max_exp_avg_sqs, "max_exp_avg_sqs", amsgrad ? count : 0);
-  check_length(state_steps, "state_steps", count);
-  std::vector<Parameter> parameters(count);
-  int64_t before = 0;
-  for (size_t i = 0; i < count; ++i) {
-    const Tensor& param = params[i];
-    STD_TORCH_CHECK(param.scalar_type() == params[0].scalar_type() &&
-                        param.get_device_index() == params[0].get_device_index(),
-                    "params[", i, "] must have the dtype and device of params[0]");
-    STD_TORCH_CHECK(dense(param), "params[", i, "] must be dense in memory");
-    parameters[i] = {param.mutable_data_ptr(),
-                     nullptr,
-                     updated(exp_avgs[i], param, "exp_avgs", i),
-                     updated(exp_avg_sqs[i], param, "exp_avg_sqs", i),
-                     amsgrad ? updated(max_exp_avg_sqs[i], param, "max_exp_avg_sqs", i) : nullptr,
-                     step_of(state_steps[i], param, i),
-                     param.numel(),
-                     before};
-    before += param.numel();
-  }
-  return parameters;
-}
-
 template <class Device>
 void adam(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
           const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
-          const TensorList& state_steps, double lr, double beta1, double beta2, double eps,
-          double weight_decay, bool decoupled, bool amsgrad, bool maximize,
+          const TensorList& state_steps, const TensorList& masters,
+          const TensorList& exp_avg_scales, const TensorList& exp_avg_sq_scales, double lr,
+          double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool amsgrad,
+          bool maximize, bool zero_grads, double max_norm, std::optional<int64_t> seed,
           const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
-          const OptionalTensor& lr_tensor) {
+          const OptionalTensor& lr_tensor, const OptionalTensor& grad_norm) {
   if (params.empty()) return;
   check_length(grads, "grads", params.size());
   std::vector<Parameter> parameters =
-      gather(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, amsgrad);
+      gather({params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, masters, exp_avg_scales,
+              exp_avg_sq_scales});
   for (size_t i = 0; i < params.size(); ++i)
-    parameters[i].g = updated(grads[i], params[i], "grads", i);
-  const Tensor& first = params[0];
-  const Update call = {dtype_of(first, "params"),
-                       lr,
-                       beta1,
-                       beta2,
-                       eps,
-                       weight_decay,
-                       decoupled,
-                       amsgrad,
-                       maximize,
-                       scalar_of(grad_scale, first, "grad_scale"),
-                       scalar_of(found_inf, first, "found_inf"),
-                       scalar_of(lr_tensor, first, "lr_tensor")};
-  Device::update(call, parameters, first);
+    parameters[i].g = updated(grads[i], params[0], params[i], "grads", i);
+  const Hyper hyper = {lr,        beta1,      beta2,     eps,        weight_decay,
+                       decoupled, amsgrad,    maximize,  zero_grads, max_norm,
+                       seed,      grad_scale, found_inf, lr_tensor,  grad_norm};
+  Device::update(hyper.update(params[0], exp_avgs[0], first_of(masters)), parameters, params[0]);
 }
 
-// ---- the same from a table of addresses
-// ------------------------------------------------------------
+// ---- the same from a table of addresses ---------------------------------------------------------
 //
 // Unpacking five lists of tensors costs 0.7 us a parameter, more than the update of a small one.
 // The optimizer packs them once, and hands over the table while every address in it still holds.
@@ -167,22 +233,20 @@ static_assert(sizeof(Parameter) == kRow * sizeof(int64_t), "a row of the table i
 // [count, kRow] int64 on the CPU.
 Tensor adam_pack(const TensorList& params, const TensorList& exp_avgs,
                  const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
-                 const TensorList& state_steps, bool amsgrad) {
+                 const TensorList& state_steps, const TensorList& masters,
+                 const TensorList& exp_avg_scales, const TensorList& exp_avg_sq_scales) {
   const std::vector<Parameter> parameters =
-      gather(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, amsgrad);
+      gather({params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, masters, exp_avg_scales,
+              exp_avg_sq_scales});
   const std::vector<int64_t> sizes = {int64_t(parameters.size()), kRow};
   Tensor table = torch::stable::empty(sizes, torch::headeronly::ScalarType::Long);
   std::memcpy(table.mutable_data_ptr(), parameters.data(), parameters.size() * sizeof(Parameter));
   return table;
 }
 
-// like is any of the parameters; grads [count] int64 on the CPU holds the gradients' addresses,
-// laid out like their parameters. The caller answers for every address.
-template <class Device>
-void adam_packed(const Tensor& like, const Tensor& table, const Tensor& grads, double lr,
-                 double beta1, double beta2, double eps, double weight_decay, bool decoupled,
-                 bool amsgrad, bool maximize, const OptionalTensor& grad_scale,
-                 const OptionalTensor& found_inf, const OptionalTensor& lr_tensor) {
+// The rows of a table with the gradients' addresses, [count] int64 on the CPU, laid out like their
+// parameters. The caller answers for every address.
+std::vector<Parameter> unpack(const Tensor& table, const Tensor& grads) {
   STD_TORCH_CHECK(
       table.is_cpu() && table.is_contiguous() && table.dim() == 2 && table.size(1) == kRow,
       "table must come from adam_pack");
@@ -194,19 +258,21 @@ void adam_packed(const Tensor& like, const Tensor& table, const Tensor& grads, d
   std::vector<Parameter> parameters(rows, rows + table.size(0));
   for (size_t i = 0; i < parameters.size(); ++i)
     parameters[i].g = reinterpret_cast<void*>(addresses[i]);
-  const Update call = {dtype_of(like, "like"),
-                       lr,
-                       beta1,
-                       beta2,
-                       eps,
-                       weight_decay,
-                       decoupled,
-                       amsgrad,
-                       maximize,
-                       scalar_of(grad_scale, like, "grad_scale"),
-                       scalar_of(found_inf, like, "found_inf"),
-                       scalar_of(lr_tensor, like, "lr_tensor")};
-  Device::update(call, parameters, like);
+  return parameters;
+}
+
+// param, exp_avg and master are any of theirs.
+template <class Device>
+void adam_packed(const Tensor& param, const Tensor& exp_avg, const OptionalTensor& master,
+                 const Tensor& table, const Tensor& grads, double lr, double beta1, double beta2,
+                 double eps, double weight_decay, bool decoupled, bool amsgrad, bool maximize,
+                 bool zero_grads, double max_norm, std::optional<int64_t> seed,
+                 const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+                 const OptionalTensor& lr_tensor, const OptionalTensor& grad_norm) {
+  const Hyper hyper = {lr,        beta1,      beta2,     eps,        weight_decay,
+                       decoupled, amsgrad,    maximize,  zero_grads, max_norm,
+                       seed,      grad_scale, found_inf, lr_tensor,  grad_norm};
+  Device::update(hyper.update(param, exp_avg, master), unpack(table, grads), param);
 }
 
 }  // namespace

@@ -26,7 +26,7 @@ namespace bigkern::adam::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kChunk = 4096;    // elements; 112 KB of traffic in fp32
-constexpr int kCapacity = 480;  // parameters in a table
+constexpr int kCapacity = 352;  // parameters in a table
 
 // Up to kCapacity parameters of one call.
 struct Table {
