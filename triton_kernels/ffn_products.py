@@ -12,11 +12,13 @@ up-projection keeps two accumulators, for the gate's columns and for the others,
                    W1 rows [F + column, + BN)    -> up   [BM, BN]
 
 db1's partial sums have one owner each, [row tiles, F] fp32, and are added up in a fixed order.
+
+Products of frozen weights, `frozen_ffn.py`, are scaled by row and by column before all that.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -32,29 +34,50 @@ from .rows import affine, column_sum, dense_rows, pointers, row_stride
 Dropout = tuple[float, Tensor | None]  # probability, key
 
 
+class Scales(NamedTuple):
+    """What the sums of quantized factors are multiplied by, fp32."""
+
+    rows: Tensor | None  # [M]
+    columns: Tensor  # [N]
+
+
+@triton.jit
+def biased(sums, scales, bias, rows, columns, row_exists, column_exists):
+    """sums * scales + bias."""
+    if scales is not None:
+        if scales.rows is not None:
+            sums = sums * tl.load(scales.rows + rows, mask=row_exists, other=0.0)[:, None]
+        sums = affine(sums, scales.columns, None, columns, column_exists)
+    return affine(sums, None, bias, columns, column_exists)
+
+
 @triton.jit
 def finish_up(
-    p, up, b1, preactivation, out, dropout, row, column, M, F,
+    p, up, scales, b1, preactivation, out, dropout, row, column, M, F,
     ACT: tl.constexpr, GATES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """Stores a, and the preactivation if it is given, SLICE columns at a time."""
     if BN > SLICE:
         p, p_right = halves(p)
         up, up_right = halves(up)
-        finish_up(p, up, b1, preactivation, out, dropout, row, column, M, F, ACT, GATES, BM, BN // 2, SLICE)
+        finish_up(
+            p, up, scales, b1, preactivation, out, dropout, row, column, M, F, ACT, GATES, BM, BN // 2, SLICE
+        )
         column += BN // 2
         p, up = p_right, up_right
-        finish_up(p, up, b1, preactivation, out, dropout, row, column, M, F, ACT, GATES, BM, BN // 2, SLICE)
+        finish_up(
+            p, up, scales, b1, preactivation, out, dropout, row, column, M, F, ACT, GATES, BM, BN // 2, SLICE
+        )
     else:
         rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
-        column_exists, width = columns < F, F * (1 + GATES)
-        exists = (rows < M)[:, None] & column_exists[None, :]
-        p = affine(p, None, b1, columns, column_exists).to(out.dtype.element_ty)
+        row_exists, column_exists, width = rows < M, columns < F, F * (1 + GATES)
+        exists = row_exists[:, None] & column_exists[None, :]
+        p = biased(p, scales, b1, rows, columns, row_exists, column_exists).to(out.dtype.element_ty)
         if preactivation is not None:
             tl.store(pointers(preactivation, row, column, width, BM, BN), p, mask=exists)
         a = activate(p.to(tl.float32), ACT)
         if GATES:
-            up = affine(up, None, b1, columns + F, column_exists).to(out.dtype.element_ty)
+            up = biased(up, scales, b1, rows, columns + F, row_exists, column_exists).to(out.dtype.element_ty)
             if preactivation is not None:
                 tl.store(pointers(preactivation, row, column + F, width, BM, BN), up, mask=exists)
             a = a * up.to(tl.float32)
@@ -64,36 +87,39 @@ def finish_up(
 
 @triton.jit
 def up_kernel(
-    x, w1, b1, preactivation, out, dropout, M, F, D,
+    x, w1, scales, b1, preactivation, out, dropout, M, F, D,
     ACT: tl.constexpr, GATES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    SLICE: tl.constexpr, PRECISION: tl.constexpr,
+    SLICE: tl.constexpr, PRECISION: tl.constexpr, FLIP: tl.constexpr = False,
 ):  # fmt: skip
     """a [M, F]; the preactivation, [M, F] or gated [M, 2 F], is stored if given."""
     for tile in range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(F, BN), tl.num_programs(0)):
         row, column = place(tile, M, F, BM, BN)
         second = F + column if GATES else None
         p, up = products(
-            x, w1, row, column, second, M, F * (1 + GATES), D, False, False, BM, BN, BK, PRECISION
+            x, w1, row, column, second, M, F * (1 + GATES), D, False, False, BM, BN, BK, PRECISION, FLIP
         )
-        finish_up(p, up, b1, preactivation, out, dropout, row, column, M, F, ACT, GATES, BM, BN, SLICE)
+        finish_up(
+            p, up, scales, b1, preactivation, out, dropout, row, column, M, F, ACT, GATES, BM, BN, SLICE
+        )
 
 
 @triton.jit
 def finish_down(
-    s, b2, residual, y, dropout, residual_row, row, column, M, D,
+    s, scales, b2, residual, y, dropout, residual_row, row, column, M, D,
     BM: tl.constexpr, BN: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """Stores y, SLICE columns at a time."""
     if BN > SLICE:
         s, right = halves(s)
-        finish_down(s, b2, residual, y, dropout, residual_row, row, column, M, D, BM, BN // 2, SLICE)
+        finish_down(s, scales, b2, residual, y, dropout, residual_row, row, column, M, D, BM, BN // 2, SLICE)
         column += BN // 2
-        finish_down(right, b2, residual, y, dropout, residual_row, row, column, M, D, BM, BN // 2, SLICE)
+        s = right
+        finish_down(s, scales, b2, residual, y, dropout, residual_row, row, column, M, D, BM, BN // 2, SLICE)
     else:
         rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
-        column_exists = columns < D
-        exists = (rows < M)[:, None] & column_exists[None, :]
-        s = affine(s, None, b2, columns, column_exists)
+        row_exists, column_exists = rows < M, columns < D
+        exists = row_exists[:, None] & column_exists[None, :]
+        s = biased(s, scales, b2, rows, columns, row_exists, column_exists)
         s = dropped(s, dropout, OUTPUT, rows[:, None], columns[None, :])
         if residual is not None:
             at = pointers(residual, row, column, residual_row, BM, BN)
@@ -103,14 +129,15 @@ def finish_down(
 
 @triton.jit
 def down_kernel(
-    a, w2, b2, residual, y, dropout, residual_row, M, D, F,
+    a, w2, scales, b2, residual, y, dropout, residual_row, M, D, F,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
+    FLIP: tl.constexpr = False,
 ):  # fmt: skip
     """y [M, D]."""
     for tile in range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(D, BN), tl.num_programs(0)):
         row, column = place(tile, M, D, BM, BN)
-        s, _ = products(a, w2, row, column, None, M, D, F, False, False, BM, BN, BK, PRECISION)
-        finish_down(s, b2, residual, y, dropout, residual_row, row, column, M, D, BM, BN, SLICE)
+        s, _ = products(a, w2, row, column, None, M, D, F, False, False, BM, BN, BK, PRECISION, FLIP)
+        finish_down(s, scales, b2, residual, y, dropout, residual_row, row, column, M, D, BM, BN, SLICE)
 
 
 @triton.jit
@@ -232,8 +259,8 @@ def up(
     tile = tile_for("gated" if gated else "forward", x, M, F, D)
     out, preactivation = x.new_empty(M, F), x.new_empty(M, w1.shape[0]) if save else None
     up_kernel[grid(x.device, M, F, tile)](
-        operand(x, tile.BM, tile.BK), operand(w1, tile.BN, tile.BK), dense_rows(b1), preactivation, out,
-        drop(dropout), M, F, D, ACT=activation, GATES=gated, **options(tile, F),
+        operand(x, tile.BM, tile.BK), operand(w1, tile.BN, tile.BK), None, dense_rows(b1), preactivation,
+        out, drop(dropout), M, F, D, ACT=activation, GATES=gated, **options(tile, F),
     )  # fmt: skip
     return preactivation, out
 
@@ -244,7 +271,7 @@ def down(a: Tensor, w2: Tensor, b2: Tensor | None, residual: Tensor | None, drop
     tile = tile_for("forward", a, M, D, F)
     y, residual = a.new_empty(M, D), dense_rows(residual)
     down_kernel[grid(a.device, M, D, tile)](
-        operand(a, tile.BM, tile.BK), operand(w2, tile.BN, tile.BK), dense_rows(b2), residual, y,
+        operand(a, tile.BM, tile.BK), operand(w2, tile.BN, tile.BK), None, dense_rows(b2), residual, y,
         drop(dropout), row_stride(residual), M, D, F, **options(tile, D),
     )  # fmt: skip
     return y

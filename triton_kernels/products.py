@@ -8,7 +8,7 @@
 Operands arrive through tensor descriptors (TMA) on sm_90 and by cp.async elsewhere, the next ones while the
 tensor cores work on these. Their rows are whole vectors: what is not is copied into rows padded with zeros.
 A product is one loop over K with one accumulator, or with two where a gated layer needs the same rows times
-two blocks of columns.
+two blocks of columns. Frozen weights, `frozen_ffn.py`, are of 8 bits and come with scales for what follows.
 """
 
 from __future__ import annotations
@@ -120,24 +120,46 @@ def load(x, i, j, I, J, BI: tl.constexpr, BJ: tl.constexpr):
 
 
 @triton.jit
+def add_product(sums, left, right, PRECISION: tl.constexpr, FLIP: tl.constexpr):
+    """sums + left right, or (FLIP) sums + (left right)^T; right is widened if it is int8.
+
+    The tensor cores' fp32 sums of fp8 products keep about 14 bits (on sm_90; on sm_89 much the same), and Triton
+    would leave all of K in them. As cuBLAS does unless asked for fast accumulation, the sums of one step
+    along K are made there, and added up in fp32 by FMA units: `max_num_imprecise_acc` keeps the two apart.
+    """
+    right = right.to(left.dtype)
+    if FLIP:
+        left, right = tl.trans(right), tl.trans(left)
+    if left.dtype == tl.float8e4nv:
+        sums += tl.dot(left, right, max_num_imprecise_acc=left.shape[1])
+    else:
+        sums = tl.dot(left, right, sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
 def products(
     a, b, row, column, second, M, N, K,
     A_BY_K: tl.constexpr, B_BY_K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    FLIP: tl.constexpr = False, begin=0, end=None,
 ):  # fmt: skip
     """fp32 [BM, BN] of a b from (row, column); and, if there is a second column, of a b from (row, second).
 
-    a is [M, K], or stored [K, M] (A_BY_K); b is stored [N, K], or [K, N] (B_BY_K).
+    a is [M, K], or stored [K, M] (A_BY_K); b is stored [N, K], or [K, N] (B_BY_K). FLIP makes the transposed
+    tiles. Of K's products, those of [begin, end); begin is a multiple of BK.
     """
-    x = tl.zeros([BM, BN], tl.float32)
+    x = tl.zeros([BN, BM] if FLIP else [BM, BN], tl.float32)
     y = x
-    for k in range(0, K, BK):
+    for k in range(begin, K if end is None else end, BK):
         left = tl.trans(load(a, k, row, K, M, BK, BM)) if A_BY_K else load(a, row, k, M, K, BM, BK)
         right = load(b, k, column, K, N, BK, BN) if B_BY_K else tl.trans(load(b, column, k, N, K, BN, BK))
-        x = tl.dot(left, right, x, input_precision=PRECISION)
+        x = add_product(x, left, right, PRECISION, FLIP)
         if second is not None:
             right = tl.trans(load(b, second, k, N, K, BN, BK))
-            y = tl.dot(left, right, y, input_precision=PRECISION)
+            y = add_product(y, left, right, PRECISION, FLIP)
+    if FLIP:
+        x, y = tl.trans(x), tl.trans(y)
     return x, y
 
 

@@ -229,7 +229,7 @@ def stock(
     """
     lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
     beyond = (masters, exp_avg_scales, exp_avg_sq_scales)
-    hyper = (lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize)
+    hyper: Any = (lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize)
     own = any(m.dtype != p.dtype for p, m in zip(params, exp_avgs, strict=True))
     if own or any(beyond) or zero_grads or seed is not None or grad_norm is not None:
         rest: Any = (zero_grads, max_norm, seed, grad_scale, found_inf, lr_tensor, grad_norm)

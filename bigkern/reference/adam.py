@@ -116,7 +116,8 @@ def adam(
 
 def grad_norm(grads: list[Tensor]) -> Tensor:
     """The Euclidean norm of all elements of all gradients, one fp32."""
-    return torch.stack([g.to(torch.promote_types(g.dtype, torch.float32)).norm() for g in grads]).norm()
+    wide = torch.promote_types(grads[0].dtype, torch.float32)
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.to(wide)) for g in grads]))
 
 
 # ---- storage ---------------------------------------------------------------------------------------
