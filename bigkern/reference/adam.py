@@ -117,7 +117,8 @@ def adam(
 def grad_norm(grads: list[Tensor]) -> Tensor:
     """The Euclidean norm of all elements of all gradients, one fp32."""
     wide = torch.promote_types(grads[0].dtype, torch.float32)
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.to(wide)) for g in grads]))
+    norms = [torch.linalg.vector_norm(g.to(wide)) for g in grads]
+    return torch.linalg.vector_norm(torch.stack(norms))  # type: ignore[no-any-return]
 
 
 # ---- storage ---------------------------------------------------------------------------------------
