@@ -105,10 +105,17 @@ BIGKERN_HD Factors factors_of(const Constants& c, float lr, float t) {
   return {1.0f - lr * c.decay_rate, lr / bias1, 1.0f / sqrtf(bias2)};
 }
 
+// What clipping multiplies g by; norm is that of the gradients divided by grad_scale. A NaN stays
+// one.
+BIGKERN_HD float clip_of(float norm, float max_norm) {
+  const float share = max_norm / (norm + 1e-6f);
+  return share > 1.0f ? 1.0f : share;
+}
+
 namespace cpu {
 void update(const Update& call, const Parameter* parameters, int64_t count,
             const Parallel& parallel);
-// The Euclidean norm of all gradients.
+// The Euclidean norm of all gradients; the same bits whatever the number of threads.
 float grad_norm(Dtype dtype, const Parameter* parameters, int64_t count, const Parallel& parallel);
 }  // namespace cpu
 
