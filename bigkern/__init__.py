@@ -5,6 +5,7 @@
     bigkern.layer_norm, bigkern.rms_norm                        norms, fused with a residual
     bigkern.layernorm_ffn                                       the second half of a Transformer block
     bigkern.nn, bigkern.optim                                   drop-in layers and optimizers
+    bigkern.freeze, bigkern.frozen_layernorm_ffn                weights packed or in 8 bits, for inference
     bigkern.patch, bigkern.unpatch                              the same for a model you already have
     bigkern.explain, bigkern.use                                see and force which backend runs
 
@@ -12,8 +13,10 @@ Every op falls back to stock PyTorch where that is faster, or where a kernel is 
 """
 
 from bigkern import nn, optim
+from bigkern.freeze import freeze
 from bigkern.ops.attention import attention
 from bigkern.ops.decode_attention import decode_attention
+from bigkern.ops.frozen_layernorm_ffn import FrozenWeight, freeze_weight, frozen_layernorm_ffn
 from bigkern.ops.layernorm_ffn import layernorm_ffn
 from bigkern.ops.merge_attention import merge_attention
 from bigkern.ops.norm import layer_norm, rms_norm
@@ -26,9 +29,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendRefused",
+    "FrozenWeight",
     "attention",
     "decode_attention",
     "explain",
+    "freeze",
+    "freeze_weight",
+    "frozen_layernorm_ffn",
     "layer_norm",
     "layernorm_ffn",
     "merge_attention",

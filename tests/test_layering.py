@@ -20,6 +20,7 @@ ALLOWED = {
     "nn": {"ops", "registry"},
     "optim": {"ops", "registry"},
     "patch": {"nn", "ops", "registry", "optim", "integrations"},
+    "freeze": {"nn", "ops", "patch", "registry"},
     "models": {"nn", "ops"},
     "triton_kernels": set(),
 }

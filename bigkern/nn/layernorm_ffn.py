@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from bigkern.nn.frozen import FrozenLinear
 from bigkern.nn.layer_norm import LayerNorm, RMSNorm
+from bigkern.ops.frozen_layernorm_ffn import frozen_layernorm_ffn
 from bigkern.ops.layernorm_ffn import GATED, Activation, Placement, Save, layernorm_ffn
 
 
@@ -80,6 +82,8 @@ class FeedForward(nn.Module):
         return self._block(x, norm="none")
 
     def _block(self, x: Tensor, *norm_parameters: Tensor | None, **norm: Any) -> Tensor:
+        if isinstance(self.linear1, FrozenLinear):
+            return self._frozen_block(x, *norm_parameters, **norm)
         return layernorm_ffn(
             x,
             self.linear1.weight,
@@ -92,6 +96,22 @@ class FeedForward(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             hidden_dropout_p=self.hidden_dropout if self.training else 0.0,
             save=self.save,
+            **norm,
+        )
+
+    def _frozen_block(self, x: Tensor, *norm_parameters: Tensor | None, **norm: Any) -> Tensor:
+        if self.training and max(self.dropout, self.hidden_dropout) > 0.0:
+            raise RuntimeError("a frozen block has no dropout: call eval(), or set dropout to 0")
+        first, second = cast(Any, self.linear1), cast(Any, self.linear2)
+        return frozen_layernorm_ffn(
+            x,
+            first.frozen(),
+            first.bias,
+            second.frozen(),
+            second.bias,
+            *norm_parameters,
+            activation=self.activation,
+            residual=self.residual,
             **norm,
         )
 

@@ -208,46 +208,55 @@ def bind(
 
     Save is ``"nothing"`` where no backward can follow. The key is None without a seed.
     """
+    tensors = (x, w1, b1, w2, b2, norm_weight, norm_bias)
+    check_block(tensors, norm, activation, placement, eps)
+    if save not in ("preactivation", "input"):
+        raise ValueError(f'save must be "preactivation" or "input", not {save!r}')
+    dropout_p = check_dropout(dropout_p)
+    hidden_dropout_p = check_dropout(hidden_dropout_p, "hidden_dropout_p")
+    key = None if seed is None else dropout_key(max(dropout_p, hidden_dropout_p), seed, offset)
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        save = "nothing"
+    numbers = (eps, dropout_p, hidden_dropout_p)
+    return *tensors, key, norm, activation, placement, residual, *numbers, save
+
+
+def check_block(
+    tensors: tuple[Tensor | None, ...],
+    norm: str,
+    activation: str,
+    placement: str,
+    eps: float,
+    weights_like_x: bool = True,
+) -> None:
+    """x, w1, b1, w2, b2, norm_weight and norm_bias fit each other and the block."""
     if norm not in ("layer", "rms", "none"):
         raise ValueError(f'norm must be "layer", "rms" or "none", not {norm!r}')
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
     if placement not in ("pre", "post"):
         raise ValueError(f'placement must be "pre" or "post", not {placement!r}')
-    if save not in ("preactivation", "input"):
-        raise ValueError(f'save must be "preactivation" or "input", not {save!r}')
     if not 0.0 <= eps < math.inf:
         raise ValueError(f"eps must be finite and not negative, not {eps}")
-    dropout_p = check_dropout(dropout_p)
-    hidden_dropout_p = check_dropout(hidden_dropout_p, "hidden_dropout_p")
-    key = None if seed is None else dropout_key(max(dropout_p, hidden_dropout_p), seed, offset)
-    if norm != "layer" and norm_bias is not None:
+    named = dict(zip(_NAMES, tensors, strict=True))
+    if norm != "layer" and named["norm_bias"] is not None:
         raise ValueError(f"norm_bias must be None for norm={norm!r}")
-    if norm == "none" and norm_weight is not None:
+    if norm == "none" and named["norm_weight"] is not None:
         raise ValueError("norm_weight must be None for norm='none'")
-    tensors = (x, w1, b1, w2, b2, norm_weight, norm_bias)
-    for name, tensor in zip(_NAMES, tensors, strict=True):
+    for name, tensor in named.items():
         if tensor is not None or name in ("x", "w1", "w2"):
-            _check_tensor(name, tensor, x)
+            _check_tensor(name, tensor, tensors[0], weights_like_x or name not in ("w1", "w2"))
+    x, w2 = cast(Tensor, named["x"]), cast(Tensor, named["w2"])
     if x.dim() == 0 or w2.dim() == 0:
         raise ValueError(f"x must be [..., D] and w2 [D, F], not {tuple(x.shape)} and {tuple(w2.shape)}")
     D, F_ = x.shape[-1], w2.shape[-1]
     rows = 2 * F_ if activation in GATED else F_
-    for name, tensor, shape in (
-        ("w2", w2, (D, F_)),
-        ("w1", w1, (rows, D)),
-        ("b1", b1, (rows,)),
-        ("b2", b2, (D,)),
-        ("norm_weight", norm_weight, (D,)),
-        ("norm_bias", norm_bias, (D,)),
-    ):
+    shapes = {"w2": (D, F_), "w1": (rows, D), "b1": (rows,), "b2": (D,)}
+    for name, shape in {**shapes, "norm_weight": (D,), "norm_bias": (D,)}.items():
+        tensor = named[name]
         if tensor is not None and tensor.shape != shape:
             given = f"x {tuple(x.shape)}, w2 {tuple(w2.shape)} and activation {activation}"
             raise ValueError(f"{name} must be {shape} to match {given}, not {tuple(tensor.shape)}")
-    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        save = "nothing"
-    numbers = (eps, dropout_p, hidden_dropout_p)
-    return *tensors, key, norm, activation, placement, residual, *numbers, save
 
 
 def _with_drawn_key(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -275,15 +284,17 @@ def _check_sums(weight_grads: Any, w1: Tensor, w2: Tensor, eager: bool) -> None:
 _NAMES = ("x", "w1", "b1", "w2", "b2", "norm_weight", "norm_bias")
 
 
-def _check_tensor(name: str, tensor: Any, x: Tensor) -> None:
+def _check_tensor(name: str, tensor: Any, x: Any, like_x: bool) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on x's device {x.device}, not {tensor.device}")
+    if not like_x:
+        return
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating point, not {tensor.dtype}")
     if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"{name} must have x's dtype {x.dtype}, not {tensor.dtype}")
-    if tensor.device != x.device:
-        raise ValueError(f"{name} must be on x's device {x.device}, not {tensor.device}")
 
 
 # ---- the op: fake, kernel, autograd ----------------------------------------------------------------
