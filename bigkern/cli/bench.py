@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bigkern.benchmarks.harness import Bench
     from bigkern.benchmarks.table import Row
 
-OPS = ("attention", "norm", "layernorm_ffn", "adam", "overhead")
+OPS = ("attention", "norm", "layernorm_ffn", "frozen_layernorm_ffn", "adam", "overhead")
 CHECKOUT = Path("benchmarks/results")
 
 

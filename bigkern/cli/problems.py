@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bigkern.cli.attention_problems import attention, decode, varlen
+from bigkern.cli.frozen_problems import frozen
 from bigkern.cli.problem import Call, Inputs, Problem
 from bigkern.ops import adam as adam_room
 from bigkern.ops import layernorm_ffn as ffn_room
@@ -153,7 +154,7 @@ def adam(sizes: list[tuple[int, ...]], label: str, decoupled: bool = True) -> Pr
     return Problem("adam", label, shapes, public, call, stock, elements=7 * count, differentiable=False)
 
 
-OPS = ("attention", "decode_attention", "norm", "layernorm_ffn", "adam")
+OPS = ("attention", "decode_attention", "norm", "layernorm_ffn", "frozen_layernorm_ffn", "adam")
 
 
 def small(op: str) -> list[Problem]:
@@ -167,6 +168,11 @@ def small(op: str) -> list[Problem]:
             layernorm_ffn(63, 96, 160, "swiglu"),
             layernorm_ffn(17, 128, 192, "relu", "post"),
             layernorm_ffn(65, 64, 96, "swiglu", norm="rms", save="input"),
+        ],
+        "frozen_layernorm_ffn": [
+            frozen(5, 64, 256, "int8"),
+            frozen(33, 96, 160, "int8", "swiglu"),
+            frozen(17, 64, 256, "packed"),
         ],
         "adam": [
             adam([(1,), (7, 5), (4097,)], "3 tensors, AdamW"),
@@ -195,6 +201,8 @@ def thorough(op: str) -> list[Problem]:
             *(layernorm_ffn(129, 256, 520, a, p) for a in activations for p in ("pre", "post")),
             layernorm_ffn(1024, 1024, 4096),
         ]
+    if op == "frozen_layernorm_ffn":
+        return [frozen(M, 1024, 4096, "int8", a) for M in (1, 16, 300) for a in ("gelu", "swiglu")]
     return [
         adam([(1 << 20,), (1,), (1023, 7)], "3 tensors, AdamW"),
         adam([(n,) for n in range(1, 200)], "199 tensors, Adam", decoupled=False),
@@ -208,6 +216,7 @@ def typical(op: str) -> Problem:
         "decode_attention": decode([4096] * 8, 12, 4096, 64),
         "norm": norm(2048, 768),
         "layernorm_ffn": layernorm_ffn(512, 768, 3072),
+        "frozen_layernorm_ffn": frozen(16, 768, 3072, "int8"),
         "adam": adam([(768, 768), (768,)], "2 tensors"),
     }[op]
 
