@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -82,10 +83,27 @@ def layer_norm(
         >>> y.shape
         torch.Size([2, 16, 64])
     """
+    if residual is None and dropout_p == 0.0 and _left_to_stock(x, eps):
+        with suppress(RuntimeError, TypeError):  # torch refused: bind says why in the op's own words
+            shape = [normalized_shape] if isinstance(normalized_shape, int) else normalized_shape
+            return F.layer_norm(x, shape, weight, bias, eps)
     arguments = bind(
         x, normalized_shape, weight, bias, eps, residual, dropout_p=dropout_p, seed=seed, offset=offset
     )
     return _norm(x, arguments)
+
+
+def _left_to_stock(x: Tensor, eps: float) -> bool:
+    """Whether no backend but stock would be chosen, whatever else a LayerNorm is given: then asking costs
+    more than the norm of a small tensor."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and x.numel() < LAYER_FASTER_FROM
+        and 0.0 <= eps < math.inf
+        and not registry.forced()
+        and not torch.compiler.is_compiling()
+    )
 
 
 def rms_norm(
