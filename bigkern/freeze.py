@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from bigkern import registry
-from bigkern.nn import FeedForward, FrozenLinear, LayerNormFFN
-from bigkern.nn.frozen import freeze_layers
+from bigkern.nn import (
+    FeedForward,
+    FrozenLinear,
+    LayerNormFFN,
+    TransformerDecoderLayer,
+    TransformerEncoderLayer,
+)
+from bigkern.nn.frozen import explain_frozen, freeze_layers
+from bigkern.nn.transformer import activation_name
 from bigkern.ops.frozen_layernorm_ffn import Weights
-from bigkern.ops.layernorm_ffn import GATED
 from bigkern.patch import Report, Row
 
 TOKENS = 16  # the size at which the report asks which backend runs: a decoding batch
@@ -19,10 +25,12 @@ TOKENS = 16  # the size at which the report asks which backend runs: a decoding 
 def freeze(model: nn.Module, weights: Weights = "packed") -> Report:
     """Make the linear weights of the model's feed-forward blocks constants, for inference, in place.
 
-    Blocks are :class:`bigkern.nn.LayerNormFFN` and :class:`bigkern.nn.FeedForward`, by exact type. Their
-    ``linear1`` and ``linear2`` become :class:`bigkern.nn.FrozenLinear`. It cannot be undone. Biases, norms
-    and everything else in the model stay what they are; gradients pass through a frozen block to them and to
-    what lies below, on stock PyTorch.
+    Blocks are :class:`bigkern.nn.LayerNormFFN` and :class:`bigkern.nn.FeedForward`, bigkern's Transformer
+    layers, and what :func:`bigkern.patch` has made of torch's and of Hugging Face's. Their two linear layers
+    become :class:`bigkern.nn.FrozenLinear`; a gate is joined to its other half once and for all, in
+    ``frozen``, where the original linear layers were. It cannot be undone. Biases, norms and everything else
+    in the model stay what they are; gradients pass through a frozen block to them and to what lies below, on
+    stock PyTorch.
 
     Args:
         model: any module, or one of these blocks.
@@ -61,21 +69,38 @@ def freeze(model: nn.Module, weights: Weights = "packed") -> Report:
     if weights not in ("packed", "int8", "fp8"):
         raise ValueError(f'weights must be "packed", "int8" or "fp8", not {weights!r}')
     rows = []
-    for name, module in model.named_modules():
-        if type(module) in (LayerNormFFN, FeedForward):
-            if isinstance(module.linear1, FrozenLinear):
-                rows.append(Row(name or "(model)", type(module).__name__, "-", "-", "frozen before"))
-                continue
-            x = module.linear1.weight.new_empty(TOKENS, module.linear1.in_features)
-            freeze_layers(module, weights, module.activation in GATED)
-            rows.append(_row(name or "(model)", module, x))
+    for name, module in list(model.named_modules()):
+        if type(module) in (LayerNormFFN, FeedForward, TransformerEncoderLayer, TransformerDecoderLayer):
+            rows.append(_freeze_layer(name or "(model)", module, weights))
+        elif hasattr(module, "freeze") and hasattr(module, "explain_op"):  # a patched block of transformers
+            rows.append(_freeze_block(name or "(model)", module, weights))
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # torch's own path for these reads the weights itself
     return Report(rows)
 
 
-def _row(name: str, module: Any, x: Tensor) -> Row:
-    first, second = module.linear1, module.linear2
-    operands = (x, first.frozen(), first.bias, second.frozen(), second.bias)
-    op = "frozen_layernorm_ffn"
-    explanation = registry.explain(op, *operands, activation=module.activation, norm="none")
+def _freeze_layer(name: str, layer: Any, weights: Weights) -> Row:
+    kind, linear = type(layer).__name__, layer.linear1
+    activation = layer.activation if isinstance(layer, FeedForward) else activation_name(layer.activation)
+    if isinstance(linear, FrozenLinear):
+        return Row(name, kind, "-", "-", "frozen before")
+    if activation is None:
+        return Row(name, kind, "-", "torch", "an activation that the op does not have")
+    if type(linear) is not nn.Linear or type(layer.linear2) is not nn.Linear:
+        return Row(name, kind, "-", "torch", "linear1 or linear2 is not a plain nn.Linear")
+    x = linear.weight.new_empty(TOKENS, linear.in_features)
+    freeze_layers(layer, weights, activation)
+    return _row(name, kind, explain_frozen(x, layer.linear1, layer.linear2, activation))
+
+
+def _freeze_block(name: str, block: Any, weights: Weights) -> Row:
+    kind = type(block).__name__
+    reason = "frozen before" if block.frozen is not None else block.freeze(weights)
+    if reason is not None:
+        return Row(name, kind, "-", "-" if reason == "frozen before" else "torch", reason)
+    return _row(name, kind, block.frozen.explain(TOKENS))
+
+
+def _row(name: str, kind: str, explanation: registry.Explanation) -> Row:
     why = next((choice.reason for choice in explanation if choice.chosen), "what use() forces refuses it")
-    return Row(name, type(module).__name__, op, explanation.chosen, why)
+    return Row(name, kind, explanation.op, explanation.chosen, why)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import bigkern.nn as ours
 from bigkern import registry
+from bigkern.nn.frozen import explain_frozen
 from bigkern.nn.transformer import activation_name
 
 PATCHED_MARK = "_bigkern_patched_from"  # on a patched instance: it was stock before, and can be again
@@ -118,7 +119,8 @@ def patch(model: nn.Module) -> Report:
 def unpatch(model: nn.Module) -> int:
     """Give every module that :func:`patch` changed its stock class back; returns how many there were.
 
-    Modules that were built as ``bigkern.nn`` layers stay what they are.
+    Modules that were built as ``bigkern.nn`` layers stay what they are, and so do those whose weights
+    :func:`bigkern.freeze` has frozen: stock layers could not read them.
 
     Raises:
         TypeError: ``model`` is not a :class:`torch.nn.Module`.
@@ -127,7 +129,7 @@ def unpatch(model: nn.Module) -> int:
     stock_of = {replacement: stock for stock, replacement in _replacements(model).items()}
     count = 0
     for module in model.modules():
-        if PATCHED_MARK in module.__dict__:
+        if PATCHED_MARK in module.__dict__ and not _frozen(module):
             module.__class__ = stock_of[type(module)]
             delattr(module, PATCHED_MARK)
             count += 1
@@ -146,6 +148,11 @@ def _replacements(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
         warnings.warn(f"{type(model).__name__}: {reason}", stacklevel=3)
         return REPLACEMENTS
     return REPLACEMENTS | BLOCKS
+
+
+def _frozen(module: nn.Module) -> bool:
+    linear = getattr(module, "linear1", None)
+    return isinstance(linear, ours.FrozenLinear) or getattr(module, "frozen", None) is not None
 
 
 def _check(model: nn.Module) -> None:
@@ -220,6 +227,11 @@ def _describe_layer(module: nn.Module) -> Description:
         yield "layernorm_ffn", None, reason
         return
     up, down = module.linear1, module.linear2
+    if isinstance(up, ours.FrozenLinear):
+        activation = activation_name(module.activation)
+        x = _example(module, TOKENS, up.in_features)
+        yield "frozen_layernorm_ffn", explain_frozen(x, up, down, cast(Any, activation)), ""
+        return
     explanation = registry.explain(
         "layernorm_ffn",
         _example(module, TOKENS, up.in_features),  # type: ignore[union-attr,arg-type]

@@ -37,7 +37,7 @@ def weight_as_it_acts(weight: FrozenWeight) -> Tensor:
 
 
 def judge(backend: str, weights: str, inputs: list[Any], **options: Any) -> None:
-    """By the parity rule against float64 with the weights as they act; stock is the reference's arithmetic."""
+    """Against float64 with the weights as they act; stock is the reference's arithmetic."""
     x, w1, b1, w2, b2, norm_weight, norm_bias = inputs
     gated = options["activation"] in ("swiglu", "geglu")
     first, second = frozen(w1, weights, gated), frozen(w2, weights)
@@ -248,6 +248,33 @@ def test_a_frozen_model_travels(weights: str) -> None:
         assert narrow[0].linear1.weight_scale.dtype == torch.float32
 
 
+@pytest.mark.parametrize("weights", ["packed", "int8"])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_freeze_torchs_transformer(norm_first: bool, weights: str) -> None:
+    """Patched first; with padding, which takes torch's containers elsewhere; and not to be unpatched."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(48, 4, 96, activation="gelu", batch_first=True, norm_first=norm_first)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first).eval()
+    x, padding = torch.randn(3, 10, 48), torch.zeros(3, 10, dtype=torch.bool)
+    padding[1, 7:] = True
+    with torch.no_grad():
+        before = [model(x), model(x, src_key_padding_mask=padding)[~padding]]
+        assert bigkern.freeze(model, weights).patched == 0  # type: ignore[arg-type]
+        bigkern.patch(model)
+        assert bigkern.freeze(model, weights).patched == 2  # type: ignore[arg-type]
+        after = [model(x), model(x, src_key_padding_mask=padding)[~padding]]
+        bigkern.unpatch(model)
+        again = model(x)
+    for ours, theirs in zip(after, before, strict=True):
+        error = float((ours - theirs).norm() / theirs.norm())
+        assert error < (1e-6 if weights == "packed" else 0.02)
+    torch.testing.assert_close(again, after[0], rtol=1e-4, atol=1e-5)
+    assert type(model.layers[0]) is bigkern.nn.TransformerEncoderLayer
+    assert "frozen_layernorm_ffn" in str(bigkern.patch(model))
+    model.train()
+    model(x)  # with dropout the layer falls back on its parts
+
+
 def test_training_below_a_frozen_block() -> None:
     model = nn.Sequential(nn.Linear(48, 48), bigkern.nn.LayerNormFFN(48, 96))
     bigkern.freeze(model, "int8")
@@ -308,7 +335,7 @@ def test_bad_inputs(change: dict[str, Any], error: type[Exception], message: str
 
 
 def test_bad_models() -> None:
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
         bigkern.freeze("model")  # type: ignore[arg-type]
     model = blocks()
     for weights, message in (("int3", "weights must be"), ("fp8", "needs a GPU")):

@@ -577,3 +577,34 @@ def test_gate_and_up_are_joined_on_a_gpu_for_many_rows() -> None:
     assert mlp(x).shape == x.shape
     reason = parts.joining_reason(mlp._parts(), x)
     assert reason == "joining gate and up costs more than fusing saves below 64 rows"
+
+
+# ---- frozen weights --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", ["packed", "int8"])
+@pytest.mark.parametrize("name", CASES)
+def test_freeze(name: str, weights: str) -> None:
+    """The patched model frozen is the model, within the error of its weights; unpatch leaves the blocks."""
+    model = build(name)
+    given = inputs(model)
+    with torch.no_grad():
+        before = model(**given)[0]
+        bigkern.patch(model)
+        report = bigkern.freeze(model, weights)  # type: ignore[arg-type]
+        assert report.patched == CASES[name].ffn
+        assert all(row.op == "frozen_layernorm_ffn" for row in report)
+        after = model(**given)[0]
+        error = float((after - before).norm() / before.norm())
+        assert error < (1e-5 if weights == "packed" else 0.03)
+        assert weights == "packed" or error > 1e-6
+        bigkern.unpatch(model)
+        assert torch.allclose(model(**given)[0], after, rtol=1e-4, atol=1e-4)
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(**given)[0], model(**given)[0])
+    assert bigkern.freeze(bigkern_patched(model), weights).patched == 0  # type: ignore[arg-type]
+
+
+def bigkern_patched(model: nn.Module) -> nn.Module:
+    bigkern.patch(model)
+    return model

@@ -32,14 +32,17 @@ from transformers.pytorch_utils import Conv1D
 
 from bigkern import registry
 from bigkern.integrations.transformers_parts import (
+    FrozenParts,
     Parts,
     few_rows,
+    freezing_reason,
     operands,
     options,
     stock_reason,
     unfit,
 )
 from bigkern.nn import LayerNorm
+from bigkern.ops.frozen_layernorm_ffn import Weights
 from bigkern.ops.layernorm_ffn import layernorm_ffn
 from bigkern.ops.norm import rms_norm
 
@@ -48,6 +51,11 @@ class FeedForwardBlock(nn.Module):
     """A block that calls the op with its parts, above the stock class that knows what else to do."""
 
     copies = False  # whether its weights must be copied to be what the op takes
+
+    @property
+    def frozen(self: Any) -> FrozenParts | None:
+        """What :func:`bigkern.freeze` put in the place of the linear layers."""
+        return cast(FrozenParts | None, self._modules.get("frozen"))
 
     def _parts(self: Any) -> Parts | str:
         """The parts of this block as they are now, or why they are not its stock class's."""
@@ -64,7 +72,23 @@ class FeedForwardBlock(nn.Module):
         parts = few_rows(x, width, self.copies) or self._known_parts()
         return parts if isinstance(parts, str) else stock_reason(parts, x) or parts
 
+    def freeze(self, weights: Weights) -> str | None:
+        """Put frozen weights in the place of the linear layers, or say why not."""
+        parts = self._known_parts()
+        reason = parts if isinstance(parts, str) else freezing_reason(parts)
+        if reason is not None:
+            return reason
+        self._modules["frozen"] = FrozenParts(cast(Parts, parts), weights)
+        gone = {id(linear) for linear in cast(Parts, parts).linears()}
+        for parent in list(self.modules()):
+            for name, child in parent.named_children():
+                if id(child) in gone:
+                    setattr(parent, name, None)
+        return None
+
     def _run(self, x: Tensor, stock: Callable[[Tensor], Any]) -> Tensor:
+        if self.frozen is not None:
+            return cast(Tensor, self.frozen(x))
         parts = self._plan(x, x.shape[-1])
         if isinstance(parts, str):
             return cast(Tensor, stock(x))
@@ -72,6 +96,8 @@ class FeedForwardBlock(nn.Module):
 
     def explain_op(self, tokens: int) -> tuple[str, registry.Explanation | None, str]:
         """The op of this block, which backend runs it for so many tokens, or why the stock forward does."""
+        if self.frozen is not None:
+            return "frozen_layernorm_ffn", self.frozen.explain(tokens), ""
         parts = self._known_parts()
         linear = self if isinstance(parts, str) else parts.up
         width = cast(int, getattr(linear, "nx" if type(linear) is Conv1D else "in_features", 1))
@@ -269,11 +295,11 @@ class ConvNextLayer(FeedForwardBlock, convnext.ConvNextLayer):
         return Parts(self.pwconv1, self.act, self.pwconv2, norm=self.layernorm, norm_types=types)
 
     def forward(self: Any, features: Tensor) -> Tensor:
-        parts = self._plan(features, features.shape[1])
+        parts = self.frozen or self._plan(features, features.shape[1])
         if isinstance(parts, str):
             return cast(Tensor, super().forward(features))
         y = self.dwconv(features).permute(0, 2, 3, 1)  # [N, H, W, C]
-        y = layernorm_ffn(y, *operands(parts), **options(parts))
+        y = self.frozen(y) if self.frozen else layernorm_ffn(y, *operands(parts), **options(parts))
         if self.layer_scale_parameter is not None:
             y = self.layer_scale_parameter * y
         return cast(Tensor, features + self.drop_path(y.permute(0, 3, 1, 2)))

@@ -14,7 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from bigkern import registry
 from bigkern.nn import LayerNorm
+from bigkern.nn.frozen import FrozenFeedForward, explain_frozen
 from bigkern.nn.transformer import activation_name, active, hooked
+from bigkern.ops.frozen_layernorm_ffn import Weights
 from bigkern.ops.layernorm_ffn import FASTER_FROM, Activation, Norm, Placement
 
 ACTIVATIONS: dict[type, Activation] = {
@@ -47,6 +49,10 @@ class Parts(NamedTuple):
 
     def linears(self) -> tuple[nn.Module, ...]:
         return (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
+
+    def layers(self) -> tuple[nn.Module, ...]:
+        """Those that have parameters."""
+        return self.linears() if self.norm is None else (*self.linears(), self.norm)
 
     def dropouts(self) -> tuple[nn.Module, ...]:
         return tuple(m for m in (self.hidden_dropout, self.dropout) if m is not None)
@@ -82,6 +88,19 @@ def unfit(x: Tensor, *parameters: Tensor | None) -> str | None:
 
 def stock_reason(parts: Parts, x: Tensor) -> str | None:
     """Why the fused op cannot stand in for these parts on x, or None if it can."""
+    parameters = [p for m in parts.layers() for p in (m.weight, getattr(m, "bias", None))]
+    return other_block(parts) or unfit(x, *parameters) or joining_reason(parts, x)  # type: ignore[arg-type]
+
+
+def freezing_reason(parts: Parts) -> str | None:
+    """Why these parts' weights cannot be frozen, or None if they can."""
+    weight = cast(Tensor, parts.up.weight)
+    parameters = [p for m in parts.layers() for p in (m.weight, getattr(m, "bias", None))]
+    return other_block(parts) or unfit(weight, *parameters)  # type: ignore[arg-type]
+
+
+def other_block(parts: Parts) -> str | None:
+    """Why these parts do not make the block that the op computes, or None if they do."""
     norms = () if parts.norm is None else (parts.norm,)
     for linear in parts.linears():
         if type(linear) not in (nn.Linear, Conv1D):
@@ -97,8 +116,7 @@ def stock_reason(parts: Parts, x: Tensor) -> str | None:
     activations = (parts.activation,) if isinstance(parts.activation, nn.Module) else ()
     if watched(*parts.linears(), *parts.dropouts(), *norms, *activations, *parts.around):
         return "a hook watches a part of the feed-forward block"
-    parameters = [p for m in (*parts.linears(), *norms) for p in (m.weight, getattr(m, "bias", None))]
-    return unfit(x, *parameters) or joining_reason(parts, x)
+    return None
 
 
 def few_rows(x: Tensor, width: int, copies: bool) -> str | None:
@@ -155,3 +173,31 @@ def options(parts: Parts) -> dict[str, Any]:
         "dropout_p": 0.0 if parts.dropout is None else active(parts.dropout),
         "hidden_dropout_p": 0.0 if parts.hidden_dropout is None else active(parts.hidden_dropout),
     }
+
+
+class FrozenParts(nn.Module):
+    """The linear layers of a block as frozen weights, gate and up joined; its norm stays where it is."""
+
+    def __init__(self, parts: Parts, weights: Weights) -> None:
+        super().__init__()
+        w1, b1, w2, b2, *_ = operands(parts)
+        if parts.gate is not None and b1 is not None:
+            b1 = nn.Parameter(b1.detach())  # joined: a new one
+        self._options = {name: v for name, v in options(parts).items() if "dropout" not in name}
+        self._activation = self._options.pop("activation")
+        self._rest = [parts.norm, *parts.dropouts()]  # in a list: they are registered elsewhere
+        self.block = FrozenFeedForward(w1, b1, w2, b2, self._activation, weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, *dropouts = self._rest
+        if any(active(cast(nn.Module, dropout)) > 0.0 for dropout in dropouts):
+            raise RuntimeError("a frozen block has no dropout: call eval()")
+        affine = () if norm is None else (norm.weight, getattr(norm, "bias", None))
+        return cast(Tensor, self.block(x, *affine, **self._options))
+
+    def explain(self, tokens: int) -> registry.Explanation:
+        """Of the block without its norm."""
+        first, second = self.block.linear1, self.block.linear2
+        like = torch.empty(0, device=first.weight.device) if first.bias is None else first.bias
+        x = like.new_empty(tokens, first.in_features)
+        return explain_frozen(x, first, second, self._activation)

@@ -6,15 +6,18 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from bigkern import registry
 from bigkern.ops.frozen_layernorm_ffn import (
     FP8,
     FrozenWeight,
     Weights,
     check_fp8,
     freeze_weight,
+    frozen_layernorm_ffn,
     frozen_linear,
     packed,
 )
+from bigkern.ops.layernorm_ffn import GATED, Activation
 
 
 class FrozenLinear(nn.Module):
@@ -27,7 +30,8 @@ class FrozenLinear(nn.Module):
     state_dict. Nothing else may write to the weight.
 
     Args:
-        linear: the layer whose weight is taken; ``"packed"`` shares its memory.
+        weight: ``[N, K]``, a linear layer's; ``"packed"`` shares its memory.
+        bias: ``[N]`` or None.
         weights: ``"packed"``, ``"int8"`` or ``"fp8"``, see :func:`bigkern.freeze`.
         gated: whether the layer is the first of a gated feed-forward block.
 
@@ -40,7 +44,8 @@ class FrozenLinear(nn.Module):
 
     Example:
         >>> import torch, bigkern
-        >>> frozen = bigkern.nn.FrozenLinear(torch.nn.Linear(64, 256), "int8")
+        >>> linear = torch.nn.Linear(64, 256)
+        >>> frozen = bigkern.nn.FrozenLinear(linear.weight, linear.bias, "int8")
         >>> frozen(torch.randn(2, 64)).shape
         torch.Size([2, 256])
     """
@@ -49,15 +54,20 @@ class FrozenLinear(nn.Module):
     weight_scale: Tensor | None
     bias: nn.Parameter | None
 
-    def __init__(self, linear: nn.Linear, weights: Weights = "packed", gated: bool = False) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: nn.Parameter | None = None,
+        weights: Weights = "packed",
+        gated: bool = False,
+    ) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        values, scale, self._packed = freeze_weight(weight, weights, gated=gated)
+        self.out_features, self.in_features = weight.shape
         self.weights, self.gated = weights, gated
-        values, scale, self._packed = freeze_weight(linear.weight, weights, gated=gated)
         self.register_buffer("weight", values)
         self.register_buffer("weight_scale", scale)
-        self.bias = linear.bias
-        self.register_load_state_dict_post_hook(lambda *_: self._pack())
+        self.bias = bias
 
     def frozen(self) -> FrozenWeight:
         """The weight as :func:`bigkern.frozen_layernorm_ffn` takes it."""
@@ -79,6 +89,10 @@ class FrozenLinear(nn.Module):
         self._pack()
         return self
 
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._pack()
+
     def _pack(self) -> None:
         if self.weight.dtype == FP8 and self.weight.is_cuda:
             check_fp8(self.weight.device, "weights")
@@ -92,8 +106,44 @@ class FrozenLinear(nn.Module):
         self._pack()
 
 
-def freeze_layers(module: Any, weights: Weights, gated: bool) -> None:
-    """linear1 and linear2 of a feed-forward block, both or neither."""
-    first = FrozenLinear(module.linear1, weights, gated)
-    second = FrozenLinear(module.linear2, weights)
-    module.linear1, module.linear2 = first, second
+class FrozenFeedForward(nn.Module):
+    """The linear layers of a feed-forward block, frozen, in the places of ``linear1`` and ``linear2``."""
+
+    def __init__(
+        self,
+        w1: Tensor,
+        b1: nn.Parameter | None,
+        w2: Tensor,
+        b2: nn.Parameter | None,
+        activation: Activation,
+        weights: Weights,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.linear1 = FrozenLinear(w1, b1, weights, activation in GATED)
+        self.linear2 = FrozenLinear(w2, b2, weights)
+
+    def forward(self, x: Tensor, *norm_parameters: Tensor | None, **options: Any) -> Tensor:
+        layers = self.linear1, self.linear2
+        return frozen_feed_forward(x, *layers, *norm_parameters, activation=self.activation, **options)
+
+
+def frozen_feed_forward(
+    x: Tensor, linear1: Any, linear2: Any, *norm_parameters: Tensor | None, **options: Any
+) -> Tensor:
+    """The op on two :class:`FrozenLinear`."""
+    weights = linear1.frozen(), linear1.bias, linear2.frozen(), linear2.bias
+    return frozen_layernorm_ffn(x, *weights, *norm_parameters, **options)
+
+
+def explain_frozen(x: Tensor, linear1: Any, linear2: Any, activation: Activation) -> registry.Explanation:
+    """Which backend runs these two on x."""
+    operands = linear1.frozen(), linear1.bias, linear2.frozen(), linear2.bias
+    return registry.explain("frozen_layernorm_ffn", x, *operands, norm="none", activation=activation)
+
+
+def freeze_layers(module: Any, weights: Weights, activation: Activation) -> None:
+    """``module.linear1`` and ``module.linear2``, both or neither."""
+    first, second = module.linear1, module.linear2
+    frozen = FrozenFeedForward(first.weight, first.bias, second.weight, second.bias, activation, weights)
+    module.linear1, module.linear2 = frozen.linear1, frozen.linear2

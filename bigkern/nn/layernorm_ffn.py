@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from bigkern.nn.frozen import FrozenLinear
+from bigkern.nn.frozen import FrozenLinear, frozen_feed_forward
 from bigkern.nn.layer_norm import LayerNorm, RMSNorm
-from bigkern.ops.frozen_layernorm_ffn import frozen_layernorm_ffn
 from bigkern.ops.layernorm_ffn import GATED, Activation, Placement, Save, layernorm_ffn
 
 
@@ -102,18 +101,8 @@ class FeedForward(nn.Module):
     def _frozen_block(self, x: Tensor, *norm_parameters: Tensor | None, **norm: Any) -> Tensor:
         if self.training and max(self.dropout, self.hidden_dropout) > 0.0:
             raise RuntimeError("a frozen block has no dropout: call eval(), or set dropout to 0")
-        first, second = cast(Any, self.linear1), cast(Any, self.linear2)
-        return frozen_layernorm_ffn(
-            x,
-            first.frozen(),
-            first.bias,
-            second.frozen(),
-            second.bias,
-            *norm_parameters,
-            activation=self.activation,
-            residual=self.residual,
-            **norm,
-        )
+        options = {"activation": self.activation, "residual": self.residual, **norm}
+        return frozen_feed_forward(x, self.linear1, self.linear2, *norm_parameters, **options)
 
     def extra_repr(self) -> str:
         names = ("activation", "dropout", "hidden_dropout", "residual", "save")

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigkern.nn.attention import MultiheadAttention
+from bigkern.nn.frozen import FrozenLinear, frozen_feed_forward
 from bigkern.nn.layer_norm import LayerNorm
-from bigkern.ops.layernorm_ffn import Activation, layernorm_ffn
+from bigkern.ops.layernorm_ffn import Activation, Placement, layernorm_ffn
 from bigkern.ops.norm import layer_norm
 
 
@@ -64,8 +65,10 @@ def ffn_stock_reason(layer: nn.Module, norm: nn.Module, *dropouts: nn.Module) ->
         return "an activation that the op does not have"
     if type(norm) not in (nn.LayerNorm, LayerNorm):
         return f"the norm is a {type(norm).__name__}"
-    if type(layer.linear1) is not nn.Linear or type(layer.linear2) is not nn.Linear:
+    if type(layer.linear1) not in (nn.Linear, FrozenLinear) or type(layer.linear2) is not type(layer.linear1):
         return "linear1 or linear2 is not a plain nn.Linear"
+    if type(layer.linear1) is FrozenLinear and any(active(dropout) > 0.0 for dropout in dropouts):
+        return "frozen weights are for inference, and a dropout is active"
     if hooked(norm, cast(nn.Module, layer.linear1), cast(nn.Module, layer.linear2), *dropouts):
         return "a hook watches a part of the feed-forward block"
     if torch.is_autocast_enabled():
@@ -77,20 +80,14 @@ def feed_forward(layer: Any, x: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout)
     """The layer's second half, ``x + ffn(norm(x))`` or ``norm(x + ffn(x))``, as one op where it can be."""
     activation = activation_name(layer.activation)
     if activation is not None and ffn_stock_reason(layer, norm, layer.dropout, dropout) is None:
-        return layernorm_ffn(
-            x,
-            layer.linear1.weight,
-            layer.linear1.bias,
-            layer.linear2.weight,
-            layer.linear2.bias,
-            norm.weight,
-            norm.bias,
-            activation=activation,
-            placement="pre" if layer.norm_first else "post",
-            eps=norm.eps,
-            dropout_p=active(dropout),
-            hidden_dropout_p=active(layer.dropout),
-        )
+        first, second, affine = layer.linear1, layer.linear2, (norm.weight, norm.bias)
+        placement: Placement = "pre" if layer.norm_first else "post"
+        options: dict[str, Any] = {"activation": activation, "placement": placement, "eps": norm.eps}
+        if type(first) is FrozenLinear:
+            return frozen_feed_forward(x, first, second, *affine, **options)
+        weights = first.weight, first.bias, second.weight, second.bias
+        options |= {"dropout_p": active(dropout), "hidden_dropout_p": active(layer.dropout)}
+        return layernorm_ffn(x, *weights, *affine, **options)
     if layer.norm_first:
         return cast(Tensor, x + layer._ff_block(norm(x)))
     return add_norm(norm, layer._ff_block(x), x)
