@@ -18,7 +18,7 @@ ALLOWED = {
     "reference": set(),
     "ops": {"registry", "info", "reference", "triton_kernels"},
     "nn": {"ops", "registry"},
-    "optim": {"ops", "registry"},
+    "optim": {"ops", "reference", "registry"},
     "patch": {"nn", "ops", "registry", "optim", "integrations"},
     "freeze": {"nn", "ops", "patch", "registry"},
     "models": {"nn", "ops"},

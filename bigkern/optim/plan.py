@@ -1,0 +1,165 @@
+"""What one step of a group has in common with the next: its tensors, where they lie, who updates them.
+
+    group -> buckets, one for each device, dtype, storage and sharding -> the op's lists -> one call each
+
+A bucket's lists are gathered anew in each step and compared with the addresses that were packed, so that
+nobody needs to tell the optimizer what has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from operator import attrgetter, is_, itemgetter
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from bigkern import registry
+from bigkern.ops.adam import ADAM, Packed
+from bigkern.ops.grad_norm import GRAD_NORM
+from bigkern.optim.offload import Transfer
+from bigkern.optim.options import Group
+from bigkern.optim.shards import Layout, is_dtensor, raw
+from bigkern.optim.states import State
+
+Tensors = list[Tensor]
+Lists = tuple[Tensors, ...]  # the op's, in its order
+
+# The op's lists after params and grads, by their names in a state.
+KEYS = (
+    "exp_avg",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "step",
+    "master",
+    "exp_avg_scales",
+    "exp_avg_sq_scales",
+)
+
+
+@dataclass
+class Bucket:
+    """The parameters of a group that the op takes in one call."""
+
+    params: Tensors
+    states: list[State]
+    amsgrad: bool
+    layout: Layout | None
+    seed: int | None
+    transfer: Transfer | None
+    backend: registry.Backend | None = None
+    packed: Packed | None = None
+    packs_norm: bool = False
+    _keys: tuple[str, ...] = field(init=False)
+    _wrapped: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        absent = () if self.amsgrad else ("max_exp_avg_sq",)
+        self._keys = tuple(key for key in KEYS if key in self.states[0] and key not in absent)
+        self._wrapped = any(is_dtensor(p) or p.is_complex() for p in self.params)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the step runs."""
+        return self.params[0].device if self.transfer is None else torch.device("cpu")
+
+    def lists(self) -> Lists | None:
+        """The op's lists as they are now, or None where they are not what this bucket was made for."""
+        grads: Any = [p.grad for p in self.params]
+        if any(g is None for g in grads) or any(map(attrgetter("is_sparse"), grads)):
+            return None
+        params = self.params
+        states = [list(map(itemgetter(k), self.states)) if k in self._keys else [] for k in KEYS]
+        if self._wrapped:
+            params, grads, *states = (list(map(raw, tensors)) for tensors in (params, grads, *states))
+        if self.transfer is not None and not self.transfer.matches(params, grads):
+            return None
+        if self.packed is None:
+            one_kind = len(set(map(attrgetter("device", "dtype"), params))) == 1
+            return (params, grads, *states) if one_kind else None
+        there, arriving = (params, grads) if self.transfer is None else self.transfer.host
+        holds = self.packed.matches((there, *states)) and self.packed.fits(arriving)
+        return (params, grads, *states) if holds else None
+
+    def grad_norm(self, lists: Lists) -> Tensor:
+        """The norm of the gradients in ``lists``."""
+        grads = lists[1]
+        if self.packed is not None and self.packs_norm:
+            return self.packed.grad_norm(grads)
+        return cast(Tensor, GRAD_NORM.resolve(grads).forward(grads))
+
+    def resolve(self, lists: Lists, hyper: tuple[Any, ...]) -> None:
+        """Choose a backend, once; raises where none takes the call."""
+        if self.backend is None:
+            self.backend = ADAM.resolve(*self._where_it_runs(lists), *hyper)
+
+    def _where_it_runs(self, lists: Lists) -> Lists:
+        return lists if self.transfer is None else (*self.transfer.host, *lists[2:])
+
+    def update(self, lists: Lists, hyper: tuple[Any, ...], grads_change: bool) -> None:
+        """One step of these parameters; ``resolve`` comes first."""
+        params, grads, *_ = lists
+        if self.transfer is not None:
+            self.transfer.fetch(params, grads)
+        self._call(self._where_it_runs(lists), hyper)
+        if self.transfer is not None:
+            self.transfer.send_back(params, grads, grads_change)
+        torch.autograd.graph.increment_version(self.params)
+
+    def _call(self, lists: Lists, hyper: tuple[Any, ...]) -> None:
+        backend = cast(registry.Backend, self.backend)
+        if registry.forced() or backend.name not in ("cuda", "cpu"):
+            backend.forward(*lists, *hyper)
+            return
+        params, grads, *states = lists
+        if self.packed is None:
+            self.packed = Packed((params, *states))
+            self.packs_norm = self.transfer is None and GRAD_NORM.resolve(grads).name == backend.name
+        self.packed.update(grads, *hyper)
+
+
+@dataclass
+class Plan:
+    """A group's buckets, until something about the group changes."""
+
+    params: Tensors
+    amsgrad: bool
+    seed: int | None
+    buckets: list[Bucket]
+    idle: Tensors  # the group's parameters that have no gradient
+
+    def lists(self, group: Group) -> list[Lists] | None:
+        """The buckets' lists, or None where the plan no longer holds."""
+        if self.amsgrad != group["amsgrad"] or self.seed != group.get("seed"):
+            return None
+        if not same(self.params, group["params"]) or any(p.grad is not None for p in self.idle):
+            return None
+        lists = [bucket.lists() for bucket in self.buckets]
+        return None if any(bucket is None for bucket in lists) else cast(Any, lists)
+
+
+def same(these: list[Any], those: list[Any]) -> bool:
+    return len(these) == len(those) and all(map(is_, these, those))
+
+
+def plain(tensors: Iterable[Tensor]) -> bool:
+    return set(map(type, tensors)) <= {Tensor, Parameter}
+
+
+def gradient_problem(p: Tensor) -> str | None:
+    """What is wrong with p's gradient, as torch puts it."""
+    g = cast(Tensor, p.grad)
+    if g.is_sparse:
+        return "Adam does not support sparse gradients, please consider SparseAdam instead"
+    for what, want, have in (
+        ("shape", tuple(p.shape), tuple(g.shape)),
+        ("dtype", p.dtype, g.dtype),
+        ("device", p.device, g.device),
+        ("layout", p.layout, g.layout),
+    ):
+        if want != have:
+            return f"a gradient must have its parameter's {what} {want}, not {have}"
+    return None
