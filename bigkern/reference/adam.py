@@ -74,9 +74,6 @@ def adam(
         t = float(state_steps[i])
         if grad_scale is not None:
             g = g / grad_scale
-        if zero_grads:
-            grads[i].zero_()
-        elif grad_scale is not None:
             store(grads[i], g)
         if grad_norm is not None:
             norm = grad_norm if grad_scale is None else grad_norm / grad_scale
@@ -111,6 +108,8 @@ def adam(
         else:
             bits = None if seed is None else drawn(seed, PARAMETER, int(t), before, len(p), p.device)
             store(param, p, bits)
+        if zero_grads:
+            grads[i].zero_()  # not before: g may be a view of it
         before += len(p)
 
 

@@ -1,4 +1,4 @@
-// The Adam update as a torch op: check, gather the addresses, launch.
+// The Adam update and the norm of all gradients as torch ops: check, gather the addresses, launch.
 #include "common/op.h"
 
 #include <algorithm>
@@ -49,12 +49,12 @@ void check_place(const Tensor& x, const Tensor& param, const char* name, size_t 
                   name, "[", i, "] must be on params' device");
 }
 
-// The address of a tensor that lies as its parameter does and is updated there; `like` is the first
-// of its list.
+// The address of a tensor that lies as its parameter does and is updated there; `like` has its
+// dtype.
 void* updated(const Tensor& x, const Tensor& like, const Tensor& param, const char* name,
               size_t i) {
-  STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), name, "[", i, "] must have ", name,
-                  "[0]'s dtype");
+  STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), name, "[", i,
+                  "] must have the dtype of the rest of its list, and grads that of params");
   check_place(x, param, name, i);
   bool same_shape = x.dim() == param.dim();
   for (int64_t d = 0; same_shape && d < x.dim(); ++d) same_shape = x.size(d) == param.size(d);
@@ -99,6 +99,15 @@ Master master_of(const OptionalTensor& master, Dtype dtype) {
   STD_TORCH_CHECK(dtype_of(*master, "masters") == Dtype::f32 && dtype != Dtype::f32,
                   "masters must be float32 or int16, beside parameters of 16 bits");
   return Master::f32;
+}
+
+// Whether a kernel is compiled for this storage.
+void check_storage(const Update& u, const Parameter& first) {
+  STD_TORCH_CHECK(u.moments != Moments::f16 || u.dtype == Dtype::f16,
+                  "exp_avgs must have params' dtype, or be float32, bfloat16 or uint8");
+  STD_TORCH_CHECK(
+      u.amsgrad == (first.vmax != nullptr),
+      "max_exp_avg_sqs must have one tensor a parameter with amsgrad, and none without");
 }
 
 OptionalTensor first_of(const TensorList& list) {
@@ -187,6 +196,11 @@ struct Cpu {
   static void update(const Update& call, const std::vector<Parameter>& parameters, const Tensor&) {
     cpu::update(call, parameters.data(), int64_t(parameters.size()), torch_parallel());
   }
+
+  static void grad_norm(const std::vector<Parameter>& grads, const Tensor& like, float* norm) {
+    const Dtype dtype = dtype_of(like, "grads");
+    *norm = cpu::grad_norm(dtype, grads.data(), int64_t(grads.size()), torch_parallel());
+  }
 };
 
 #ifdef BIGKERN_CUDA
@@ -195,6 +209,16 @@ struct Cuda {
                      const Tensor& x) {
     launch_on_device(x, "adam", [&](void* stream) {
       return cuda::update(call, parameters.data(), int64_t(parameters.size()), stream);
+    });
+  }
+
+  static void grad_norm(const std::vector<Parameter>& grads, const Tensor& like, float* norm) {
+    const Dtype dtype = dtype_of(like, "grads");
+    const int64_t count = int64_t(grads.size());
+    Tensor workspace = empty_f32(like, {cuda::grad_norm_workspace(grads.data(), count)});
+    auto* sums = static_cast<float*>(workspace.mutable_data_ptr());
+    launch_on_device(like, "grad_norm", [&](void* stream) {
+      return cuda::grad_norm(dtype, grads.data(), count, sums, norm, stream);
     });
   }
 };
@@ -219,7 +243,9 @@ void adam(const TensorList& params, const TensorList& grads, const TensorList& e
   const Hyper hyper = {lr,        beta1,      beta2,     eps,        weight_decay,
                        decoupled, amsgrad,    maximize,  zero_grads, max_norm,
                        seed,      grad_scale, found_inf, lr_tensor,  grad_norm};
-  Device::update(hyper.update(params[0], exp_avgs[0], first_of(masters)), parameters, params[0]);
+  const Update call = hyper.update(params[0], exp_avgs[0], first_of(masters));
+  check_storage(call, parameters[0]);
+  Device::update(call, parameters, params[0]);
 }
 
 // ---- the same from a table of addresses ---------------------------------------------------------
@@ -272,7 +298,44 @@ void adam_packed(const Tensor& param, const Tensor& exp_avg, const OptionalTenso
   const Hyper hyper = {lr,        beta1,      beta2,     eps,        weight_decay,
                        decoupled, amsgrad,    maximize,  zero_grads, max_norm,
                        seed,      grad_scale, found_inf, lr_tensor,  grad_norm};
-  Device::update(hyper.update(param, exp_avg, master), unpack(table, grads), param);
+  const std::vector<Parameter> parameters = unpack(table, grads);
+  if (parameters.empty()) return;
+  const Update call = hyper.update(param, exp_avg, master);
+  check_storage(call, parameters[0]);
+  Device::update(call, parameters, param);
+}
+
+// ---- the norm of all gradients ------------------------------------------------------------------
+
+template <class Device>
+Tensor norm_of(const std::vector<Parameter>& grads, const Tensor& like) {
+  Tensor norm = empty_f32(like, {});
+  Device::grad_norm(grads, like, static_cast<float*>(norm.mutable_data_ptr()));
+  return norm;
+}
+
+template <class Device>
+Tensor grad_norm(const TensorList& grads) {
+  STD_TORCH_CHECK(!grads.empty(), "grads must not be empty");
+  std::vector<Parameter> parameters(grads.size());
+  int64_t before = 0;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    STD_TORCH_CHECK(grads[i].scalar_type() == grads[0].scalar_type(), "grads[", i,
+                    "] must have grads[0]'s dtype");
+    STD_TORCH_CHECK(dense(grads[i]), "grads[", i, "] must be dense in memory");
+    check_place(grads[i], grads[0], "grads", i);
+    parameters[i] = {};
+    parameters[i].g = const_cast<void*>(grads[i].const_data_ptr());
+    parameters[i].n = grads[i].numel();
+    parameters[i].before = before;
+    before += parameters[i].n;
+  }
+  return norm_of<Device>(parameters, grads[0]);
+}
+
+template <class Device>
+Tensor grad_norm_packed(const Tensor& param, const Tensor& table, const Tensor& grads) {
+  return norm_of<Device>(unpack(table, grads), param);
 }
 
 }  // namespace
@@ -283,18 +346,24 @@ STABLE_TORCH_LIBRARY_IMPL(bigkern_simt, CPU, m) {
   m.impl("adam", TORCH_BOX(&bigkern::adam::adam<bigkern::adam::Cuda>));
   m.impl("adam_pack", TORCH_BOX(&bigkern::adam::adam_pack));
   m.impl("adam_packed", TORCH_BOX(&bigkern::adam::adam_packed<bigkern::adam::Cuda>));
+  m.impl("grad_norm", TORCH_BOX(&bigkern::adam::grad_norm<bigkern::adam::Cuda>));
+  m.impl("grad_norm_packed", TORCH_BOX(&bigkern::adam::grad_norm_packed<bigkern::adam::Cuda>));
 }
 #else
 STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CPU, m) {
   m.impl("adam", TORCH_BOX(&bigkern::adam::adam<bigkern::adam::Cpu>));
   m.impl("adam_pack", TORCH_BOX(&bigkern::adam::adam_pack));
   m.impl("adam_packed", TORCH_BOX(&bigkern::adam::adam_packed<bigkern::adam::Cpu>));
+  m.impl("grad_norm", TORCH_BOX(&bigkern::adam::grad_norm<bigkern::adam::Cpu>));
+  m.impl("grad_norm_packed", TORCH_BOX(&bigkern::adam::grad_norm_packed<bigkern::adam::Cpu>));
 }
 #ifdef BIGKERN_CUDA
 STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CUDA, m) {
   m.impl("adam", TORCH_BOX(&bigkern::adam::adam<bigkern::adam::Cuda>));
   m.impl("adam_pack", TORCH_BOX(&bigkern::adam::adam_pack));
   m.impl("adam_packed", TORCH_BOX(&bigkern::adam::adam_packed<bigkern::adam::Cuda>));
+  m.impl("grad_norm", TORCH_BOX(&bigkern::adam::grad_norm<bigkern::adam::Cuda>));
+  m.impl("grad_norm_packed", TORCH_BOX(&bigkern::adam::grad_norm_packed<bigkern::adam::Cuda>));
 }
 #endif
 #endif

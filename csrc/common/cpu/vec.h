@@ -27,6 +27,7 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));  // also the result of a comparison: 0, -1
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));  // W bf16 or fp16, as stored
+typedef uint8_t vb __attribute__((vector_size(W)));
 
 // ---- moving -------------------------------------------------------------------------------------
 
@@ -86,6 +87,20 @@ BIGKERN_VEC vf load_n(const fp16* p, int64_t n) { return widen_fp16(load_halves_
 BIGKERN_VEC void store_n(float* p, vf x, int64_t n) { store_floats_n(p, x, n); }
 BIGKERN_VEC void store_n(bf16* p, vf x, int64_t n) { store_halves_n(p, narrow_bf16(x), n); }
 BIGKERN_VEC void store_n(fp16* p, vf x, int64_t n) { store_halves_n(p, narrow_fp16(x), n); }
+
+// W bytes as integers, and the low bytes of integers.
+BIGKERN_VEC vi load_bytes(const uint8_t* p) { return __builtin_convertvector(load_raw<vb>(p), vi); }
+BIGKERN_VEC void store_bytes(uint8_t* p, vi x) { store_raw(p, __builtin_convertvector(x, vb)); }
+BIGKERN_VEC vi load_bytes_n(const uint8_t* p, int64_t n) {
+  uint8_t lane[W] = {};
+  memcpy(lane, p, size_t(n));
+  return load_bytes(lane);
+}
+BIGKERN_VEC void store_bytes_n(uint8_t* p, vi x, int64_t n) {
+  uint8_t lane[W];
+  store_bytes(lane, x);
+  memcpy(p, lane, size_t(n));
+}
 
 // x rounded to the storage type T and back: what a later load would see.
 BIGKERN_VEC vf round_to(vf x, const float*) { return x; }

@@ -46,6 +46,11 @@ BIGKERN_VEC void store_halves_n(void* p, vh x, int64_t n) {
   memcpy(p, lane, size_t(n) * 2);
 }
 
+// table[index % 8]
+BIGKERN_VEC vf lookup8(const float* table, vi index) {
+  return vf(_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), __m256i(index)));
+}
+
 // a0 b0 a1 b1 ... of the first, and of the second half of the lanes.
 BIGKERN_VEC vf interleave_low(vf a, vf b) {
   const __m256 low = _mm256_unpacklo_ps(__m256(a), __m256(b));

@@ -47,6 +47,12 @@ BIGKERN_VEC void store_halves_n(void* p, vh x, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), __m256i(x));
 }
 
+// table[index % 8]
+BIGKERN_VEC vf lookup8(const float* table, vi index) {
+  const __m512 twice = _mm512_maskz_broadcast_f32x8(__mmask16(0xffff), _mm256_loadu_ps(table));
+  return vf(_mm512_maskz_permutexvar_ps(__mmask16(0xffff), __m512i(index), twice));
+}
+
 // a0 b0 a1 b1 ... of the first, and of the second half of the lanes.
 BIGKERN_VEC vf interleave_low(vf a, vf b) {
   const __m512i order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);

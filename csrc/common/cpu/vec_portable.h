@@ -69,6 +69,13 @@ BIGKERN_VEC void store_halves_n(void* p, vh x, int64_t n) {
   memcpy(p, lane, size_t(n) * 2);
 }
 
+// table[index % 8]
+BIGKERN_VEC vf lookup8(const float* table, vi index) {
+  vf x;
+  for (int i = 0; i < W; ++i) x[i] = table[index[i] & 7];
+  return x;
+}
+
 // a0 b0 a1 b1, and a2 b2 a3 b3.
 BIGKERN_VEC vf interleave_low(vf a, vf b) { return vf{a[0], b[0], a[1], b[1]}; }
 BIGKERN_VEC vf interleave_high(vf a, vf b) { return vf{a[2], b[2], a[3], b[3]}; }
