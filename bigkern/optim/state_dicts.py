@@ -103,12 +103,13 @@ def _sealed(optimizer: Any, state_dict: StateDict) -> StateDict | None:
 
 
 def _sealed_state(optimizer: Any, saved: State, p: Tensor, group: Group) -> State | _Envelope:
-    storage = Storage.of(p, group, optimizer._options.offload)
-    torchs = storage.is_torchs(p) and not is_compact(saved)
-    if (reason := problem(saved, p, complete=not torchs)) is not None:
+    if (reason := problem(saved, p)) is not None:
         name = name_of(optimizer.param_groups, p)
         raise ValueError(f"loaded state dict contains, for {name}, {reason}")
-    return saved if torchs else _Envelope(converted(saved, p, storage))
+    storage = Storage.of(p, group, optimizer._options.offload)
+    if storage.is_torchs(p) and not is_compact(saved):
+        return saved
+    return _Envelope(converted(saved, p, storage))
 
 
 def _with_storage_of(saved: Group, current: Group) -> Group:

@@ -55,10 +55,10 @@ def _allocator(p: Tensor, storage: Storage) -> Callable[[torch.dtype], Tensor]:
     return empty
 
 
-def problem(saved: State, p: Tensor, complete: bool) -> str | None:
-    """Why a saved state cannot be this parameter's, or, where it must be ``complete``, not Adam's."""
+def problem(saved: State, p: Tensor) -> str | None:
+    """Why a saved state cannot be this parameter's."""
     missing = [name for name in ("step", *SIGNED) if name not in saved]
-    if complete and missing:
+    if missing:
         return f"no {missing[0]}"
     for name in (*MOMENTS, "master"):
         if (x := saved.get(name)) is not None and x.shape != p.shape:
