@@ -5,7 +5,8 @@
 
 namespace bigkern::adam::cuda {
 
-// Fills at most `capacity` entries; returns how many it filled.
-int kernels(KernelInfo* out, int capacity);
+// Each fills at most `capacity` entries and returns how many it filled.
+int kernels(KernelInfo* out, int capacity);            // all of this room
+int grad_norm_kernels(KernelInfo* out, int capacity);  // those of the gradients' norm among them
 
 }  // namespace bigkern::adam::cuda

@@ -3,6 +3,7 @@
 #include "adam/adam.h"
 #include "adam/kernels.h"
 #include "adam/update.cuh"
+#include "adam/update_codes.cuh"
 #include "common/launch.cuh"
 
 namespace bigkern::adam::cuda {
@@ -12,54 +13,61 @@ using UpdateKernel = void(const Table);
 
 struct Instance {
   const char* name;
-  UpdateKernel* kernel;
+  UpdateKernel* kernel;  // null: no such update
 };
 
-// Indexed by Dtype and amsgrad.
-constexpr Instance kUpdates[3][2] = {
-    {{"update<float>", update_kernel<float, false>},
-     {"update<float, amsgrad>", update_kernel<float, true>}},
-    {{"update<bf16>", update_kernel<bf16, false>},
-     {"update<bf16, amsgrad>", update_kernel<bf16, true>}},
-    {{"update<fp16>", update_kernel<fp16, false>},
-     {"update<fp16, amsgrad>", update_kernel<fp16, true>}},
+constexpr Instance kNone = {nullptr, nullptr};
+
+// Indexed by Dtype, Moments and amsgrad.
+constexpr Instance kUpdates[3][4][2] = {
+    {{{"update<float>", update_kernel<float, float, false>},
+      {"update<float, amsgrad>", update_kernel<float, float, true>}},
+     {{"update<float, moments bf16>", update_kernel<float, bf16, false>},
+      {"update<float, moments bf16, amsgrad>", update_kernel<float, bf16, true>}},
+     {kNone, kNone},
+     {{"update_codes<float>", update_codes_kernel<float>}, kNone}},
+    {{{"update<bf16, moments float>", update_kernel<bf16, float, false>},
+      {"update<bf16, moments float, amsgrad>", update_kernel<bf16, float, true>}},
+     {{"update<bf16>", update_kernel<bf16, bf16, false>},
+      {"update<bf16, amsgrad>", update_kernel<bf16, bf16, true>}},
+     {kNone, kNone},
+     {{"update_codes<bf16>", update_codes_kernel<bf16>}, kNone}},
+    {{{"update<fp16, moments float>", update_kernel<fp16, float, false>},
+      {"update<fp16, moments float, amsgrad>", update_kernel<fp16, float, true>}},
+     {{"update<fp16, moments bf16>", update_kernel<fp16, bf16, false>},
+      {"update<fp16, moments bf16, amsgrad>", update_kernel<fp16, bf16, true>}},
+     {{"update<fp16>", update_kernel<fp16, fp16, false>},
+      {"update<fp16, amsgrad>", update_kernel<fp16, fp16, true>}},
+     {{"update_codes<fp16>", update_codes_kernel<fp16>}, kNone}},
 };
 
-// A grid has at most 2^31 - 1 blocks. A parameter beyond them, 8 T elements, fits no GPU.
-constexpr int64_t kMaxChunks = (int64_t(1) << 31) - 1;
-
-int64_t chunks_of(const Parameter& x) { return (x.n + kChunk - 1) / kChunk; }
-
-// Takes as many parameters as fit; returns how many.
-int64_t fill(Table& table, const Parameter* parameters, int64_t count) {
-  int64_t chunks = 0;
-  int taken = 0;
-  while (taken < count && taken < kCapacity &&
-         chunks + chunks_of(parameters[taken]) <= kMaxChunks) {
-    table.parameters[taken] = parameters[taken];
-    table.first_chunk[taken] = int(chunks);
-    chunks += chunks_of(parameters[taken]);
-    ++taken;
-  }
-  table.count = taken;
-  table.first_chunk[taken] = int(chunks);
-  return taken;
+Table table_of(const Update& call) {
+  Table table;
+  table.constants = constants_of(call);
+  table.grad_scale = call.grad_scale;
+  table.found_inf = call.found_inf;
+  table.lr_tensor = call.lr_tensor;
+  table.grad_norm = call.grad_norm;
+  table.seed = call.seed;
+  table.max_norm = float(call.max_norm);
+  table.master = call.master;
+  table.zero_grads = call.zero_grads;
+  table.stochastic = call.stochastic;
+  return table;
 }
 
 }  // namespace
 
 int update(const Update& call, const Parameter* parameters, int64_t count, void* stream_) {
   const auto stream = static_cast<cudaStream_t>(stream_);
-  UpdateKernel* const kernel = kUpdates[int(call.dtype)][call.amsgrad].kernel;
-  Table table;
-  table.constants = constants_of(call);
-  table.grad_scale = call.grad_scale;
-  table.found_inf = call.found_inf;
-  table.lr_tensor = call.lr_tensor;
+  UpdateKernel* const kernel = kUpdates[int(call.dtype)][int(call.moments)][call.amsgrad].kernel;
+  if (kernel == nullptr) return cudaErrorInvalidValue;
+  const int chunk = call.moments == Moments::codes ? kCodesChunk : kChunk;
+  Table table = table_of(call);
   while (count > 0) {
-    const int64_t taken = fill(table, parameters, count);
+    const int64_t taken = fill(table.chunks, parameters, count, chunk);
     if (taken == 0) return cudaErrorInvalidValue;
-    const int chunks = table.first_chunk[taken];
+    const int chunks = table.chunks.total();
     if (chunks > 0) {
       const cudaError_t error =
           launch(kernel, dim3(unsigned(chunks)), dim3(kThreads), 0, stream, table);
@@ -75,13 +83,16 @@ int update(const Update& call, const Parameter* parameters, int64_t count, void*
 
 int kernels(KernelInfo* out, int capacity) {
   int count = 0;
-  for (const auto& by_dtype : kUpdates) {
-    for (const Instance& instance : by_dtype) {
-      if (count < capacity) out[count++] = kernel_info(instance.name, instance.kernel, 0);
+  for (const auto& by_moments : kUpdates) {
+    for (const auto& by_amsgrad : by_moments) {
+      for (const Instance& instance : by_amsgrad) {
+        if (instance.kernel != nullptr && count < capacity)
+          out[count++] = kernel_info(instance.name, instance.kernel, 0);
+      }
     }
   }
   if (count < capacity) out[count++] = kernel_info("advance", advance_kernel, 0);
-  return count;
+  return count + grad_norm_kernels(out + count, capacity - count);
 }
 
 }  // namespace bigkern::adam::cuda
