@@ -30,7 +30,7 @@ class StateDicts(torch.optim.Adam):
     _options = Options()
 
     def state_dict(self) -> StateDict:
-        """As torch's: states by index, and groups.
+        """As torch's: states by index, and groups; storage options are not in it, the seed is.
 
         Compact states are in it as they are stored, and load again bit for bit; but for DTensors, whose
         8-bit codes and remainders belong to one way of cutting them up: those are saved as float32
@@ -39,7 +39,8 @@ class StateDicts(torch.optim.Adam):
         saved = super().state_dict()
         params = dict(enumerate(p for group in self.param_groups for p in group["params"]))
         states = {i: as_whole(s, params[i]) if i in params else s for i, s in saved["state"].items()}
-        return {**saved, "state": states}
+        groups = [_without(STORAGE, group) for group in saved["param_groups"]]
+        return {**saved, "state": states, "param_groups": groups}
 
     def torch_state_dict(self) -> StateDict:
         """The state for :class:`torch.optim.Adam` and ``AdamW``: no codes, no masters, no options.
@@ -57,8 +58,7 @@ class StateDicts(torch.optim.Adam):
             >>> stock.load_state_dict(optimizer.torch_state_dict())
         """
         saved = self.state_dict()
-        own = (*STORAGE, SEED)
-        groups = [{k: v for k, v in group.items() if k not in own} for group in saved["param_groups"]]
+        groups = [_without((SEED,), group) for group in saved["param_groups"]]
         return {**saved, "state": {i: as_torch(s) for i, s in saved["state"].items()}, "param_groups": groups}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
@@ -113,10 +113,11 @@ def _sealed_state(optimizer: Any, saved: State, p: Tensor, group: Group) -> Stat
 
 
 def _with_storage_of(saved: Group, current: Group) -> Group:
-    group = {key: value for key, value in saved.items() if key not in STORAGE}
-    group |= {key: current[key] for key in STORAGE if key in current}
+    own = {key: current[key] for key in STORAGE if key in current}
     if SEED in current:
-        group.setdefault(SEED, current[SEED])
-    else:
-        group.pop(SEED, None)
-    return group
+        own[SEED] = saved.get(SEED, current[SEED])
+    return {**_without((*STORAGE, SEED), saved), **own}
+
+
+def _without(keys: tuple[str, ...], group: Group) -> Group:
+    return {key: value for key, value in group.items() if key not in keys}
