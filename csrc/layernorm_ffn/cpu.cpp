@@ -22,6 +22,10 @@ constexpr PerIsa<void, NormBackwardParams, const Parallel&> norm_backwards =
 constexpr PerIsa<void, FfnParams, const Parallel&> ffn_forwards = BIGKERN_PER_ISA(ffn_forward);
 constexpr PerIsa<void, FfnBackwardParams, const Parallel&> ffn_backwards =
     BIGKERN_PER_ISA(ffn_backward);
+constexpr PerIsa<void, PackWeightParams, const Parallel&> pack_weights =
+    BIGKERN_PER_ISA(pack_weight);
+constexpr PerIsa<size_t, PackWeightParams, int> all_packed_elements =
+    BIGKERN_PER_ISA(packed_elements);
 constexpr PerIsa<size_t, NormBackwardParams, int> norm_backward_workspaces =
     BIGKERN_PER_ISA(norm_backward_workspace);
 constexpr PerIsa<size_t, FfnParams, int> ffn_forward_workspaces =
@@ -33,6 +37,9 @@ int level() { return static_cast<int>(isa()); }
 
 }  // namespace
 
+size_t packed_elements(const PackWeightParams& params) {
+  return all_packed_elements[level()](params, 0);
+}
 size_t norm_backward_workspace(const NormBackwardParams& params, int threads) {
   return norm_backward_workspaces[level()](params, threads);
 }
@@ -53,6 +60,9 @@ void ffn_forward(const FfnParams& params, const Parallel& parallel) {
 }
 void ffn_backward(const FfnBackwardParams& params, const Parallel& parallel) {
   ffn_backwards[level()](params, parallel);
+}
+void pack_weight(const PackWeightParams& params, const Parallel& parallel) {
+  pack_weights[level()](params, parallel);
 }
 
 }  // namespace bigkern::layernorm_ffn::cpu

@@ -241,8 +241,8 @@ struct FfnBackward {
   void through_w1(const Parallel& parallel) const {
     const Matrix<T> A = {stored(dh_at), width, 1}, B = {in(p.w1), p.D, 1};
     if (!pre) {
-      const OutputTile<T> tile = {p.D, nullptr, p.residual ? ds() : nullptr, out(p.dx),
-                                  Drop({}, kOutput)};
+      const OutputTile<T> tile = {p.D,       nullptr,          nullptr, p.residual ? ds() : nullptr,
+                                  out(p.dx), Drop({}, kOutput)};
       gemm<T>(dn, A, B, tile, floats(gemm_at), parallel);
       return;
     }

@@ -14,37 +14,13 @@
 // pass: its tile is transposed while it lies in L1. When there are too few rows to give each thread
 // a block, the two products run one after the other instead, each cut over its columns too.
 //
-// Gated: panels of packed W1 hold W gate rows and the W up rows that belong to them, so that one
-// tile has both halves of W outputs.
+// How the weights become panels, each time or once for all: cpu_ffn_weights.h. Where they are int8,
+// the epilogues multiply by the scale of the column first.
 //
 // Included once per instruction set by cpu_kernels.h; no include guard.
 
 namespace bigkern::layernorm_ffn::BIGKERN_ISA {
 namespace {
-
-// Panels of W1's rows, [F, D] or [2F, D]: columns of the first product.
-template <class T>
-struct PackW1 {
-  const T* w1;
-  int64_t D, F;
-  bool gated;
-
-  void operator()(int64_t j, int64_t columns, int64_t begin, int64_t end, float* out) const {
-    const int64_t f = gated ? j / 2 : j;
-    const auto row = [&](int64_t i, int64_t k, int64_t n) BIGKERN_FN {
-      const bool up = gated && i >= W;
-      const int64_t at = f + (up ? i - W : i);
-      if (at >= F) return zero();
-      return words_streamed(w1 + (up ? F + at : at) * D + k, n);
-    };
-    pack_rows<NR, T>(columns, begin, end, out, row);
-  }
-};
-
-// Columns of the first product's C: F, or gate and up interleaved in whole vectors.
-inline int64_t product_columns(int64_t F, Activation activation) {
-  return is_gated(activation) ? (F + W - 1) / W * NR : F;
-}
 
 // x as A, normalised if stats are given.
 template <class T>
@@ -53,6 +29,7 @@ struct PackX {
   int64_t D;
   const RowStats* stats;  // [M], null: as it is
   const T *weight, *bias;
+  int64_t height;  // of a panel
 
   vf operator()(int64_t i, int64_t k, int64_t n) const {
     const T* p = x + i * D + k;
@@ -68,20 +45,23 @@ struct PackX {
                               BIGKERN_FN { return self(i + r, at, count); };
       return words_along<T>(k, n, values);
     };
-    pack_rows<MR, T>(rows, begin, end, out, row);
+    with_height(height, [&](auto constant) BIGKERN_FN {
+      pack_rows<decltype(constant)::value, T>(rows, begin, end, out, row);
+    });
   }
 };
 
-// First epilogue: the tile plus b1, rounded to T, is the pre-activation; its activation goes to the
-// A panels of the second product.
+// First epilogue: the tile, scaled, plus b1, rounded to T, is the pre-activation; its activation
+// goes to the A panels of the second product.
 template <class T>
 struct ActivationTile {
   int64_t F;
   Activation activation;
+  const float* scale;  // of W1's rows, null: 1
   const T* b1;
-  T* preactivation;  // [M, F] or [M, 2F], null: not wanted
-  float* packed;     // panels from row0 on
-  int64_t row0;
+  T* preactivation;      // [M, F] or [M, 2F], null: not wanted
+  float* packed;         // panels from row0 on
+  int64_t row0, height;  // of a panel
   Drop drop;
 
   // One row of the tile: c points at its NR sums, a takes its activations.
@@ -98,12 +78,12 @@ struct ActivationTile {
     }
   }
   vf biased(const float* c, const T* bias, T* pre, int64_t at, int64_t n) const {
-    const vf p = load(c) + load_or(bias, at, n, 0.0f);
+    const vf p = load(c) * load_or(scale, at, n, 1.0f) + load_or(bias, at, n, 0.0f);
     if (pre) store_upto(pre + at, p, n);
     return round_to<T>(p);
   }
 
-  void operator()(const Tile& tile) const {
+  __attribute__((noinline)) void operator()(const Tile& tile) const {
     const bool gated = is_gated(activation);
     const int64_t f = gated ? tile.j / 2 : tile.j;
     const int64_t n = at_most(F - f, gated ? W : NR);
@@ -119,26 +99,29 @@ struct ActivationTile {
                               BIGKERN_FN { return first_n(load(row + at), m); };
       return words_along<T>(k, count, values);
     };
-    float* panel = packed + (tile.i - row0) * words_of<T>(F) + words_of<T>(f) * MR;
-    pack_rows<MR, T>(tile.rows, 0, n, panel, words);
+    float* panel = packed + (tile.i - row0) * words_of<T>(F) + words_of<T>(f) * height;
+    with_height(height, [&](auto constant) BIGKERN_FN {
+      pack_rows<decltype(constant)::value, T>(tile.rows, 0, n, panel, words);
+    });
   }
 };
 
-// Second epilogue: out = drop(tile + b2) + residual.
+// Second epilogue: out = drop(tile * scale + b2) + residual.
 template <class T>
 struct OutputTile {
   int64_t D;
+  const float* scale;      // of W2's rows, null: 1
   const T *b2, *residual;  // null ok
   T* out;
   Drop drop;
 
-  void operator()(const Tile& tile) const {
+  __attribute__((noinline)) void operator()(const Tile& tile) const {
     for (int r = 0; r < tile.rows; ++r) {
       const int64_t at = (tile.i + r) * D + tile.j;
       for (int64_t j = 0; j < tile.columns; j += W) {
         const int64_t n = tile.columns - j;
-        const vf c = load(tile.c + r * NR + j) + load_or(b2, tile.j + j, n, 0.0f);
-        const vf kept = drop(c, tile.i + r, tile.j + j);
+        const vf c = load(tile.c + r * NR + j) * load_or(scale, tile.j + j, n, 1.0f);
+        const vf kept = drop(c + load_or(b2, tile.j + j, n, 0.0f), tile.i + r, tile.j + j);
         store_upto(out + at + j, kept + load_or(residual, at + j, n, 0.0f), n);
       }
     }
@@ -164,9 +147,9 @@ struct FfnForward {
   size_t stats_at, a2_at, scratch_at, scratch_each, total;
 
   FfnForward(const FfnParams& params, int thread_count) : p(params), threads(thread_count) {
-    const int64_t N1 = product_columns(p.F, p.activation);
-    up = make_plan(p.M, N1, p.D, words_of<T>(p.D), threads);
-    down = make_plan(p.M, p.D, p.F, words_of<T>(p.F), threads);
+    const int64_t N1 = product_columns(w1_rows(), gated());
+    up = make_plan(p.M, N1, p.D, words_of<T>(p.D), threads, fitting_height(p.M));
+    down = make_plan(p.M, p.D, p.F, words_of<T>(p.F), threads, up.height);
     const int64_t P = up.row_panels();
     fused = P >= kFusedPanels * threads;
     if (fused) {
@@ -193,6 +176,11 @@ struct FfnForward {
   static const T* in(const void* q) { return static_cast<const T*>(q); }
   static T* out(void* q) { return static_cast<T*>(q); }
 
+  bool gated() const { return is_gated(p.activation); }
+  int64_t w1_rows() const { return gated() ? 2 * p.F : p.F; }
+  Weight w1() const { return {p.w1, p.w1_panels, p.w1_scale != nullptr, w1_rows(), p.D, gated()}; }
+  Weight w2() const { return {p.w2, p.w2_panels, p.w2_scale != nullptr, p.D, p.F, false}; }
+
   // Post-norm normalises what the second product left here, in place if nobody wants it.
   T* sum() const { return out(is_post(p.placement, p.norm) && p.s ? p.s : p.y); }
 
@@ -217,12 +205,11 @@ struct FfnForward {
 
   PackX<T> pack_x() const {
     const bool pre = is_pre(p.placement, p.norm);
-    return {in(p.x), p.D, pre ? stats() : nullptr, in(p.norm_weight), in(p.norm_bias)};
+    return {in(p.x), p.D, pre ? stats() : nullptr, in(p.norm_weight), in(p.norm_bias), up.height};
   }
-  PackW1<T> pack_w1() const { return {in(p.w1), p.D, p.F, is_gated(p.activation)}; }
-  PackMatrix<NR, T> pack_w2() const { return {{in(p.w2), p.F, 1}}; }
   OutputTile<T> output_tile() const {
-    return {p.D, in(p.b2), p.residual ? in(p.x) : nullptr, sum(), Drop(p.dropout, kOutput)};
+    const T* residual = p.residual ? in(p.x) : nullptr;
+    return {p.D, p.w2_scale, in(p.b2), residual, sum(), Drop(p.dropout, kOutput)};
   }
 
   Drop hidden_drop() const { return Drop(p.hidden_dropout, kHidden); }
@@ -233,13 +220,18 @@ struct FfnForward {
 
   void first_product(int64_t task, const Scratch& scratch, float* a2, int64_t row0) const {
     const Slice rows = up.rows(task);
-    pack_block<T>(rows, p.D, scratch.a, pack_x());
-    const ActivationTile<T> activate = {p.F, p.activation, in(p.b1),     out(p.preactivation),
-                                        a2,  row0,         hidden_drop()};
-    multiply_block<T>(scratch.a, rows, up.columns(task), p.D, 0, pack_w1(), activate, scratch);
+    pack_block<T>(rows, p.D, up.height, scratch.a, pack_x());
+    const ActivationTile<T> activate = {
+        p.F, p.activation, p.w1_scale, in(p.b1),     out(p.preactivation),
+        a2,  row0,         up.height,  hidden_drop()};
+    with_weight<T>(w1(), p.M, [&](const auto& b) BIGKERN_FN {
+      multiply_block<T>(scratch.a, rows, up.height, up.columns(task), p.D, 0, b, activate, scratch);
+    });
   }
   void second_product(const float* a2, Slice rows, Slice columns, const Scratch& scratch) const {
-    multiply_block<T>(a2, rows, columns, p.F, 0, pack_w2(), output_tile(), scratch);
+    with_weight<T>(w2(), p.M, [&](const auto& b) BIGKERN_FN {
+      multiply_block<T>(a2, rows, up.height, columns, p.F, 0, b, output_tile(), scratch);
+    });
   }
 
   void run_fused(const Parallel& parallel) const {
@@ -256,7 +248,8 @@ struct FfnForward {
 
   void run_in_turn(const Parallel& parallel) const {
     float* a2 = floats() + a2_at;
-    const auto over_rows = [&](auto f) BIGKERN_FN { parallel.for_range(0, p.M, 1, f); };
+    const auto over_rows = [&](auto f)
+                               BIGKERN_FN { parallel.for_range(0, p.M, row_grain(p.D), f); };
     over_rows([&](int64_t begin, int64_t end) BIGKERN_FN { before({begin, end}); });
     run_tasks(up.tasks(), parallel, [&](int64_t task, int worker) BIGKERN_FN {
       first_product(task, scratch(worker, up), a2, 0);
@@ -273,7 +266,7 @@ template <class T>
 void ffn_forward(const FfnParams& p, const Parallel& parallel) {
   const FfnForward<T> call(p, parallel.threads);
   prefer_large_pages(p.workspace, call.total * sizeof(float));
-  const int64_t width = is_gated(p.activation) ? 2 * p.F : p.F;
+  const int64_t width = call.w1_rows();
   if (p.preactivation) prefer_large_pages(p.preactivation, size_t(p.M * width) * sizeof(T));
   call.fused ? call.run_fused(parallel) : call.run_in_turn(parallel);
 }

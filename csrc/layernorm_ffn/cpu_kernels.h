@@ -11,6 +11,7 @@ using namespace bigkern::BIGKERN_ISA;
 #include "layernorm_ffn/cpu_dropout.h"
 #include "layernorm_ffn/cpu_norm.h"
 #include "layernorm_ffn/cpu_activation.h"
+#include "layernorm_ffn/cpu_ffn_weights.h"
 #include "layernorm_ffn/cpu_ffn_forward.h"
 #include "layernorm_ffn/cpu_ffn_backward.h"
 #include "layernorm_ffn/cpu_launch.h"

@@ -37,6 +37,17 @@ void ffn_backward(const FfnBackwardParams& p, const Parallel& parallel) {
   with_dtype(p.dtype, [&](auto t) BIGKERN_FN { ffn_backward<decltype(t)>(p, parallel); });
 }
 
+void pack_weight(const PackWeightParams& p, const Parallel& parallel) {
+  if (p.dtype == WeightDtype::i8) return pack_weight<int8_t>(p, parallel);
+  const auto dtype = static_cast<Dtype>(static_cast<int>(p.dtype));
+  with_dtype(dtype, [&](auto t) BIGKERN_FN { pack_weight<decltype(t)>(p, parallel); });
+}
+
+size_t packed_elements(const PackWeightParams& p, int) {
+  const int64_t N = product_columns(p.rows, p.gated);
+  return size_t((N + NR - 1) / NR * panel_elements(p.columns));
+}
+
 size_t norm_backward_workspace(const NormBackwardParams& p, int) {
   return size_t(row_sum_blocks(p.M) * 2 * p.N) * sizeof(float);
 }

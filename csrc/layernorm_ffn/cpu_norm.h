@@ -82,14 +82,17 @@ void normalise_row(const T* v, int64_t N, const RowStats& stats, const T* weight
   });
 }
 
+// Rows of N that are worth a thread.
+inline int64_t row_grain(int64_t N) { return 1 + 16384 / (N + 1); }
+
 template <class T>
 void norm_forward(const NormParams& p, const Parallel& parallel) {
-  const int64_t N = p.N, grain = 1 + 16384 / (N + 1);
+  const int64_t N = p.N;
   const Drop drop(p.dropout, kOutput);
   const size_t bytes = size_t(p.M * p.N) * sizeof(T);
   prefer_large_pages(p.y, bytes);
   if (p.sum) prefer_large_pages(p.sum, bytes);
-  parallel.for_range(0, p.M, grain, [&](int64_t begin, int64_t end) BIGKERN_FN {
+  parallel.for_range(0, p.M, row_grain(N), [&](int64_t begin, int64_t end) BIGKERN_FN {
     for (int64_t i = begin; i < end; ++i) {
       const T* v = static_cast<const T*>(p.x) + i * N;
       if (p.residual) {

@@ -130,6 +130,28 @@ struct FfnParams {
   void* workspace;
   Dropout dropout;         // of the second product, head kOutput
   Dropout hidden_dropout;  // of the activation, head kHidden
+  // Frozen weights: int8 where there are scales, w = q * scale[row]; packed where there are panels,
+  // which are read in the weight's place.
+  const float* w1_scale = nullptr;  // [F] or [2F], null: w1 is of dtype
+  const float* w2_scale = nullptr;  // [D], null: w2 is of dtype
+  const void* w1_panels = nullptr;  // what pack_weight made of w1, null ok
+  const void* w2_panels = nullptr;  // of w2, null ok
+};
+
+// How a weight of y = x W^T is stored: a frozen one may be int8, as no activation ever is.
+enum class WeightDtype : int { f32, bf16, f16, i8 };
+
+constexpr WeightDtype weight_dtype_of(Dtype dtype) {
+  return static_cast<WeightDtype>(static_cast<int>(dtype));
+}
+
+// A frozen weight as the panels that the product reads: what depends on the instruction set alone.
+struct PackWeightParams {
+  WeightDtype dtype;
+  int64_t rows, columns;  // of the weight
+  bool gated;             // its first half of rows are gates: w1 of a gated activation
+  const void* weight;     // [rows, columns]
+  void* panels;           // packed_elements() of the weight's dtype
 };
 
 struct FfnBackwardParams {
@@ -173,6 +195,7 @@ constexpr bool is_post(Placement placement, Norm norm) {
 
 // `threads` and `parallel.threads` must agree, and the instruction set must not change in between.
 namespace cpu {
+size_t packed_elements(const PackWeightParams& params);  // that `panels` has
 size_t norm_backward_workspace(const NormBackwardParams& params, int threads);
 size_t ffn_forward_workspace(const FfnParams& params, int threads);
 size_t ffn_backward_workspace(const FfnBackwardParams& params, int threads);
@@ -180,6 +203,7 @@ void norm_forward(const NormParams& params, const Parallel& parallel);
 void norm_backward(const NormBackwardParams& params, const Parallel& parallel);
 void ffn_forward(const FfnParams& params, const Parallel& parallel);
 void ffn_backward(const FfnBackwardParams& params, const Parallel& parallel);
+void pack_weight(const PackWeightParams& params, const Parallel& parallel);
 }  // namespace cpu
 
 // Launchers return a cudaError_t as an int, 0 for success, so that this header needs no CUDA.

@@ -1,6 +1,8 @@
 // The norm and FFN ops as torch ops: check, allocate, launch.
 #include "layernorm_ffn/op.h"
 
+#include "layernorm_ffn/op_frozen.h"
+
 namespace bigkern::layernorm_ffn {
 namespace {
 
@@ -198,6 +200,7 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTenso
   const Activation activation = activation_of(activation_name);
   const Placement placement = placement_of(placement_name);
   const Sizes of(x_, w1_, w2_, activation);
+  of.check_dtypes(w1_, w2_);
   check(b1_, "b1", of.dtype, of.rows);
   check(b2_, "b2", of.dtype, of.D);
   check(norm_weight_, "norm_weight", of.dtype, of.D);
@@ -266,6 +269,7 @@ Gradients layernorm_ffn_backward(
   const Activation activation = activation_of(activation_name);
   const Placement placement = placement_of(placement_name);
   const Sizes of(x_, w1_, w2_, activation);
+  of.check_dtypes(w1_, w2_);
   check(dy_, "dy", of.dtype, of.M * of.D);
   check(norm_weight_, "norm_weight", of.dtype, of.D);
   check(norm_bias_, "norm_bias", of.dtype, of.D);
@@ -345,6 +349,8 @@ STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CPU, m) {
   m.impl("norm_backward", TORCH_BOX(&ffn::norm_backward<ffn::Cpu>));
   m.impl("layernorm_ffn", TORCH_BOX(&ffn::layernorm_ffn));
   m.impl("layernorm_ffn_backward", TORCH_BOX(&ffn::layernorm_ffn_backward));
+  m.impl("frozen_layernorm_ffn", TORCH_BOX(&ffn::frozen_layernorm_ffn));
+  m.impl("pack_ffn_weight", TORCH_BOX(&ffn::pack_ffn_weight));
 }
 #ifdef BIGKERN_CUDA
 STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CUDA, m) {

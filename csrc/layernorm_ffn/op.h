@@ -89,6 +89,9 @@ struct Sizes {
     M = of_x.M, D = of_x.N, F = w2.size(1), rows = is_gated(activation) ? 2 * F : F;
     STD_TORCH_CHECK(F > 0 && w1.size(0) == rows && w1.size(1) == D && w2.size(0) == D,
                     "w1 must be [F, D] ([2F, D] gated) and w2 [D, F]");
+  }
+
+  void check_dtypes(const Tensor& w1, const Tensor& w2) const {
     check(w1, "w1", dtype, rows * D);
     check(w2, "w2", dtype, D * F);
   }

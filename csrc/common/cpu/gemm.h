@@ -18,30 +18,20 @@
 // costs is paid once for each block of rows, and is small against 100 rows or more. Sums are cut
 // every KC steps, so that rounding errors grow with KC + K / KC rather than with K.
 //
+// A matrix B that never changes can be kept packed instead (PanelMatrix): its panels are then read
+// where they are, in the type they are stored in. With few rows that is all that B costs.
+//
 // Included once per instruction set, inside foreach_isa.h; no include guard.
 
-#include "common/cpu/pack.h"
+#include "common/cpu/gemm_tile.h"
 
 namespace bigkern::BIGKERN_ISA {
 namespace {
 
-// The tile: MR * NV accumulators, NV vectors of B and one of A fill the register file.
-#if BIGKERN_LEVEL >= 2
-constexpr int MR = 14;  // of 32 registers
-#elif defined(__aarch64__)
-constexpr int MR = 12;  // of 32
-#else
-constexpr int MR = 6;  // of 16
-#endif
-constexpr int NV = 2;
-constexpr int NR = NV * W;
-
 constexpr int64_t KC = 384;              // words of K: A's part of a panel is 21 KiB
-constexpr int64_t kAhead = 12;           // steps of K between a prefetch and its use
 constexpr int64_t kGroup = 4;            // column panels: B's part is 192 KiB
 constexpr int64_t kMaxBlockPanels = 74;  // row panels of a block: C's tiles of a group are 518 KiB
 constexpr int64_t kSlab = 256;           // elements of K that are packed at a time
-constexpr int64_t kTile = MR * NR;
 constexpr size_t kAlign = 64;
 
 // A finished tile of C: rows i .. i + rows, columns j .. j + columns, c[r * NR + column].
@@ -53,60 +43,18 @@ struct Tile {
   bool first;         // nothing of these columns has come from that block yet
 };
 
-// The first ROWS rows of tile (+)= A panel x B panel over `words` steps.
-template <bool PAIRED, int ROWS>
-__attribute__((noinline)) void microkernel(int64_t words, const float* a, const float* b,
-                                           float* tile, bool first) {
-  if (!first) {
-    for (int64_t i = 0; i < ROWS * NR; i += 16) __builtin_prefetch(tile + i, 1);
-  }
-  vf c[ROWS][NV] = {};
-  for (int64_t k = 0; k < words; ++k, a += MR, b += NR) {
-    __builtin_prefetch(a + kAhead * MR);
-    __builtin_prefetch(b + kAhead * NR);
-    if constexpr (NR * sizeof(float) > 64) __builtin_prefetch(b + kAhead * NR + NR / 2);
-    vf row[NV];
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) row[v] = load(b + v * W);
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) {
-      const vf column = set1(a[r]);
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) {
-        c[r][v] = PAIRED ? dot_bf16(c[r][v], vi(column), vi(row[v])) : fma(column, row[v], c[r][v]);
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) {
-      float* out = tile + r * NR + v * W;
-      store(out, first ? c[r][v] : load(out) + c[r][v]);
-    }
-  }
-}
-
-// The same for the rows that there are: the last panel of a matrix of 2^n rows is nearly empty.
-template <bool PAIRED>
-inline void multiply_tile(int64_t rows, int64_t words, const float* a, const float* b, float* tile,
-                          bool first) {
-  if (rows <= 4) return microkernel<PAIRED, 4>(words, a, b, tile, first);
-  if (MR > 8 && rows <= 8) return microkernel<PAIRED, at_most(MR, 8)>(words, a, b, tile, first);
-  microkernel<PAIRED, MR>(words, a, b, tile, first);
-}
-
 // How C is cut into tasks: blocks of rows, each a whole number of A panels, and of columns.
 struct Plan {
   int64_t M, N, K;
   int64_t words;  // 32-bit words along K
   int64_t row_blocks, column_blocks;
   int64_t block_panels;  // A panels of the largest block of rows
+  int64_t height;        // of an A panel
 
-  int64_t row_panels() const { return (M + MR - 1) / MR; }
+  int64_t row_panels() const { return (M + height - 1) / height; }
   int64_t column_panels() const { return (N + NR - 1) / NR; }
   int64_t tasks() const { return row_blocks * column_blocks; }
-  Slice rows(int64_t task) const { return slice_of(M, MR, task / column_blocks, row_blocks); }
+  Slice rows(int64_t task) const { return slice_of(M, height, task / column_blocks, row_blocks); }
   Slice columns(int64_t task) const { return slice_of(N, NR, task % column_blocks, column_blocks); }
 };
 
@@ -114,21 +62,22 @@ inline size_t round_up(size_t x, size_t step) { return (x + step - 1) / step * s
 
 // The cheapest cut by a small model, in tenths of a tile of the busiest thread: packing a panel of
 // B costs half a tile, one of A a fifth.
-inline Plan make_plan(int64_t M, int64_t N, int64_t K, int64_t words, int threads) {
-  Plan best{M, N, K, words, 1, 1, 1};
+inline Plan make_plan(int64_t M, int64_t N, int64_t K, int64_t words, int threads,
+                      int64_t height = MR) {
+  Plan best{M, N, K, words, 1, 1, 1, height};
   const int64_t P = M > 0 ? best.row_panels() : 1, Q = N > 0 ? best.column_panels() : 1;
   const int64_t fewest = (P + kMaxBlockPanels - 1) / kMaxBlockPanels;
   int64_t best_cost = INT64_MAX;
   for (int64_t columns = 1; columns <= at_most(threads, Q); ++columns) {
     for (int64_t rows = fewest; rows <= at_most(fewest + threads, P); ++rows) {
-      const int64_t height = (P + rows - 1) / rows, width = (Q + columns - 1) / columns;
+      const int64_t panels = (P + rows - 1) / rows, width = (Q + columns - 1) / columns;
       const int64_t rounds = (rows * columns + threads - 1) / threads;
-      const int64_t cost = rounds * (10 * height * width + 5 * width + 2 * height);
+      const int64_t cost = rounds * (10 * panels * width + 5 * width + 2 * panels);
       if (cost >= best_cost) continue;
       best_cost = cost;
       best.row_blocks = rows;
       best.column_blocks = columns;
-      best.block_panels = height;
+      best.block_panels = panels;
     }
   }
   return best;
@@ -152,42 +101,74 @@ inline size_t gemm_workspace(const Plan& plan, int threads) {
 // Packs a block of rows over all of K, a slab of K at a time, so that a matrix that lies the other
 // way is read in whole cache lines and few pages.
 template <class T, class Pack>
-void pack_block(Slice rows, int64_t K, float* out, const Pack& pack) {
+void pack_block(Slice rows, int64_t K, int64_t height, float* out, const Pack& pack) {
   const int64_t words = words_of<T>(K);
   for (int64_t k = 0; k < K; k += kSlab) {
-    float* panel = out + words_of<T>(k) * MR;
-    for (int64_t i = rows.begin; i < rows.end; i += MR, panel += words * MR) {
-      pack(i, at_most(rows.end - i, MR), k, at_most(K, k + kSlab), panel);
+    float* panel = out + words_of<T>(k) * height;
+    for (int64_t i = rows.begin; i < rows.end; i += height, panel += words * height) {
+      pack(i, at_most(rows.end - i, height), k, at_most(K, k + kSlab), panel);
     }
   }
 }
 
-// The rows of one packed block of A times some columns of B, over all of K.
-template <class T, class PackB, class Epilogue>
-void multiply_block(const float* a, Slice rows, Slice columns, int64_t K, int64_t row_block,
-                    const PackB& pack_b, const Epilogue& epilogue, const Scratch& scratch) {
+// B packed once, panel after panel, each over all of K: `each` elements. Those of B's type, paired
+// where words are pairs (float stands for a word then), or int8, which are never paired.
+template <class B>
+struct PanelMatrix {
+  const B* panels;
+  int64_t each;
+};
+
+// Steps of K of the panels of a group of columns, from column `first` on.
+template <class B>
+struct PanelGroup {
+  const B* data;
+  int64_t first, each;
+  const B* at(int64_t j) const { return data + (j - first) / NR * each; }
+};
+
+// Packed here and now, in `room`,
+template <class T, class PackB>
+PanelGroup<float> panel_group(const PackB& pack_b, Slice columns, int64_t k, int64_t end,
+                              float* room) {
+  const int64_t each = words_of<T>(end - k) * NR;
+  for (int64_t slab = k; slab < end; slab += kSlab) {
+    float* panel = room + words_of<T>(slab - k) * NR;
+    for (int64_t j = columns.begin; j < columns.end; j += NR, panel += each) {
+      pack_b(j, at_most(columns.end - j, NR), slab, at_most(end, slab + kSlab), panel);
+    }
+  }
+  return {room, columns.begin, each};
+}
+// or long before.
+template <class T, class B>
+PanelGroup<B> panel_group(const PanelMatrix<B>& b, Slice columns, int64_t k, int64_t, float*) {
+  const int64_t skipped = words_of<T>(k) * step_of<paired<T>, B>;
+  return {b.panels + columns.begin / NR * b.each + skipped, columns.begin, b.each};
+}
+
+// The rows of one packed block of A times some columns of B, over all of K. B is a functor that
+// packs it, or a PanelMatrix.
+template <class T, class B, class Epilogue>
+void multiply_block(const float* a, Slice rows, int64_t height, Slice columns, int64_t K,
+                    int64_t row_block, const B& b, const Epilogue& epilogue,
+                    const Scratch& scratch) {
   constexpr int64_t step = paired<T> ? 2 * KC : KC;
   const int64_t words = words_of<T>(K);
-  float* b = scratch.b;
   for (int64_t first = columns.begin; first < columns.end; first += kGroup * NR) {
     const int64_t last = at_most(columns.end, first + kGroup * NR);
     int64_t k = 0;
     do {  // once even for no K: C is then 0
       const int64_t end = at_most(K, k + step), n = words_of<T>(end - k);
-      for (int64_t slab = k; slab < end; slab += kSlab) {
-        float* panel = b + words_of<T>(slab - k) * NR;
-        for (int64_t j = first; j < last; j += NR, panel += n * NR) {
-          pack_b(j, at_most(last - j, NR), slab, at_most(end, slab + kSlab), panel);
-        }
-      }
+      const auto group = panel_group<T>(b, {first, last}, k, end, scratch.b);
       float* tile = scratch.c;
-      for (int64_t i = rows.begin; i < rows.end; i += MR) {
-        const int64_t height = at_most(rows.end - i, MR);
-        const float* panel = a + (i - rows.begin) * words + words_of<T>(k) * MR;
+      for (int64_t i = rows.begin; i < rows.end; i += height) {
+        const int64_t present = at_most(rows.end - i, height);
+        const float* panel = a + (i - rows.begin) * words + words_of<T>(k) * height;
         for (int64_t j = first; j < last; j += NR, tile += kTile) {
-          multiply_tile<paired<T>>(height, n, panel, b + (j - first) * n, tile, k == 0);
+          multiply_tile<paired<T>>(present, n, panel, height, group.at(j), tile, k == 0);
           if (end < K) continue;
-          epilogue(Tile{i, j, int(height), int(at_most(last - j, NR)), tile, row_block,
+          epilogue(Tile{i, j, int(present), int(at_most(last - j, NR)), tile, row_block,
                         i == rows.begin});
         }
       }
@@ -219,9 +200,9 @@ void gemm(const Plan& plan, const PackA& pack_a, const PackB& pack_b, const Epil
     const size_t each = Scratch::floats(plan.block_panels, plan.words);
     const Scratch scratch(plan.block_panels, workspace + size_t(worker) * each);
     const Slice rows = plan.rows(task);
-    pack_block<T>(rows, plan.K, scratch.a, pack_a);
-    multiply_block<T>(scratch.a, rows, plan.columns(task), plan.K, task / plan.column_blocks,
-                      pack_b, epilogue, scratch);
+    pack_block<T>(rows, plan.K, plan.height, scratch.a, pack_a);
+    multiply_block<T>(scratch.a, rows, plan.height, plan.columns(task), plan.K,
+                      task / plan.column_blocks, pack_b, epilogue, scratch);
   });
 }
 

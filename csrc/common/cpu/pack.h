@@ -13,6 +13,8 @@
 // The packers read through a functor, so that a transformation (a normalisation, an activation)
 // happens on the way in. Included once per instruction set, inside foreach_isa.h; no include guard.
 
+#include "common/cpu/vec_int8.h"
+
 namespace bigkern::BIGKERN_ISA {
 namespace {
 
