@@ -26,7 +26,15 @@ from torch import Tensor
 
 from bigkern import info
 from bigkern.benchmarks.table import Row
-from bigkern.benchmarks.timing import Clock, Task, peak_memory_mb, saved_mb, spread, take_turns
+from bigkern.benchmarks.timing import (
+    Clock,
+    Task,
+    peak_memory_mb,
+    processor_ms,
+    saved_mb,
+    spread,
+    take_turns,
+)
 from bigkern.cli.console import Console, machine
 from bigkern.cli.problem import Inputs, Problem, judge, results
 
@@ -230,10 +238,14 @@ def measure(case: Case, dtype: torch.dtype, bench: Bench) -> list[Row]:
         here = [(contestant, tasks[mode]) for contestant, tasks in starters if mode in tasks]
         times = take_turns([task for _, task in here], clock, bench.budget)
         for (contestant, task), seconds in zip(here, times, strict=True):
-            memory = peak_memory_mb(task, bench.device)
             parameters = [inputs[name] for name in case.problem.parameters]
-            saved = saved_mb(task, parameters) if mode == "backward" else math.nan
-            rows.append(line(contestant, mode, seconds, times[0], memory, saved))
+            counted = {
+                "peak_mb": peak_memory_mb(task, bench.device),
+                "saved_mb": saved_mb(task, parameters) if mode == "backward" else math.nan,
+                "processor_ms": processor_ms(task, bench.device) if mode == "step" else math.nan,
+                "state_mb": task.state(),
+            }
+            rows.append(line(contestant, mode, seconds, times[0], counted))
     return rows + [line(contestant, mode, wrong=why) for contestant, mode, why in absent]
 
 
@@ -328,8 +340,7 @@ def _row(
     mode: str = "",
     seconds: Sequence[float] = (),
     bigkern: Sequence[float] = (),
-    memory: float = math.nan,
-    saved: float = math.nan,
+    counted: dict[str, float] | None = None,
     wrong: str = "",
 ) -> Row:
     problem = case.problem
@@ -358,7 +369,6 @@ def _row(
         speedup=speedup,
         speedup_p20=slow,
         speedup_p80=fast,
-        peak_mb=memory,
         wrong=wrong,
         machine=bench.name(),
         threads=about["threads"],
@@ -370,7 +380,7 @@ def _row(
         group=case.group,
         panel=case.panel,
         x=case.x,
-        saved_mb=saved,
+        **{"peak_mb": math.nan, **(counted or {})},
     )
 
 

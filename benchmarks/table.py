@@ -43,6 +43,8 @@ class Row:
     panel: str = ""
     x: float = math.nan
     saved_mb: float = math.nan
+    processor_ms: float = math.nan
+    state_mb: float = math.nan
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:

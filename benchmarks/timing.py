@@ -19,12 +19,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What is timed: ``run(setup())``, the time of ``run`` alone, divided by ``calls``; both ``within()``."""
+    """What is timed: ``run(setup())``, the time of ``run`` alone, divided by ``calls``; both ``within()``.
+
+    ``state`` says how many MB are kept from one call to the next.
+    """
 
     run: Callable[[Any], Any]
     setup: Callable[[], Any] = lambda: None
     calls: int = 1
     within: Callable[[], AbstractContextManager[Any]] = nullcontext
+    state: Callable[[], float] = lambda: math.nan
 
 
 class Clock:
@@ -91,6 +95,22 @@ def peak_memory_mb(task: Task, device: torch.device) -> float:
         task.run(state)
         torch.cuda.synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def processor_ms(task: Task, device: torch.device, rounds: int = 5) -> float:
+    """Processor time of a call: of all threads together on a CPU; of the host alone, on a GPU, which it does
+    not wait for."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    taken = []
+    for _ in range(rounds):
+        with task.within():
+            state = task.setup()
+            began = clock()
+            task.run(state)
+            taken.append(clock() - began)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+    return 1e3 * statistics.median(taken) / task.calls
 
 
 def saved_mb(task: Task, parameters: Sequence[Tensor]) -> float:

@@ -121,6 +121,8 @@ def _show(rows: list[Row], console: Console) -> None:
             _optional(row.share, f"{100 * row.share:.0f} %"),
             _optional(row.peak_mb, f"{row.peak_mb:.0f}"),
             _optional(row.saved_mb, f"{row.saved_mb:.3g}"),
+            _optional(row.processor_ms, f"{scale * row.processor_ms:.3g}"),
+            _optional(row.state_mb, f"{row.state_mb:.4g}"),
             "" if row.contestant == "bigkern" else f"{row.speedup:.2f}x",
         )
         for row in timed
@@ -135,9 +137,12 @@ def _show(rows: list[Row], console: Console) -> None:
         "of peak",
         "peak MB",
         "saved MB",
+        f"processor {unit}",
+        "state MB",
         "bigkern's speed-up",
     )
-    console.table(columns, lines)
+    used = [i for i in range(len(columns)) if any(line[i] != "-" for line in lines)]
+    console.table([columns[i] for i in used], [tuple(line[i] for i in used) for line in lines])
     for row in rows:
         if row.wrong:
             console.say(f"  left out: {' '.join((row.contestant, row.mode)).strip()}: {row.wrong}")

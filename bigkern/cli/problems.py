@@ -5,15 +5,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from bigkern.cli.adam_problems import STORAGE, adam, adam_storage, grad_norm
 from bigkern.cli.attention_problems import attention, decode, varlen
 from bigkern.cli.frozen_problems import frozen
 from bigkern.cli.problem import Call, Inputs, Problem
-from bigkern.ops import adam as adam_room
 from bigkern.ops import layernorm_ffn as ffn_room
 from bigkern.ops import norm as norm_room
 
@@ -112,49 +111,7 @@ def _activate(h: Tensor, activation: str) -> Tensor:
     return getattr(F, activation)(h)  # type: ignore[no-any-return]
 
 
-def adam(sizes: list[tuple[int, ...]], label: str, decoupled: bool = True) -> Problem:
-    """One step from given moments; the output is everything that it writes, flattened."""
-    shapes = {f"{letter}_{i}": size for letter in "pgmv" for i, size in enumerate(sizes)}
-    hyper = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
-
-    def lists(inputs: Inputs) -> tuple[list[Tensor], ...]:
-        """Copies: a step writes them."""
-        return tuple([t.clone() for name, t in inputs.items() if name[0] == letter] for letter in "pgmv")
-
-    def step_tensors(params: list[Tensor]) -> list[Tensor]:
-        return [torch.full((), 2.0, device=p.device) for p in params]
-
-    def written(p: list[Tensor], m: list[Tensor], v: list[Tensor]) -> Tensor:
-        return torch.cat([t.flatten() for t in (*p, *m, *v)])
-
-    def call(inputs: Inputs) -> Call:
-        p, g, m, v = lists(inputs)
-        return (p, g, m, v, [], step_tensors(p)), {**hyper, "decoupled": decoupled}
-
-    def public(
-        p: list[Tensor], g: Any, m: list[Tensor], v: list[Tensor], *rest: Any, **options: Any
-    ) -> Tensor:
-        adam_room.adam(p, g, m, v, *rest, **options)
-        return written(p, m, v)
-
-    def stock(inputs: Inputs) -> Tensor:
-        p, g, m, v = lists(inputs)
-        maker = torch.optim.AdamW if decoupled else torch.optim.Adam
-        betas = (hyper["beta1"], hyper["beta2"])
-        optimizer = maker(
-            p, lr=hyper["lr"], betas=betas, eps=hyper["eps"], weight_decay=hyper["weight_decay"]
-        )
-        for parameter, gradient, first, second, step in zip(p, g, m, v, step_tensors(p), strict=True):
-            parameter.grad = gradient
-            optimizer.state[parameter] = {"step": step.cpu(), "exp_avg": first, "exp_avg_sq": second}
-        optimizer.step()
-        return written(p, m, v)
-
-    count = sum(torch.Size(size).numel() for size in sizes)
-    return Problem("adam", label, shapes, public, call, stock, elements=7 * count, differentiable=False)
-
-
-OPS = ("attention", "decode_attention", "norm", "layernorm_ffn", "frozen_layernorm_ffn", "adam")
+OPS = ("attention", "decode_attention", "norm", "layernorm_ffn", "frozen_layernorm_ffn", "adam", "grad_norm")
 
 
 def small(op: str) -> list[Problem]:
@@ -177,7 +134,9 @@ def small(op: str) -> list[Problem]:
         "adam": [
             adam([(1,), (7, 5), (4097,)], "3 tensors, AdamW"),
             adam([(63, 65), (1023,)], "2 tensors, Adam", decoupled=False),
+            *(adam_storage(name, [(63, 65), (1023,)]) for name in STORAGE),
         ],
+        "grad_norm": [grad_norm([(1,), (7, 5), (4097,)])],
     }[op]
 
 
@@ -203,7 +162,10 @@ def thorough(op: str) -> list[Problem]:
         ]
     if op == "frozen_layernorm_ffn":
         return [frozen(M, 1024, 4096, "int8", a) for M in (1, 16, 300) for a in ("gelu", "swiglu")]
+    if op == "grad_norm":
+        return [grad_norm([(1 << 20,), (1,), (1023, 7)]), grad_norm([(n,) for n in range(1, 500)])]
     return [
+        *(adam_storage(name, [(1 << 18,), (1,), (1023, 7)]) for name in STORAGE),
         adam([(1 << 20,), (1,), (1023, 7)], "3 tensors, AdamW"),
         adam([(n,) for n in range(1, 200)], "199 tensors, Adam", decoupled=False),
     ]
@@ -218,6 +180,7 @@ def typical(op: str) -> Problem:
         "layernorm_ffn": layernorm_ffn(512, 768, 3072),
         "frozen_layernorm_ffn": frozen(16, 768, 3072, "int8"),
         "adam": adam([(768, 768), (768,)], "2 tensors"),
+        "grad_norm": grad_norm([(768, 768), (768,)]),
     }[op]
 
 
