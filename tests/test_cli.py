@@ -162,7 +162,7 @@ def test_wrong_calls_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None
     said = capsys.readouterr().err
     assert said == (
         "bigkern bench: there is no benchmark 'no_such_op'; "
-        "there are attention, norm, layernorm_ffn, adam, overhead\n"
+        "there are attention, norm, layernorm_ffn, frozen_layernorm_ffn, adam, overhead\n"
     )
 
 
