@@ -9,7 +9,7 @@ what is judged is what a GPU would run, in every configuration of the tables (--
     registers   255, and what the kernel's warps leave of the 65,536 of a processor
     stack       0 bytes: nothing spills
     shared      227 KiB on sm_90; 99 KiB for sm_80's configurations, which also serve sm_86, sm_89 and sm_120
-    wgmma       on sm_90, in products of 16-bit types, of attention up to head dim 128, and in an FFN's
+    wgmma       on sm_90, in products of 16-bit and fp8 types, of attention up to head dim 128 and in FFNs
 
 Exits with 1 where a kernel breaks one.
 """
@@ -46,6 +46,7 @@ from bigkern.triton_kernels import (
     attention,
     attention_configurations,
     attention_decode,
+    frozen_ffn,
     launch,
     layernorm_ffn,
 )
@@ -279,21 +280,87 @@ def product_call(dtype: torch.dtype, activation: str, M: int, D: int, F: int) ->
     return call
 
 
-def adam_cases() -> Iterator[Case]:
-    for name, dtype in DTYPES.items():
-        for decoupled, extras in ((True, False), (False, True)):
-            text = f"{name} {'AdamW' if decoupled else 'Adam amsgrad maximize scaled'}"
-            yield text, adam_call(dtype, decoupled, extras), False
+def frozen_cases(arch: int) -> Iterator[Case]:
+    """Frozen weights: whole tiles, ragged ones, and few rows, where long sums are cut into spans."""
+    for name, x, w in FROZEN:
+        if arch < 90 and x == torch.float8_e4m3fn:
+            continue  # from sm_89 on
+        wgmma = x != torch.float32
+        for activation in ("relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu"):
+            shapes = {"": (4096, 1024, 4096)}
+            if activation in ("gelu", "swiglu"):
+                shapes |= {"ragged": (4091, 1023, 4095), "short": (4096, 128, 192)}
+                shapes |= {f"{M} rows": (M, 1024, 1536) for M in (1, 64)}
+                shapes |= {f"{M} rows, spans": (M, 2048, 4096) for M in (1, 64)}
+            for shape, sizes in shapes.items():
+                call = frozen_call(x, w, activation, *sizes)
+                yield f"{name} {activation} {shape}".rstrip(), call, wgmma
+    if arch == 90:
+        for name, dtype in DTYPES.items():
+            for N in (64, 1023, 4096, 16384, 65536):
+                yield f"{name} N={N}", quantize_call(dtype, N), False
 
 
-def adam_call(dtype: torch.dtype, decoupled: bool, extras: bool) -> Callable[[], object]:
+FROZEN = (
+    ("float32 int8", torch.float32, torch.int8),
+    ("bfloat16 int8", torch.bfloat16, torch.int8),
+    ("float16 int8", torch.float16, torch.int8),
+    ("e4m3", torch.float8_e4m3fn, torch.float8_e4m3fn),
+)
+
+
+def frozen_call(
+    x_dtype: torch.dtype, w_dtype: torch.dtype, activation: str, M: int, D: int, F: int
+) -> Callable[[], object]:
     def call() -> None:
-        p, g, m, v, vmax = ([meta(100_000, dtype=dtype)] for _ in range(5))
-        scalar = meta(1) if extras else None
-        hyper = (1e-3, 0.9, 0.999, 1e-8, 0.1, decoupled, extras, extras, scalar, scalar, scalar)
-        adam.adam(p, g, m, v, vmax if extras else [], [meta(1)], *hyper)
+        fp8 = x_dtype == torch.float8_e4m3fn
+        dtype = torch.bfloat16 if fp8 else x_dtype
+        N = 2 * F if activation in layernorm_ffn.GATED else F
+        x, a, scale = meta(M, D, dtype=x_dtype), meta(M, F, dtype=x_dtype), meta(M) if fp8 else None
+        w1, b1, w2, b2 = meta(N, D, dtype=w_dtype), meta(N), meta(D, F, dtype=w_dtype), meta(D)
+        frozen_ffn.frozen_up(x, scale, w1, meta(N), b1.to(dtype), activation, dtype)
+        frozen_ffn.frozen_down(a, scale, w2, meta(D), b2.to(dtype), meta(M, D, dtype=dtype), dtype)
 
     return call
+
+
+def quantize_call(dtype: torch.dtype, N: int) -> Callable[[], object]:
+    return lambda: frozen_ffn.quantize_rows(meta(4096, N, dtype=dtype))
+
+
+def adam_cases() -> Iterator[Case]:
+    """Every way to store p and the moments, plain and with all options."""
+    for name, dtype in DTYPES.items():
+        masters = (None, torch.float32, torch.int16) if dtype == torch.bfloat16 else (None,)
+        for moments, master in product((torch.float32, torch.bfloat16, torch.uint8), masters):
+            stored = "".join(f" {str(x).removeprefix('torch.')}" for x in (moments, master) if x is not None)
+            for decoupled in (True, False):
+                text = f"{name}{stored} {'AdamW' if decoupled else 'Adam, all options'}"
+                yield text, adam_call(dtype, moments, master, decoupled), False
+        yield f"{name} norm", grad_norm_call(dtype), False
+
+
+def adam_call(
+    dtype: torch.dtype, moments: torch.dtype, master: torch.dtype | None, decoupled: bool
+) -> Callable[[], object]:
+    def call() -> None:
+        codes, extras = moments == torch.uint8, not decoupled
+        p, g = ([meta(100_000, dtype=dtype)] for _ in range(2))
+        m, v, vmax = ([meta(100_000, dtype=moments)] for _ in range(3))
+        masters = [] if master is None else [meta(100_000, dtype=master)]
+        scales, amsgrad = [meta(391)] if codes else [], extras and not codes
+        scalar = meta(1) if extras else None
+        hyper = (1e-3, 0.9, 0.999, 1e-8, 0.1, decoupled, amsgrad, extras, False, 1.0, 7 if extras else None)
+        adam.adam(
+            p, g, m, v, vmax if amsgrad else [], [meta(1)], masters, scales, scales, *hyper, scalar, scalar,
+            scalar, scalar,
+        )  # fmt: skip
+
+    return call
+
+
+def grad_norm_call(dtype: torch.dtype) -> Callable[[], object]:
+    return lambda: adam.grad_norm([meta(100_000, dtype=dtype)])
 
 
 ROOMS: dict[str, Callable[[int], Iterator[Case]]] = {
@@ -302,11 +369,12 @@ ROOMS: dict[str, Callable[[int], Iterator[Case]]] = {
     "norm": lambda arch: norm_cases(),
     "activation": lambda arch: activation_cases(),
     "products": lambda arch: product_cases(),
+    "frozen": frozen_cases,
     "adam": lambda arch: adam_cases(),
 }
 
 
-WITHOUT_PRODUCTS = ("statistics_kernel", "column_sum_kernel")
+WITHOUT_PRODUCTS = ("statistics_kernel", "column_sum_kernel", "up_join_kernel", "down_join_kernel")
 
 QUICK = {
     "attention": r"bfloat16 .* (causal|packed)(, fused)?$",
@@ -314,6 +382,7 @@ QUICK = {
     "norm": r"bfloat16 N=(1023|65536) layer",
     "activation": r"bfloat16 (gelu|geglu)$",
     "products": r"bfloat16 (gelu|swiglu)$",
+    "frozen": r"(bfloat16 int8|e4m3) (gelu|swiglu)( 1 rows.*)?$",
     "adam": r"bfloat16",
 }
 

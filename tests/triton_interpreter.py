@@ -1,8 +1,10 @@
-"""Repairs to Triton's interpreter, without which bfloat16 kernels cannot be judged by it.
+"""Repairs to Triton's interpreter, without which bfloat16 and fp8 kernels cannot be judged by it.
 
 The interpreter keeps a bfloat16 as a uint16. Its ``tl.dot`` multiplies those integers as if they were
 numbers, and its conversion from float32 truncates, where the hardware rounds to nearest even. Both are
 replaced here, for the tests; kernels do no bfloat16 arithmetic other than products (they widen at load).
+An integer that becomes a bfloat16 becomes its bits. float32 -> e4m3 rounds ties up, loses the carry of a
+significand that rounds to the next power of two, and turns what is beyond 448, and NaN, into any number.
 Products of fp32 that ask for ``tf32x3`` are made as tensor cores are believed to make them, so that the
 parity rule can judge them. Atomics through tensor descriptors are missing. Triton 3.6 also cannot turn its
 scalars, arrays of one element, into loop bounds under numpy 2.4.
@@ -25,6 +27,22 @@ def to_bfloat16(x: Any) -> Any:
 def from_bfloat16(bits: Any) -> Any:
     """The uint16 of a bfloat16 -> float32."""
     return (np.ascontiguousarray(bits).astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def from_e4m3(bits: Any) -> Any:
+    """The uint8 of an e4m3 -> float32."""
+    exponent, significand = (bits >> 3).astype(np.int32) & 15, bits & 7
+    size = np.ldexp(np.where(exponent > 0, significand + 8.0, significand), np.maximum(exponent, 1) - 10)
+    size = np.where(bits & 127 == 127, np.nan, size)
+    return np.where(bits > 127, -size, size).astype(np.float32)
+
+
+def to_e4m3(x: Any) -> Any:
+    """float32 -> the uint8 of the nearest e4m3, ties to even; 448 beyond it, and a NaN stays one."""
+    size = np.minimum(np.abs(x), np.float32(448))
+    unit = np.ldexp(1.0, np.maximum(np.frexp(size)[1] - 4, -9))
+    bits = np.searchsorted(from_e4m3(np.arange(127, dtype=np.uint8)), np.rint(size / unit) * unit)
+    return np.where(np.isnan(x), 127, bits).astype(np.uint8) | (np.signbit(x).astype(np.uint8) << 7)
 
 
 def to_tf32(x: Any) -> Any:
@@ -71,12 +89,23 @@ def repair() -> None:
             return to_bfloat16(data)
         if source == tl.bfloat16 and target == tl.float32:
             return from_bfloat16(data)
+        if source == tl.float32 and target == tl.float8e4nv:
+            return to_e4m3(data)
         return convert_float(data, source, target, rounding)
+
+    cast_impl = interpreter.InterpreterBuilder.cast_impl
+
+    def cast(self: Any, value: Any, target: Any) -> Any:
+        if value.dtype.scalar.is_int() and target.scalar == tl.bfloat16:
+            return interpreter.TensorHandle(to_bfloat16(value.data.astype(np.float32)), tl.bfloat16)
+        return cast_impl(self, value, target)
+
+    widened = {tl.bfloat16: from_bfloat16, tl.float8e4nv: from_e4m3}
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_imprecise: Any) -> Any:
         if "x3" in str(input_precision).lower() and a.dtype.scalar == tl.float32:
             return interpreter.TensorHandle(tf32x3(a.data, b.data) + d.data, d.dtype.scalar)
-        x, y = (from_bfloat16(t.data) if t.dtype.scalar == tl.bfloat16 else t.data for t in (a, b))
+        x, y = (widened.get(t.dtype.scalar, np.asarray)(t.data) for t in (a, b))
         return interpreter.TensorHandle(product(x, y, d.data), d.dtype.scalar)
 
     def create_descriptor_reduce(self: Any, kind: Any, tiles: Any, value: Any, offsets: Any) -> Any:
@@ -93,6 +122,7 @@ def repair() -> None:
 
     interpreter._convert_float = convert
     interpreter._patch_lang_tensor = patch
+    interpreter.InterpreterBuilder.cast_impl = cast
     interpreter.InterpreterBuilder.create_dot = create_dot
     interpreter.InterpreterBuilder.create_descriptor_reduce = create_descriptor_reduce
     interpreter._bigkern_repaired = True

@@ -13,12 +13,12 @@ up-projection keeps two accumulators, for the gate's columns and for the others,
 
 db1's partial sums have one owner each, [row tiles, F] fp32, and are added up in a fixed order.
 
-Products of frozen weights, `frozen_ffn.py`, are scaled by row and by column before all that.
+Products of frozen weights, `frozen_ffn.py`, have a scale for each row and column of their sums besides.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -34,26 +34,17 @@ from .rows import affine, column_sum, dense_rows, pointers, row_stride
 Dropout = tuple[float, Tensor | None]  # probability, key
 
 
-class Scales(NamedTuple):
-    """What the sums of quantized factors are multiplied by, fp32."""
-
-    rows: Tensor | None  # [M]
-    columns: Tensor  # [N]
-
-
 @triton.jit
-def biased(sums, scales, bias, rows, columns, row_exists, column_exists):
-    """sums * scales + bias."""
-    if scales is not None:
-        if scales.rows is not None:
-            sums = sums * tl.load(scales.rows + rows, mask=row_exists, other=0.0)[:, None]
-        sums = affine(sums, scales.columns, None, columns, column_exists)
-    return affine(sums, None, bias, columns, column_exists)
+def scaled(sums, row_scale, column_scale, bias, rows, columns, row_exists, column_exists):
+    """sums * row_scale * column_scale + bias; without scales where no factor was quantized."""
+    if row_scale is not None:
+        sums = sums * tl.load(row_scale + rows, mask=row_exists, other=0.0)[:, None]
+    return affine(sums, column_scale, bias, columns, column_exists)
 
 
 @triton.jit
 def finish_up(
-    p, up, scales, b1, preactivation, out, dropout, row, column, M, F,
+    p, up, x_scale, w1_scale, b1, preactivation, out, dropout, row, column, M, F,
     ACT: tl.constexpr, GATES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """Stores a, and the preactivation if it is given, SLICE columns at a time."""
@@ -61,23 +52,27 @@ def finish_up(
         p, p_right = halves(p)
         up, up_right = halves(up)
         finish_up(
-            p, up, scales, b1, preactivation, out, dropout, row, column, M, F, ACT, GATES, BM, BN // 2, SLICE
-        )
+            p, up, x_scale, w1_scale, b1, preactivation, out, dropout, row, column, M, F,
+            ACT, GATES, BM, BN // 2, SLICE,
+        )  # fmt: skip
         column += BN // 2
         p, up = p_right, up_right
         finish_up(
-            p, up, scales, b1, preactivation, out, dropout, row, column, M, F, ACT, GATES, BM, BN // 2, SLICE
-        )
+            p, up, x_scale, w1_scale, b1, preactivation, out, dropout, row, column, M, F,
+            ACT, GATES, BM, BN // 2, SLICE,
+        )  # fmt: skip
     else:
         rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
-        row_exists, column_exists, width = rows < M, columns < F, F * (1 + GATES)
+        column_exists, width, row_exists = columns < F, F * (1 + GATES), rows < M
         exists = row_exists[:, None] & column_exists[None, :]
-        p = biased(p, scales, b1, rows, columns, row_exists, column_exists).to(out.dtype.element_ty)
+        p = scaled(p, x_scale, w1_scale, b1, rows, columns, row_exists, column_exists)
+        p = p.to(out.dtype.element_ty)
         if preactivation is not None:
             tl.store(pointers(preactivation, row, column, width, BM, BN), p, mask=exists)
         a = activate(p.to(tl.float32), ACT)
         if GATES:
-            up = biased(up, scales, b1, rows, columns + F, row_exists, column_exists).to(out.dtype.element_ty)
+            up = scaled(up, x_scale, w1_scale, b1, rows, columns + F, row_exists, column_exists)
+            up = up.to(out.dtype.element_ty)
             if preactivation is not None:
                 tl.store(pointers(preactivation, row, column + F, width, BM, BN), up, mask=exists)
             a = a * up.to(tl.float32)
@@ -87,7 +82,7 @@ def finish_up(
 
 @triton.jit
 def up_kernel(
-    x, w1, scales, b1, preactivation, out, dropout, M, F, D,
+    x, w1, x_scale, w1_scale, b1, preactivation, out, dropout, M, F, D,
     ACT: tl.constexpr, GATES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     SLICE: tl.constexpr, PRECISION: tl.constexpr, FLIP: tl.constexpr = False,
 ):  # fmt: skip
@@ -99,27 +94,33 @@ def up_kernel(
             x, w1, row, column, second, M, F * (1 + GATES), D, False, False, BM, BN, BK, PRECISION, FLIP
         )
         finish_up(
-            p, up, scales, b1, preactivation, out, dropout, row, column, M, F, ACT, GATES, BM, BN, SLICE
-        )
+            p, up, x_scale, w1_scale, b1, preactivation, out, dropout, row, column, M, F,
+            ACT, GATES, BM, BN, SLICE,
+        )  # fmt: skip
 
 
 @triton.jit
 def finish_down(
-    s, scales, b2, residual, y, dropout, residual_row, row, column, M, D,
+    s, a_scale, w2_scale, b2, residual, y, dropout, residual_row, row, column, M, D,
     BM: tl.constexpr, BN: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """Stores y, SLICE columns at a time."""
     if BN > SLICE:
         s, right = halves(s)
-        finish_down(s, scales, b2, residual, y, dropout, residual_row, row, column, M, D, BM, BN // 2, SLICE)
+        finish_down(
+            s, a_scale, w2_scale, b2, residual, y, dropout, residual_row, row, column, M, D,
+            BM, BN // 2, SLICE,
+        )  # fmt: skip
         column += BN // 2
-        s = right
-        finish_down(s, scales, b2, residual, y, dropout, residual_row, row, column, M, D, BM, BN // 2, SLICE)
+        finish_down(
+            right, a_scale, w2_scale, b2, residual, y, dropout, residual_row, row, column, M, D,
+            BM, BN // 2, SLICE,
+        )  # fmt: skip
     else:
         rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
-        row_exists, column_exists = rows < M, columns < D
+        column_exists, row_exists = columns < D, rows < M
         exists = row_exists[:, None] & column_exists[None, :]
-        s = biased(s, scales, b2, rows, columns, row_exists, column_exists)
+        s = scaled(s, a_scale, w2_scale, b2, rows, columns, row_exists, column_exists)
         s = dropped(s, dropout, OUTPUT, rows[:, None], columns[None, :])
         if residual is not None:
             at = pointers(residual, row, column, residual_row, BM, BN)
@@ -129,7 +130,7 @@ def finish_down(
 
 @triton.jit
 def down_kernel(
-    a, w2, scales, b2, residual, y, dropout, residual_row, M, D, F,
+    a, w2, a_scale, w2_scale, b2, residual, y, dropout, residual_row, M, D, F,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr,
     FLIP: tl.constexpr = False,
 ):  # fmt: skip
@@ -137,7 +138,9 @@ def down_kernel(
     for tile in range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(D, BN), tl.num_programs(0)):
         row, column = place(tile, M, D, BM, BN)
         s, _ = products(a, w2, row, column, None, M, D, F, False, False, BM, BN, BK, PRECISION, FLIP)
-        finish_down(s, scales, b2, residual, y, dropout, residual_row, row, column, M, D, BM, BN, SLICE)
+        finish_down(
+            s, a_scale, w2_scale, b2, residual, y, dropout, residual_row, row, column, M, D, BM, BN, SLICE
+        )
 
 
 @triton.jit
@@ -149,42 +152,14 @@ def finish_up_backward(
     if BN > SLICE:
         da, right = halves(da)
         finish_up_backward(
-            da,
-            preactivation,
-            dp,
-            out,
-            dbias,
-            dropout,
-            row,
-            column,
-            M,
-            F,
-            ROWS,
-            ACT,
-            GATES,
-            BM,
-            BN // 2,
-            SLICE,
-        )
+            da, preactivation, dp, out, dbias, dropout, row, column, M, F, ROWS,
+            ACT, GATES, BM, BN // 2, SLICE,
+        )  # fmt: skip
         column += BN // 2
         finish_up_backward(
-            right,
-            preactivation,
-            dp,
-            out,
-            dbias,
-            dropout,
-            row,
-            column,
-            M,
-            F,
-            ROWS,
-            ACT,
-            GATES,
-            BM,
-            BN // 2,
-            SLICE,
-        )
+            right, preactivation, dp, out, dbias, dropout, row, column, M, F, ROWS,
+            ACT, GATES, BM, BN // 2, SLICE,
+        )  # fmt: skip
     else:
         gradient, up_gradient = store_gradients(
             da, preactivation, dp, out, dropout, row, column, M, F, ACT, GATES, BM, BN
@@ -213,20 +188,18 @@ def up_backward_kernel(
 
 
 @triton.jit
-def finish_weight_gradient(
-    dw, into, out, row, column, N, D, BM: tl.constexpr, BN: tl.constexpr, SLICE: tl.constexpr
-):
-    """Stores dw, or dw + into, SLICE columns at a time."""
+def store_sums(sums, into, out, row, column, M, N, BM: tl.constexpr, BN: tl.constexpr, SLICE: tl.constexpr):
+    """Stores sums, or sums + into, as a tile of out [M, N], SLICE columns at a time."""
     if BN > SLICE:
-        dw, right = halves(dw)
-        finish_weight_gradient(dw, into, out, row, column, N, D, BM, BN // 2, SLICE)
-        finish_weight_gradient(right, into, out, row, column + BN // 2, N, D, BM, BN // 2, SLICE)
+        sums, right = halves(sums)
+        store_sums(sums, into, out, row, column, M, N, BM, BN // 2, SLICE)
+        store_sums(right, into, out, row, column + BN // 2, M, N, BM, BN // 2, SLICE)
     else:
         rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
-        exists = (rows < N)[:, None] & (columns < D)[None, :]
+        exists = (rows < M)[:, None] & (columns < N)[None, :]
         if into is not None:
-            dw += tl.load(pointers(into, row, column, D, BM, BN), mask=exists, other=0.0)
-        tl.store(pointers(out, row, column, D, BM, BN), dw.to(out.dtype.element_ty), mask=exists)
+            sums += tl.load(pointers(into, row, column, N, BM, BN), mask=exists, other=0.0)
+        tl.store(pointers(out, row, column, N, BM, BN), sums.to(out.dtype.element_ty), mask=exists)
 
 
 @triton.jit
@@ -238,7 +211,7 @@ def weight_gradient_kernel(
     for tile in range(tl.program_id(0), tl.cdiv(N, BM) * tl.cdiv(D, BN), tl.num_programs(0)):
         row, column = place(tile, N, D, BM, BN)
         dw, _ = products(d, x, row, column, None, N, D, M, True, True, BM, BN, BK, PRECISION)
-        finish_weight_gradient(dw, into, out, row, column, N, D, BM, BN, SLICE)
+        store_sums(dw, into, out, row, column, N, D, BM, BN, SLICE)
 
 
 # ---- launchers -------------------------------------------------------------------------------------
@@ -259,8 +232,8 @@ def up(
     tile = tile_for("gated" if gated else "forward", x, M, F, D)
     out, preactivation = x.new_empty(M, F), x.new_empty(M, w1.shape[0]) if save else None
     up_kernel[grid(x.device, M, F, tile)](
-        operand(x, tile.BM, tile.BK), operand(w1, tile.BN, tile.BK), None, dense_rows(b1), preactivation,
-        out, drop(dropout), M, F, D, ACT=activation, GATES=gated, **options(tile, F),
+        operand(x, tile.BM, tile.BK), operand(w1, tile.BN, tile.BK), None, None, dense_rows(b1),
+        preactivation, out, drop(dropout), M, F, D, ACT=activation, GATES=gated, **options(tile, F),
     )  # fmt: skip
     return preactivation, out
 
@@ -271,8 +244,8 @@ def down(a: Tensor, w2: Tensor, b2: Tensor | None, residual: Tensor | None, drop
     tile = tile_for("forward", a, M, D, F)
     y, residual = a.new_empty(M, D), dense_rows(residual)
     down_kernel[grid(a.device, M, D, tile)](
-        operand(a, tile.BM, tile.BK), operand(w2, tile.BN, tile.BK), None, dense_rows(b2), residual, y,
-        drop(dropout), row_stride(residual), M, D, F, **options(tile, D),
+        operand(a, tile.BM, tile.BK), operand(w2, tile.BN, tile.BK), None, None, dense_rows(b2),
+        residual, y, drop(dropout), row_stride(residual), M, D, F, **options(tile, D),
     )  # fmt: skip
     return y
 

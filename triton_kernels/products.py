@@ -123,9 +123,10 @@ def load(x, i, j, I, J, BI: tl.constexpr, BJ: tl.constexpr):
 def add_product(sums, left, right, PRECISION: tl.constexpr, FLIP: tl.constexpr):
     """sums + left right, or (FLIP) sums + (left right)^T; right is widened if it is int8.
 
-    The tensor cores' fp32 sums of fp8 products keep about 14 bits (on sm_90; on sm_89 much the same), and Triton
-    would leave all of K in them. As cuBLAS does unless asked for fast accumulation, the sums of one step
-    along K are made there, and added up in fp32 by FMA units: `max_num_imprecise_acc` keeps the two apart.
+    Tensor cores add fp8 products up in about 14 bits, even into fp32 sums (DeepSeek-V3 Technical Report,
+    3.3.2, for sm_90; sm_89 is said to be alike), and Triton would leave all of K to them. Here, as in cuBLAS
+    without "fast accumulation", they make the sums of one step along K, and these are added up in fp32
+    outside. `max_num_imprecise_acc` says so on sm_90, and keeps the compiler from joining the two anywhere.
     """
     right = right.to(left.dtype)
     if FLIP:
