@@ -38,12 +38,12 @@ inline __attribute__((always_inline)) void put(T* to, vf x, int64_t n) {
 
 template <bool WHOLE>
 inline __attribute__((always_inline)) vu get_halves(const void* from, int64_t n) {
-  return __builtin_convertvector(WHOLE ? load_raw<vh>(from) : load_halves_n(from, n), vu);
+  return widen_words(WHOLE ? load_raw<vh>(from) : load_halves_n(from, n));
 }
 
 template <bool WHOLE>
 inline __attribute__((always_inline)) void put_halves(void* to, vu x, int64_t n) {
-  const vh halves = __builtin_convertvector(x, vh);
+  const vh halves = narrow_words(x);
   WHOLE ? store_raw(to, halves) : store_halves_n(to, halves, n);
 }
 
@@ -85,12 +85,12 @@ struct Draws {
   }
 };
 
-// Up with the probability of x's place between its two neighbours, by the low half of the bits.
+// Up with the probability of x's place between its two neighbours, by the low half of the bits. An
+// infinity stays; so does a NaN, which arithmetic has made quiet: in the upper half.
 template <bool WHOLE>
 inline __attribute__((always_inline)) void put_random(bf16* to, vf x, vu bits, int64_t n) {
-  const vu up = (vu(x) + (bits & 0xffffu)) >> 16;
-  const vu nearest = __builtin_convertvector(narrow_bf16(x), vu);
-  put_halves<WHOLE>(to, (vu(x) & 0x7f800000u) != 0x7f800000u ? up : nearest, n);
+  const vi finite = vi(abs(x)) < 0x7f800000;
+  put_halves<WHOLE>(to, (vu(x) + (bits & 0xffffu & vu(finite))) >> 16, n);
 }
 
 // ---- p ------------------------------------------------------------------------------------------
@@ -172,12 +172,13 @@ struct States {
   }
 };
 
-// The largest magnitude of a block, from the bits of the largest in each lane: as integers, so that
-// a NaN is above all numbers.
-inline float largest(vi bits) {
-  int32_t most = 0;
-  for (int lane = 0; lane < W; ++lane) most = bits[lane] > most ? bits[lane] : most;
-  return detail::bits_float(uint32_t(most));
+// The largest magnitude. Bits are compared, as integers: there a NaN is above all numbers.
+inline float largest(const float* x, int64_t n) {
+  vi most = {};
+  for (int64_t i = 0; i < n; i += W) most = at_least(vi(abs(load_raw<vf>(x + i))), most);
+  int32_t bits = 0;
+  for (int lane = 0; lane < W; ++lane) bits = most[lane] > bits ? most[lane] : bits;
+  return detail::bits_float(uint32_t(bits));
 }
 
 // One kind of moment, a block at a time.
@@ -186,16 +187,12 @@ struct CodedMoment {
   uint8_t* codes;
   float* scales;
   float scale;
-  vi most;
   alignas(64) float fresh[kBlock];
 
   CodedMoment(void* codes_, float* scales_)
-      : codes(static_cast<uint8_t*>(codes_)), scales(scales_), scale(0.0f), most() {}
+      : codes(static_cast<uint8_t*>(codes_)), scales(scales_), scale(0.0f) {}
 
-  void open(int64_t begin) {
-    scale = scales[begin / kBlock];
-    most = vi{};
-  }
+  void open(int64_t begin) { scale = scales[begin / kBlock]; }
 
   template <bool WHOLE>
   inline __attribute__((always_inline)) vf load(int64_t i, int64_t n) const {
@@ -205,26 +202,29 @@ struct CodedMoment {
   }
 
   inline __attribute__((always_inline)) void store(vf x, int64_t i) {
-    store_raw(fresh + i % kBlock, x);
-    const vi magnitude = vi(abs(x));
-    most = magnitude > most ? magnitude : most;
+    store_raw(fresh + (i & (kBlock - 1)), x);
   }
 
   // Its n elements from begin on are stored: encode them.
   void close(int64_t begin, int64_t n) {
-    scale = largest(most);
+    scale = largest(fresh, n);
     scales[begin / kBlock] = scale;
-    const float up = scale < 0x1p-60f ? 0x1p64f : 1.0f;  // or the inverse would be infinite
-    const float inverse = scale == 0.0f ? 0.0f : 1.0f / (scale * up);
+    const float inverse = inverse_of_scale(n);
     for (int64_t i = 0; i < n; i += W) {
-      const vf x = load_raw<vf>(fresh + i);
-      const vi code = encode<SIGNED>(x, x * up * inverse);
+      const vi code = encode<SIGNED>(load_raw<vf>(fresh + i) * inverse);
       if (n - i >= W) {
         store_bytes(codes + begin + i, code);
       } else {
         store_bytes_n(codes + begin + i, code, n - i);
       }
     }
+  }
+
+  // 0 for 0. Numbers so small that it would be infinite are enlarged first.
+  float inverse_of_scale(int64_t n) {
+    if (scale >= 0x1p-100f) return 1.0f / scale;
+    for (int64_t i = 0; i < n; i += W) store_raw(fresh + i, load_raw<vf>(fresh + i) * 0x1p100f);
+    return scale > 0.0f ? 1.0f / (scale * 0x1p100f) : 0.0f;
   }
 };
 

@@ -27,7 +27,6 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));  // also the result of a comparison: 0, -1
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));  // W bf16 or fp16, as stored
-typedef uint8_t vb __attribute__((vector_size(W)));
 
 // ---- moving -------------------------------------------------------------------------------------
 
@@ -63,14 +62,17 @@ BIGKERN_VEC vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 #endif
 
 // bf16 is the upper half of a float.
-BIGKERN_VEC vf widen_bf16(vh h) { return vf(__builtin_convertvector(h, vu) << 16); }
+BIGKERN_VEC vf widen_bf16(vh h) { return vf(widen_words(h) << 16); }
 
 // To nearest, ties to even; a NaN stays one.
 BIGKERN_VEC vh narrow_bf16(vf x) {
+#if BIGKERN_LEVEL >= 3
+  if (!any_subnormal(x)) return (vh)_mm512_cvtneps_pbh(__m512(x));  // takes a subnormal as 0
+#endif
   const vu bits = vu(x);
   const vu rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   const vu quiet_nan = bits | 0x400000u;
-  return __builtin_convertvector((x == x ? rounded : quiet_nan) >> 16, vh);
+  return narrow_words((x == x ? rounded : quiet_nan) >> 16);
 }
 
 BIGKERN_VEC vf load(const float* p) { return load_raw<vf>(p); }
@@ -87,20 +89,6 @@ BIGKERN_VEC vf load_n(const fp16* p, int64_t n) { return widen_fp16(load_halves_
 BIGKERN_VEC void store_n(float* p, vf x, int64_t n) { store_floats_n(p, x, n); }
 BIGKERN_VEC void store_n(bf16* p, vf x, int64_t n) { store_halves_n(p, narrow_bf16(x), n); }
 BIGKERN_VEC void store_n(fp16* p, vf x, int64_t n) { store_halves_n(p, narrow_fp16(x), n); }
-
-// W bytes as integers, and the low bytes of integers.
-BIGKERN_VEC vi load_bytes(const uint8_t* p) { return __builtin_convertvector(load_raw<vb>(p), vi); }
-BIGKERN_VEC void store_bytes(uint8_t* p, vi x) { store_raw(p, __builtin_convertvector(x, vb)); }
-BIGKERN_VEC vi load_bytes_n(const uint8_t* p, int64_t n) {
-  uint8_t lane[W] = {};
-  memcpy(lane, p, size_t(n));
-  return load_bytes(lane);
-}
-BIGKERN_VEC void store_bytes_n(uint8_t* p, vi x, int64_t n) {
-  uint8_t lane[W];
-  store_bytes(lane, x);
-  memcpy(p, lane, size_t(n));
-}
 
 // x rounded to the storage type T and back: what a later load would see.
 BIGKERN_VEC vf round_to(vf x, const float*) { return x; }

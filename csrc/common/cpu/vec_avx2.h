@@ -21,6 +21,12 @@ BIGKERN_VEC float reduce_max(vf x) {
   return q[0] > q[1] ? q[0] : q[1];
 }
 
+BIGKERN_VEC vu widen_words(vh h) { return vu(_mm256_cvtepu16_epi32(__m128i(h))); }
+BIGKERN_VEC vh narrow_words(vu x) {
+  const __m256i low = _mm256_and_si256(__m256i(x), _mm256_set1_epi32(0xffff));
+  return vh(_mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
+}
+
 BIGKERN_VEC vf widen_fp16(vh h) { return vf(_mm256_cvtph_ps(__m128i(h))); }
 BIGKERN_VEC vh narrow_fp16(vf x) {
   return vh(_mm256_cvtps_ph(__m256(x), _MM_FROUND_TO_NEAREST_INT));
@@ -45,6 +51,30 @@ BIGKERN_VEC void store_halves_n(void* p, vh x, int64_t n) {
   store_raw(lane, x);
   memcpy(p, lane, size_t(n) * 2);
 }
+
+// W bytes as integers, and the low bytes of integers.
+BIGKERN_VEC vi load_bytes(const uint8_t* p) {
+  return vi(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+BIGKERN_VEC void store_bytes(uint8_t* p, vi x) {
+  const __m256i low = _mm256_and_si256(__m256i(x), _mm256_set1_epi32(255));
+  const __m128i halves =
+      _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
+}
+BIGKERN_VEC vi load_bytes_n(const uint8_t* p, int64_t n) {
+  uint8_t lane[W] = {};
+  memcpy(lane, p, size_t(n));
+  return load_bytes(lane);
+}
+BIGKERN_VEC void store_bytes_n(uint8_t* p, vi x, int64_t n) {
+  uint8_t lane[W];
+  store_bytes(lane, x);
+  memcpy(p, lane, size_t(n));
+}
+
+// n + 1 where a > b, elsewhere n.
+BIGKERN_VEC vi count_above(vi n, vf a, vf b) { return n - (a > b); }
 
 // table[index % 8]
 BIGKERN_VEC vf lookup8(const float* table, vi index) {

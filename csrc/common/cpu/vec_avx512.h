@@ -29,6 +29,14 @@ BIGKERN_VEC float reduce_max(vf x) {
   return q[0] > q[1] ? q[0] : q[1];
 }
 
+BIGKERN_VEC vu widen_words(vh h) {
+  return vu(_mm512_maskz_cvtepu16_epi32(__mmask16(0xffff), __m256i(h)));
+}
+BIGKERN_VEC vh narrow_words(vu x) {
+  return vh(_mm512_maskz_cvtepi32_epi16(__mmask16(0xffff), __m512i(x)));
+}
+BIGKERN_VEC bool any_subnormal(vf x) { return _mm512_fpclass_ps_mask(__m512(x), 0x20) != 0; }
+
 BIGKERN_VEC vf widen_fp16(vh h) { return vf(_mm512_maskz_cvtph_ps(__mmask16(0xffff), __m256i(h))); }
 BIGKERN_VEC vh narrow_fp16(vf x) {
   return vh(_mm512_maskz_cvtps_ph(__mmask16(0xffff), __m512(x), _MM_FROUND_TO_NEAREST_INT));
@@ -45,6 +53,24 @@ BIGKERN_VEC vh load_halves_n(const void* p, int64_t n) {
 }
 BIGKERN_VEC void store_halves_n(void* p, vh x, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), __m256i(x));
+}
+
+// W bytes as integers, and the low bytes of integers.
+BIGKERN_VEC vi load_bytes_n(const uint8_t* p, int64_t n) {
+  return vi(_mm512_maskz_cvtepu8_epi32(__mmask16(0xffff), _mm_maskz_loadu_epi8(first_lanes(n), p)));
+}
+BIGKERN_VEC vi load_bytes(const uint8_t* p) { return load_bytes_n(p, W); }
+BIGKERN_VEC void store_bytes_n(uint8_t* p, vi x, int64_t n) {
+  _mm512_mask_cvtepi32_storeu_epi8(p, first_lanes(n), __m512i(x));
+}
+BIGKERN_VEC void store_bytes(uint8_t* p, vi x) {  // vpmovdb to memory is slower
+  store_raw(p, _mm512_maskz_cvtepi32_epi8(__mmask16(0xffff), __m512i(x)));
+}
+
+// n + 1 where a > b, elsewhere n.
+BIGKERN_VEC vi count_above(vi n, vf a, vf b) {
+  const __mmask16 above = _mm512_cmp_ps_mask(__m512(a), __m512(b), _CMP_GT_OQ);
+  return vi(_mm512_mask_add_epi32(__m512i(n), above, __m512i(n), _mm512_set1_epi32(1)));
 }
 
 // table[index % 8]

@@ -31,6 +31,9 @@ BIGKERN_VEC float reduce_max(vf x) {
   return a > b ? a : b;
 }
 
+BIGKERN_VEC vu widen_words(vh h) { return __builtin_convertvector(h, vu); }
+BIGKERN_VEC vh narrow_words(vu x) { return __builtin_convertvector(x, vh); }
+
 BIGKERN_VEC vf widen_fp16(vh h) {
 #if defined(__aarch64__)
   return vf(vcvt_f32_f16(float16x4_t(h)));
@@ -68,6 +71,21 @@ BIGKERN_VEC void store_halves_n(void* p, vh x, int64_t n) {
   store_raw(lane, x);
   memcpy(p, lane, size_t(n) * 2);
 }
+
+// W bytes as integers, and the low bytes of integers.
+BIGKERN_VEC vi load_bytes_n(const uint8_t* p, int64_t n) {
+  vi x = {};
+  for (int i = 0; i < n; ++i) x[i] = p[i];
+  return x;
+}
+BIGKERN_VEC vi load_bytes(const uint8_t* p) { return load_bytes_n(p, W); }
+BIGKERN_VEC void store_bytes_n(uint8_t* p, vi x, int64_t n) {
+  for (int i = 0; i < n; ++i) p[i] = uint8_t(x[i]);
+}
+BIGKERN_VEC void store_bytes(uint8_t* p, vi x) { store_bytes_n(p, x, W); }
+
+// n + 1 where a > b, elsewhere n.
+BIGKERN_VEC vi count_above(vi n, vf a, vf b) { return n - (a > b); }
 
 // table[index % 8]
 BIGKERN_VEC vf lookup8(const float* table, vi index) {
