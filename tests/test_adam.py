@@ -14,11 +14,29 @@ from torch import Tensor
 
 import bigkern
 from bigkern.ops.adam import ADAM, adam
+from bigkern.ops.adam_arguments import LISTS as ALL_LISTS
 from bigkern.ops.adam_arguments import bind
 from bigkern.reference.adam import adam as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps")
+HYPER = {
+    "lr": 1e-3,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "decoupled": False,
+    "amsgrad": False,
+    "maximize": False,
+    "zero_grads": False,
+    "max_norm": 0.0,
+    "seed": None,
+    "grad_scale": None,
+    "found_inf": None,
+    "lr_tensor": None,
+    "grad_norm": None,
+}
 SIZES = (1, 7, 0, 63, 129, 1023)
 
 # Steps of a trajectory: the emulator and Triton's interpreter are slow, and a step is a step.
@@ -53,6 +71,11 @@ def call(dtype: torch.dtype, device: torch.device, amsgrad: bool = False) -> dic
         "max_exp_avg_sqs": like(params) if amsgrad else [],
         "state_steps": [torch.zeros((), device=device) for _ in params],
     }
+
+
+def raw(arguments: dict[str, Any], **hyper: Any) -> tuple[Any, ...]:
+    """The op's arguments in the order of its schema: lists by name, the rest changed from the defaults."""
+    return (*(arguments.get(name, []) for name in ALL_LISTS), *(HYPER | hyper).values())
 
 
 def snapshot(arguments: dict[str, Any]) -> dict[str, list[Tensor]]:
@@ -143,25 +166,14 @@ def test_trajectory(
 def test_reference_is_torch_in_float64(dtype: torch.dtype, decoupled: bool) -> None:
     """The specification itself: in float64 it is torch.optim to the last digits."""
     params = [p.double() for p in parameters(dtype, torch.device("cpu"))]
-    options = {"lr": 1e-2, "weight_decay": 0.1, "amsgrad": True, "maximize": True}
-    want = torch_trajectory([p.clone() for p in params], params, 20, decoupled, **options)
+    hyper = {"lr": 1e-2, "weight_decay": 0.1}
+    start = [p.clone() for p in params]
+    want = torch_trajectory(start, params, 20, decoupled, amsgrad=True, maximize=True, **hyper)
     states = [like(params) for _ in range(3)]
     steps = [torch.zeros(()) for _ in params]
     for step in range(20):
-        reference(
-            params,
-            gradients(step, params),
-            *states,
-            steps,
-            1e-2,
-            0.9,
-            0.999,
-            1e-8,
-            0.1,
-            decoupled,
-            True,
-            True,
-        )
+        arguments = dict(zip(LISTS, (params, gradients(step, params), *states, steps), strict=True))
+        reference(*raw(arguments, decoupled=decoupled, amsgrad=True, maximize=True, **hyper))
     torch.testing.assert_close(flat(params), want["p"], rtol=1e-12, atol=1e-13)
 
 
@@ -204,10 +216,10 @@ def test_lr_tensor_replaces_lr(backend: str) -> None:
     for name in LISTS:
         tensor[name] = [x.clone(memory_format=torch.preserve_format) for x in number[name]]
     rate = torch.tensor(0.25, device=device)
-    hyper = (0.9, 0.999, 1e-8, 0.1, True, False, False, None, None)
+    hyper = {"weight_decay": 0.1, "decoupled": True}
     with run_backend("adam", backend):
-        torch.ops.bigkern.adam(*(number[name] for name in LISTS), 0.25, *hyper)
-        torch.ops.bigkern.adam(*(tensor[name] for name in LISTS), 0.0, *hyper, rate)
+        torch.ops.bigkern.adam(*raw(number, lr=0.25, **hyper))
+        torch.ops.bigkern.adam(*raw(tensor, lr=0.0, lr_tensor=rate, **hyper))
     for x, y in zip(number["params"], tensor["params"], strict=True):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
 
@@ -221,14 +233,16 @@ def test_many_and_long(backend: str, sizes: list[int]) -> None:
     device = device_of(backend)
     lists = [[torch.rand(n, device=device) for n in sizes] for _ in range(4)]
     steps = [torch.tensor(float(i % 3), device=device) for i in range(len(sizes))]
-    ours = [[x.clone() for x in tensors] for tensors in (*lists, [], steps)]
-    hyper = (1e-2, 0.9, 0.999, 1e-8, 0.1, True, False, False)
-    reference(*lists, [], steps, *hyper)
+    want = dict(zip(LISTS, (*lists, [], steps), strict=True))
+    have = {name: [x.clone() for x in tensors] for name, tensors in want.items()}
+    hyper = {"lr": 1e-2, "weight_decay": 0.1, "decoupled": True}
+    reference(*raw(want, **hyper))
     torch.set_num_threads(2)
     with run_backend("adam", backend):
-        torch.ops.bigkern.adam(*ours, *hyper)
-    for want, have in zip((*lists, steps), (*ours[:4], ours[5]), strict=True):
-        torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-6)
+        torch.ops.bigkern.adam(*raw(have, **hyper))
+    for name in LISTS:
+        for x, y in zip(want[name], have[name], strict=True):
+            torch.testing.assert_close(y, x, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -247,7 +261,7 @@ def test_extremes(backend: str) -> None:
 
 def test_empty_list() -> None:
     adam([], [], [], [], [], [])
-    torch.ops.bigkern.adam([], [], [], [], [], [], 1e-3, 0.9, 0.999, 1e-8, 0.0, False, False, False)
+    torch.ops.bigkern.adam(*raw({}))
 
 
 # ---- refusals --------------------------------------------------------------------------------------
@@ -327,7 +341,6 @@ def test_other_layouts_go_to_stock() -> None:
 @pytest.mark.parametrize("backend", [name for name in KERNEL_BACKENDS if name not in ("triton", "simt")])
 def test_native_op_checks_for_itself(backend: str) -> None:
     arguments = call(torch.float32, device_of(backend))
-    hyper = (1e-3, 0.9, 0.999, 1e-8, 0.0, False, False, False)
     for name, broken in (
         ("grads", arguments["grads"][:-1]),
         ("exp_avgs", [x.double() for x in arguments["exp_avgs"]]),
@@ -335,9 +348,8 @@ def test_native_op_checks_for_itself(backend: str) -> None:
         ("state_steps", [x.double() for x in arguments["state_steps"]]),
     ):
         before = snapshot(arguments)
-        lists = [broken if name == other else arguments[other] for other in LISTS]
         with pytest.raises(RuntimeError, match=name):
-            torch.ops.bigkern_native.adam(*lists, *hyper)
+            torch.ops.bigkern_native.adam(*raw(arguments | {name: broken}))
         assert unchanged(arguments, before)
 
 
@@ -351,8 +363,8 @@ def test_opcheck(backend: str, amsgrad: bool) -> None:
     params = [torch.randn(7, device=device), torch.randn(3, 5, device=device)]
     steps = [torch.zeros((), device=device) for _ in params]
     maxima = like(params) if amsgrad else []
-    hyper = (1e-3, 0.9, 0.999, 1e-8, 0.1, True, amsgrad, False)
-    arguments = (params, like(params, "random"), like(params), like(params), maxima, steps, *hyper)
+    lists = (params, like(params, "random"), like(params), like(params), maxima, steps)
+    arguments = raw(dict(zip(LISTS, lists, strict=True)), weight_decay=0.1, decoupled=True, amsgrad=amsgrad)
     with run_backend("adam", backend):
         torch.library.opcheck(torch.ops.bigkern.adam.default, arguments)
 
@@ -367,7 +379,7 @@ def test_compile(backend: str) -> None:
     ]
 
     def step(p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], t: list[Tensor]) -> Tensor:
-        torch.ops.bigkern.adam(p, g, m, v, [], t, 1e-2, 0.9, 0.999, 1e-8, 0.0, False, False, False)
+        torch.ops.bigkern.adam(*raw(dict(zip(LISTS, (p, g, m, v, [], t), strict=True)), lr=1e-2))
         return p[0] * 2
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
