@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -147,6 +148,11 @@ def shards_round_apart(mesh: DeviceMesh, scratch: Path) -> None:
     assert 0.05 < float((halves[0] == halves[1]).float().mean()) < 0.95
 
 
+def offload_is_refused(mesh: DeviceMesh, scratch: Path) -> None:
+    with pytest.raises(ValueError, match="CPUOffloadPolicy"):
+        sharded(mesh, {"offload": True})
+
+
 def norm_of_any_placement(mesh: DeviceMesh, scratch: Path) -> None:
     """Sharded gradients are summed over the mesh, replicated ones and plain ones are not."""
     torch.manual_seed(0)
@@ -229,6 +235,7 @@ CHECKS: dict[str, Callable[[DeviceMesh, Path], None]] = {
     "fsdp in backward": fsdp_in_backward,
     "replicas round alike": replicas_round_alike,
     "shards round apart": shards_round_apart,
+    "offload is refused": offload_is_refused,
     "norm of any placement": norm_of_any_placement,
 }
 

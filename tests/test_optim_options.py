@@ -329,8 +329,26 @@ def test_subclasses_of_tensor_refuse_options() -> None:
 
     p = Parameter(torch.ones(3).as_subclass(Other))
     p.grad = torch.ones(3)
-    with pytest.raises(ValueError, match="state_dtype is for tensors and DTensors"):
+    with pytest.raises(ValueError, match=r"state_dtype does not go with .*subclass of Tensor"):
         AdamW([p], state_dtype=torch.uint8).step()
+
+
+@pytest.mark.parametrize("options", STORAGES, ids=str)
+@pytest.mark.parametrize(
+    "flags", [{"lr": torch.tensor(0.01)}, {"maximize": True}, {"capturable": True}], ids=str
+)
+def test_torchs_arguments_beside_options(flags: dict[str, Any], options: dict[str, Any]) -> None:
+    """A learning rate in a tensor is the number; maximizing -f minimizes f; capturable changes nothing."""
+    ours, theirs = leaves(), leaves()
+    plain = {"lr": 0.01} if "lr" in flags else {}
+    optimizer, other = AdamW(ours, seed=1, **flags, **options), AdamW(theirs, seed=1, **plain, **options)
+    for step in range(4):
+        set_grads(ours, step, scale=-1.0 if "maximize" in flags else 1.0)
+        set_grads(theirs, step)
+        optimizer.step()
+        other.step()
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if "lr" in flags else {"rtol": 0.0, "atol": 0.0}
+    assert_same(ours, theirs, **tolerance)
 
 
 def test_hugging_face_trainer(tmp_path: Any) -> None:

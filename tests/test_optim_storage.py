@@ -398,7 +398,7 @@ def test_refused(optimizer: Any, dtype: torch.dtype, options: dict[str, Any], me
 
 
 def test_refused_group_is_not_added() -> None:
-    optimizer = AdamW([Parameter(torch.ones(3))])
+    optimizer = AdamW([Parameter(torch.ones(3))], state_dtype=FP32)
     with pytest.raises(ValueError, match="state_dtype must be"):
         optimizer.add_param_group({"params": [Parameter(torch.ones(3))], "state_dtype": torch.int8})
     assert len(optimizer.param_groups) == 1

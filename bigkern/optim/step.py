@@ -102,18 +102,22 @@ class Step(StateDicts):
             self._options.complete(param_group)
             self._check_options(param_group)
         except Exception:
-            self.param_groups.remove(param_group)
+            self.param_groups.pop()
             raise
         self._attach()
 
     def _check_options(self, group: Group) -> None:
-        option, reason = self._options.in_use(group), needs_torch(group)
-        if option is not None and reason is not None:
-            raise ValueError(f"{option} does not go with a step of torch's own: {reason}")
+        self._check_torch_step(group, needs_torch(group))
         for p in group["params"]:
             Storage.of(p, group, self._options.offload)
             if self._options.offload and is_dtensor(p):
                 raise ValueError("offload is not for DTensors: FSDP2 has its own, CPUOffloadPolicy")
+
+    def _check_torch_step(self, group: Group, reason: str | None) -> None:
+        """Refuse options where only torch's own step will do."""
+        option = self._options.in_use(group)
+        if option is not None and reason is not None:
+            raise ValueError(f"{option} does not go with a step of torch's own: {reason}")
 
     # ---- in the backward pass ---------------------------------------------------------------------
 
@@ -146,8 +150,8 @@ class Step(StateDicts):
             plans.clear()
         calls: list[Call] = []
         for index, group in enumerate(self.param_groups):
-            if needs_torch(group) is not None:
-                self._check_options(group)
+            if (reason := needs_torch(group)) is not None:
+                self._check_torch_step(group, reason)
                 torch_step(self, group)
             else:
                 calls += self._calls((index,), group)
@@ -187,8 +191,7 @@ class Step(StateDicts):
         buckets = self._buckets(key, group)
         calls = [(group, bucket, now) for bucket in buckets if (now := bucket.lists()) is not None]
         if not all(plain(lists[0]) and plain(lists[1]) for _, _, lists in calls):
-            if (option := self._options.in_use(group)) is not None:
-                raise ValueError(f"{option} is for tensors and DTensors, not for other subclasses")
+            self._check_torch_step(group, "a parameter is of a subclass of Tensor")
             torch_step(self, group)
             return []
         if not registry.forced():
