@@ -383,7 +383,7 @@ QUICK = {
     "activation": r"bfloat16 (gelu|geglu)$",
     "products": r"bfloat16 (gelu|swiglu)$",
     "frozen": r"(bfloat16 int8|e4m3) (gelu|swiglu)( 1 rows.*)?$",
-    "adam": r"bfloat16",
+    "adam": r"bfloat16 (bfloat16 Adam|uint8 int16 Adam|norm)",
 }
 
 

@@ -338,20 +338,22 @@ def test_rows_that_are_not_whole_vectors_are_padded_with_zeros() -> None:
 
 
 def test_adam_keeps_its_tables_while_the_addresses_stay() -> None:
-    lists = [[draw(100), draw(3)] for _ in range(5)] + [[torch.zeros((), device=DEVICE) for _ in range(2)]]
-    first = adam.prepare(*lists)
-    assert adam.prepare(*lists) is first
+    arrays = [[draw(100), draw(3)] for _ in range(5)]
+    numbers = [[torch.zeros((), device=DEVICE) for _ in range(2)]]
+    first = adam.prepare(arrays, numbers)
+    assert adam.prepare(arrays, numbers) is first
     assert first.chunks.tolist() == [[0, 0], [1, 0]]
-    lists[1] = [draw(100), draw(3)]
-    assert adam.prepare(*lists) is not first
+    arrays[1] = [draw(100), draw(3)]
+    assert adam.prepare(arrays, numbers) is not first
 
 
 def test_adam_cuts_tensors_into_chunks() -> None:
-    sizes = [0, adam.CHUNK, adam.CHUNK + 1]
-    work = adam.build(DEVICE, [16 * i for i in range(18)], sizes)
+    sizes, addresses = [0, adam.CHUNK, adam.CHUNK + 1], [[0, 16, 32], [4, 8, 12]]
+    work = adam.build(DEVICE, sizes, addresses, 1)
     assert work.chunks.tolist() == [[1, 0], [2, 0], [2, 1]]
+    assert work.table.tolist() == [sizes, [0, 0, adam.CHUNK], *addresses]
     assert work.aligned
-    assert not adam.build(DEVICE, [4, *range(0, 16 * 17, 16)], sizes).aligned
+    assert not adam.build(DEVICE, sizes, addresses, 2).aligned
 
 
 @pytest.mark.parametrize("t", [1, 2, 10, 1000, 100_000])
@@ -359,7 +361,7 @@ def test_adam_bias_correction_keeps_its_digits(t: int) -> None:
     """One step from t - 1 with v = 0: p moves by lr / (1 - beta1^t) m / sqrt(v / (1 - beta2^t))."""
     p, g, m, v = (torch.tensor([x], device=DEVICE) for x in (0.0, 1.0, 0.0, 0.0))
     step = torch.tensor(float(t - 1), device=DEVICE)
-    adam.adam([p], [g], [m], [v], [], [step], 1.0, 0.9, 0.999, 0.0, 0.0, True, False, False)
+    adam.adam([p], [g], [m], [v], [], [step], [], [], [], 1.0, 0.9, 0.999, 0.0, 0.0, True, False, False)
     expected = -(0.1 / (1 - 0.9**t)) / (0.001 / (1 - 0.999**t)) ** 0.5
     torch.testing.assert_close(p.item(), expected, rtol=5e-7, atol=0)
     assert step.item() == t

@@ -1,16 +1,11 @@
 """Adam and AdamW over lists of tensors, in place, in one launch.
 
-    p, g, m, v [, vmax]  ->  p, m, v [, vmax]      every element read once, written once: bound by memory
+    p, g, m, v [, vmax, master]  ->  p, m, v [, vmax, master]      every element read once, written once
 
-The kernel finds its tensors through a table of addresses, and its share of the work through a list of chunks:
-
-    table  [6, n] int64          addresses of p, g, m, v, vmax and t of each tensor
-    sizes  [n] int64             elements of each tensor
-    chunks [c, 2] int32          tensor, and which CHUNK elements of it        program i does chunks[i]
-
-Both live on the device and are kept from step to step while the addresses stay the same. t is a device scalar
-too, and so can lr, the gradient scale and found_inf be: nothing waits for the device, and a step can be
-captured in a CUDA graph. A second, tiny kernel advances t, after all programs of the first have read it.
+A program finds its CHUNK elements through the tables of adam_table.py and goes through them a BLOCK at a
+time; adam_storage.py knows how p and the moments are stored. t is a device scalar, and so can lr, the
+gradients' scale and norm, and found_inf be: nothing waits for the device, and a step can be captured in a
+CUDA graph. A second, tiny kernel advances t, after all programs of the first have read it.
 
 The math is fp32. The bias corrections 1 - beta^t are computed as -expm1(t log beta), because the difference
 itself has lost four digits at t = 1, beta = 0.999.
@@ -21,7 +16,6 @@ Kingma, Ba, Adam (2015); Loshchilov, Hutter, AdamW (2019); Reddi et al., AMSGrad
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
@@ -30,11 +24,27 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .adam_storage import (
+    MOMENTS,
+    PARAMETER,
+    QUANTISED,
+    at_random,
+    drawn,
+    load_codes,
+    load_p,
+    load_wide,
+    seed_of,
+    store_codes,
+    store_narrow,
+    store_p,
+)
+from .adam_table import BEFORE, BLOCK, CHUNK, POINTEES, SIZE, address, build, prepare
+from .grad_norm import grad_norm
 
-BLOCK = 1024  # elements that a program holds at once
-CHUNK = 8 * BLOCK  # elements that a program updates
+__all__ = ["BLOCK", "CHUNK", "adam", "build", "grad_norm", "prepare"]
 
-POINTEES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+# The table's lists.
+P, G, M, V, VMAX, MASTERS, STEPS, M_SCALES, V_SCALES = (tl.constexpr(row) for row in range(9))
 
 
 class Hyper(NamedTuple):
@@ -48,6 +58,7 @@ class Hyper(NamedTuple):
     beta2_left: float
     eps: float
     weight_decay: float
+    max_norm: float
 
 
 @triton.jit
@@ -61,61 +72,96 @@ def one_minus_exp(x):
 
 
 @triton.jit
-def load_wide(pointer, at, exists, MASKED: tl.constexpr):
-    x = tl.load(pointer + at, mask=exists, other=0.0) if MASKED else tl.load(pointer + at)
-    return x.to(tl.float32)
+def step_of(steps_at, hyper, grad_scale, grad_norm, lr_tensor):
+    """What a tensor's elements share: t, lr, what m, the root of v and g are multiplied by."""
+    t = tl.load(steps_at) + 1.0
+    lr = hyper.lr
+    if lr_tensor is not None:
+        lr = tl.load(lr_tensor)
+    step_size = tl.div_rn(lr, one_minus_exp(t * hyper.log_beta1))
+    root_correction = tl.div_rn(1.0, tl.sqrt_rn(one_minus_exp(t * hyper.log_beta2)))
+    clip = 1.0
+    if grad_norm is not None:
+        norm = tl.load(grad_norm)
+        if grad_scale is not None:
+            norm = tl.div_rn(norm, tl.load(grad_scale))
+        share = tl.div_rn(hyper.max_norm, norm + 1e-6)
+        clip = tl.where(share > 1.0, 1.0, share)  # a NaN stays one
+    return t.to(tl.uint32), lr, step_size, root_correction, clip
 
 
 @triton.jit
-def store_narrow(pointer, at, x, exists, MASKED: tl.constexpr):
-    if MASKED:
-        tl.store(pointer + at, x.to(pointer.dtype.element_ty), mask=exists)
-    else:
-        tl.store(pointer + at, x.to(pointer.dtype.element_ty))
+def load_g(
+    g_at, at, exists, grad_scale, clip, MAXIMIZE: tl.constexpr, ZERO: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """g as the step wants it, leaving it in memory as the caller wants it: divided, or 0."""
+    g = load_wide(g_at, at, exists, MASKED)
+    if grad_scale is not None:
+        g = tl.div_rn(g, tl.load(grad_scale))
+    if ZERO:
+        store_narrow(g_at, at, tl.zeros_like(g), exists, MASKED)
+    elif grad_scale is not None:
+        store_narrow(g_at, at, g, exists, MASKED)
+    g *= clip
+    return -g if MAXIMIZE else g
 
 
 @triton.jit
 def update(
-    p_at, g_at, m_at, v_at, vmax_at, at, size, lr, step_size, root_correction, grad_scale, hyper,
-    DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr, MAXIMIZE: tl.constexpr, MASKED: tl.constexpr,
+    arrays, start, size, before, step, grad_scale, seed, hyper, MASTER: tl.constexpr,
+    DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr, MAXIMIZE: tl.constexpr, ZERO: tl.constexpr,
+    BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The elements `at` of one tensor."""
+    """BLOCK elements of one tensor from ``start`` on."""
+    p_at, g_at, m_at, v_at, vmax_at, masters_at, m_scales_at, v_scales_at = arrays
+    t, lr, step_size, root_correction, clip = step
+    CODES: tl.constexpr = m_at.dtype.element_ty == tl.uint8
+    at = start + tl.arange(0, BLOCK)
+    if CODES:
+        at = at.reshape([BLOCK // QUANTISED, QUANTISED])
+        blocks = start // QUANTISED + tl.arange(0, BLOCK // QUANTISED)
     exists = at < size
-    p, g = load_wide(p_at, at, exists, MASKED), load_wide(g_at, at, exists, MASKED)
-    m, v = load_wide(m_at, at, exists, MASKED), load_wide(v_at, at, exists, MASKED)
-    if grad_scale is not None:
-        g = tl.div_rn(g, tl.load(grad_scale))
-        store_narrow(g_at, at, g, exists, MASKED)
-    if MAXIMIZE:
-        g = -g
+    p = load_p(p_at, masters_at, at, exists, MASTER, MASKED)
+    if CODES:
+        m = load_codes(m_at, m_scales_at, at, blocks, exists, size, True)
+        v = load_codes(v_at, v_scales_at, at, blocks, exists, size, False)
+    else:
+        m, v = load_wide(m_at, at, exists, MASKED), load_wide(v_at, at, exists, MASKED)
+    g = load_g(g_at, at, exists, grad_scale, clip, MAXIMIZE, ZERO, MASKED)
     if DECOUPLED:
         p -= lr * hyper.weight_decay * p
     else:
         g += hyper.weight_decay * p
     m += hyper.beta1_left * (g - m)
     v = hyper.beta2 * v + hyper.beta2_left * g * g
-    store_narrow(m_at, at, m, exists, MASKED)
-    store_narrow(v_at, at, v, exists, MASKED)
+    largest = v
     if AMSGRAD:
-        v = tl.maximum(v, load_wide(vmax_at, at, exists, MASKED), propagate_nan=tl.PropagateNan.ALL)
-        store_narrow(vmax_at, at, v, exists, MASKED)
-    p -= step_size * tl.div_rn(m, tl.sqrt_rn(v) * root_correction + hyper.eps)
-    store_narrow(p_at, at, p, exists, MASKED)
-
-
-@triton.jit
-def address(table, row, tensor, n, POINTEE: tl.constexpr, ALIGNED: tl.constexpr):
-    pointer = tl.load(table + row * n + tensor).to(tl.pointer_type(POINTEE))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
+        vmax = load_wide(vmax_at, at, exists, MASKED)
+        largest = tl.maximum(v, vmax, propagate_nan=tl.PropagateNan.ALL)
+    p -= step_size * tl.div_rn(m, tl.sqrt_rn(largest) * root_correction + hyper.eps)
+    bits = None
+    if seed is not None and MASTER == "none" and p_at.dtype.element_ty == tl.bfloat16:
+        bits = drawn(seed, PARAMETER, t, before + at, before + start, BLOCK)
+    store_p(p_at, masters_at, at, p, exists, bits, MASTER, MASKED)
+    if CODES:
+        store_codes(m_at, m_scales_at, at, m, blocks, exists, size, True)
+        store_codes(v_at, v_scales_at, at, v, blocks, exists, size, False)
+    else:
+        if seed is not None and m_at.dtype.element_ty == tl.bfloat16:
+            bits = drawn(seed, MOMENTS, t, before + at, before + start, BLOCK)
+            m, v, largest = at_random(m, bits), at_random(v, bits >> 16), at_random(largest, bits >> 16)
+        store_narrow(m_at, at, m, exists, MASKED)
+        store_narrow(v_at, at, v, exists, MASKED)
+        if AMSGRAD:
+            store_narrow(vmax_at, at, largest, exists, MASKED)
 
 
 @triton.jit
 def adam_kernel(
-    table, sizes, chunks, n, hyper, grad_scale, found_inf, lr_tensor,
-    POINTEE: tl.constexpr, ALIGNED: tl.constexpr, DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr,
-    MAXIMIZE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    table, chunks, n, hyper, seed, grad_scale, found_inf, lr_tensor, grad_norm,
+    P_TYPE: tl.constexpr, M_TYPE: tl.constexpr, MASTER: tl.constexpr, ALIGNED: tl.constexpr,
+    DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr, MAXIMIZE: tl.constexpr, ZERO: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     if found_inf is not None:  # noqa: SIM102, Triton does not cut an `and` short
         if tl.load(found_inf) != 0.0:
@@ -123,34 +169,36 @@ def adam_kernel(
     entry = chunks + tl.program_id(0).to(tl.int64) * 2
     tensor = tl.load(entry)
     start = tl.load(entry + 1).to(tl.int64) * CHUNK
-    size = tl.load(sizes + tensor)
-    p_at = address(table, 0, tensor, n, POINTEE, ALIGNED)
-    g_at = address(table, 1, tensor, n, POINTEE, ALIGNED)
-    m_at = address(table, 2, tensor, n, POINTEE, ALIGNED)
-    v_at = address(table, 3, tensor, n, POINTEE, ALIGNED)
-    vmax_at = address(table, 4, tensor, n, POINTEE, ALIGNED)
-    t = tl.load(address(table, 5, tensor, n, tl.float32, False)) + 1.0
-    lr = hyper.lr
-    if lr_tensor is not None:
-        lr = tl.load(lr_tensor)
-    step_size = tl.div_rn(lr, one_minus_exp(t * hyper.log_beta1))
-    root_correction = tl.div_rn(1.0, tl.sqrt_rn(one_minus_exp(t * hyper.log_beta2)))
+    size = tl.load(table + SIZE * n + tensor)
+    before = tl.load(table + BEFORE * n + tensor)
+    REMAINDER: tl.constexpr = MASTER == "remainder"  # then p is 16 bits of something else
+    arrays = (
+        address(table, P, tensor, n, tl.int16 if REMAINDER else P_TYPE, ALIGNED),
+        address(table, G, tensor, n, P_TYPE, ALIGNED),
+        address(table, M, tensor, n, M_TYPE, ALIGNED),
+        address(table, V, tensor, n, M_TYPE, ALIGNED),
+        address(table, VMAX, tensor, n, M_TYPE, ALIGNED),
+        address(table, MASTERS, tensor, n, tl.int16 if REMAINDER else tl.float32, ALIGNED),
+        address(table, M_SCALES, tensor, n, tl.float32, False),
+        address(table, V_SCALES, tensor, n, tl.float32, False),
+    )
+    steps_at = address(table, STEPS, tensor, n, tl.float32, False)
+    step = step_of(steps_at, hyper, grad_scale, grad_norm, lr_tensor)
     count = tl.minimum(size - start, CHUNK).to(tl.int32)
-    at = start + tl.arange(0, BLOCK)
     if count == CHUNK:  # no masks: 16-byte loads and stores
         for _ in range(0, CHUNK, BLOCK):
             update(
-                p_at, g_at, m_at, v_at, vmax_at, at, size, lr, step_size, root_correction, grad_scale, hyper,
-                DECOUPLED, AMSGRAD, MAXIMIZE, False,
+                arrays, start, size, before, step, grad_scale, seed, hyper, MASTER, DECOUPLED, AMSGRAD,
+                MAXIMIZE, ZERO, BLOCK, False,
             )  # fmt: skip
-            at += BLOCK
+            start += BLOCK
     else:
         for _ in range(0, count, BLOCK):
             update(
-                p_at, g_at, m_at, v_at, vmax_at, at, size, lr, step_size, root_correction, grad_scale, hyper,
-                DECOUPLED, AMSGRAD, MAXIMIZE, True,
+                arrays, start, size, before, step, grad_scale, seed, hyper, MASTER, DECOUPLED, AMSGRAD,
+                MAXIMIZE, ZERO, BLOCK, True,
             )  # fmt: skip
-            at += BLOCK
+            start += BLOCK
 
 
 @triton.jit
@@ -167,19 +215,6 @@ def advance_kernel(steps, found_inf, n, BLOCK: tl.constexpr):
 # ---- launcher --------------------------------------------------------------------------------------
 
 
-class Work(NamedTuple):
-    """What the kernels find their tensors by, on the device."""
-
-    table: Tensor
-    sizes: Tensor
-    chunks: Tensor
-    aligned: bool
-
-
-_prepared: OrderedDict[tuple[object, ...], Work] = OrderedDict()
-_KEPT = 16  # parameter groups whose tables are kept
-
-
 def adam(
     params: list[Tensor],
     grads: list[Tensor],
@@ -187,6 +222,9 @@ def adam(
     exp_avg_sqs: list[Tensor],
     max_exp_avg_sqs: list[Tensor],
     state_steps: list[Tensor],
+    masters: list[Tensor],
+    exp_avg_scales: list[Tensor],
+    exp_avg_sq_scales: list[Tensor],
     lr: float,
     beta1: float,
     beta2: float,
@@ -195,55 +233,41 @@ def adam(
     decoupled: bool,
     amsgrad: bool,
     maximize: bool,
+    zero_grads: bool = False,
+    max_norm: float = 0.0,
+    seed: int | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     lr_tensor: Tensor | None = None,
+    grad_norm: Tensor | None = None,
 ) -> None:
     """One step, in place; 1 is added to each of ``state_steps`` (fp32 scalars). ``grads`` are left divided by
-    ``grad_scale``; where ``found_inf`` is not 0 nothing changes; ``lr_tensor`` replaces ``lr``.
+    ``grad_scale``, or 0; where ``found_inf`` is not 0 nothing changes; ``lr_tensor`` replaces ``lr``.
 
-    All tensors share one dtype and device, are dense, and state and gradient have their parameter's strides.
+    All tensors are on one device and dense, each list is of one dtype, and what goes with a parameter has its
+    strides. ``masters`` (fp32, or int16 remainders) and the scales of uint8 moments may be empty lists.
     """
     if not params:
         return
-    work = prepare(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs if amsgrad else params, state_steps)
+    m_scales, v_scales = exp_avg_scales or state_steps, exp_avg_sq_scales or state_steps  # any address
+    work = prepare(
+        [params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs or params, masters or params],
+        [state_steps, m_scales, v_scales],
+    )
     n = len(params)
     log_beta1, log_beta2 = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
-    hyper = Hyper(lr, log_beta1, log_beta2, 1 - beta1, beta2, 1 - beta2, eps, weight_decay)
+    hyper = Hyper(lr, log_beta1, log_beta2, 1 - beta1, beta2, 1 - beta2, eps, weight_decay, max_norm)
+    master = "none"
+    if masters:
+        master = "remainder" if masters[0].dtype == torch.int16 else "float32"
+    stored = {x[0].element_size() for x in (params, exp_avgs, masters) if x}
+    warps = 8 if stored == {2, 4} else 4  # 4 elements a thread: 8 of them in two sizes would spill
     if len(work.chunks) > 0:
         adam_kernel[(len(work.chunks),)](
-            work.table, work.sizes, work.chunks, n, hyper, grad_scale, found_inf, lr_tensor,
-            POINTEE=POINTEES[params[0].dtype], ALIGNED=work.aligned, DECOUPLED=decoupled, AMSGRAD=amsgrad,
-            MAXIMIZE=maximize, BLOCK=BLOCK, CHUNK=CHUNK, num_warps=4, **launch.OPTIONS,
+            work.table, work.chunks, n, hyper, seed_of(seed), grad_scale, found_inf, lr_tensor, grad_norm,
+            P_TYPE=POINTEES[params[0].dtype], M_TYPE=POINTEES[exp_avgs[0].dtype], MASTER=master,
+            ALIGNED=work.aligned, DECOUPLED=decoupled, AMSGRAD=amsgrad, MAXIMIZE=maximize, ZERO=zero_grads,
+            BLOCK=BLOCK, CHUNK=CHUNK, num_warps=warps, **launch.OPTIONS,
         )  # fmt: skip
-    advance_kernel[(triton.cdiv(n, 256),)](
-        work.table[5], found_inf, n, BLOCK=256, num_warps=4, **launch.OPTIONS
-    )
-
-
-def prepare(*lists: list[Tensor]) -> Work:
-    """The tables for these tensors; those of the last steps are kept, by address and size."""
-    params = lists[0]
-    addresses = [x.data_ptr() for tensors in lists for x in tensors]
-    sizes = [p.numel() for p in params]
-    key = (params[0].device, params[0].dtype, *addresses, *sizes)
-    work = _prepared.get(key)
-    if work is None:
-        work = _prepared[key] = build(params[0].device, addresses, sizes)
-        while len(_prepared) > _KEPT:
-            _prepared.popitem(last=False)
-    _prepared.move_to_end(key)
-    return work
-
-
-def build(device: torch.device, addresses: list[int], sizes: list[int]) -> Work:
-    n = len(sizes)
-    counts = torch.tensor([triton.cdiv(size, CHUNK) for size in sizes])
-    tensors = torch.repeat_interleave(torch.arange(n), counts)
-    within = torch.arange(len(tensors)) - (counts.cumsum(0) - counts)[tensors]
-    chunks = torch.stack([tensors, within], dim=1).to(torch.int32)
-    table = torch.tensor(addresses, dtype=torch.int64).view(-1, n)
-    aligned = all(address % 16 == 0 for address in addresses[: 5 * n])
-    return Work(
-        table.to(device), torch.tensor(sizes, dtype=torch.int64).to(device), chunks.to(device), aligned
-    )
+    steps = work.table[2 + STEPS.value]
+    advance_kernel[(triton.cdiv(n, 256),)](steps, found_inf, n, BLOCK=256, num_warps=4, **launch.OPTIONS)

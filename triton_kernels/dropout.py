@@ -39,15 +39,20 @@ def mix(x, half_way):
 
 
 @triton.jit
-def kept(dropout, head, i, j):
-    """Which elements of a head's rows i and columns j dropout keeps."""
+def random_bits(key0, key1, head, i, j):
+    """32 bits for a head's rows i and columns j; the keys as Dropout has them."""
     zero = tl.cast(0, tl.uint32)
-    key0, key1 = (dropout.key0 >> 1).to(tl.uint32), (dropout.key1 >> 1).to(tl.uint32)
-    k0 = mix(key0 + tl.cast(head, tl.uint32) * GOLDEN, zero)
-    k1 = mix(key1 ^ k0, zero)
+    k0 = mix((key0 >> 1).to(tl.uint32) + tl.cast(head, tl.uint32) * GOLDEN, zero)
+    k1 = mix((key1 >> 1).to(tl.uint32) ^ k0, zero)
     a = mix(k0 + i.to(tl.uint32) * GOLDEN, zero)
     c = mix(k1 + a, zero)
-    return mix(a + j.to(tl.uint32) * GOLDEN, c) >= tl.cast(dropout.threshold, tl.uint32)
+    return mix(a + j.to(tl.uint32) * GOLDEN, c)
+
+
+@triton.jit
+def kept(dropout, head, i, j):
+    """Which elements of a head's rows i and columns j dropout keeps."""
+    return random_bits(dropout.key0, dropout.key1, head, i, j) >= tl.cast(dropout.threshold, tl.uint32)
 
 
 @triton.jit
