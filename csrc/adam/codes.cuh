@@ -7,8 +7,8 @@
 //   octave    | 2^-23 | 2^-22 | 2^-21 | 2^-20 | 2^-19 | ...  2^0      border, and the row below it
 //   row       0      0|1     1|      1|      1|1 /   2| ...    8      line: k = a share + b
 //
-// Row 0 is nothing, rows 1 to 7 are the decades, row 8 is the 1 at the end. Two look-ups and 14
-// instructions a number; dynamic8.h's chain of comparisons would take 35. The tables are 2.6 KB,
+// Row 0 is nothing, rows 1 to 7 are the decades, row 8 is the 1 at the end. Two look-ups and 18
+// instructions a number; dynamic8.h's chain of comparisons would take 37. The tables are 2.6 KB,
 // made by the block itself from dynamic8.h's constants.
 #pragma once
 
