@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+import bigkern
 from bigkern.optim import Adam, AdamW
 
 STORAGES: list[dict[str, Any]] = [
@@ -299,6 +300,29 @@ def test_wrong_gradient_names_its_parameter(options: dict[str, Any], steps: int,
         with pytest.raises(RuntimeError, match=f"{message}.*{who}"):
             optimizer.step()
         assert_same([p.detach() for p in params], before, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_gradients_stored_in_other_orders_come_and_go(backend: str) -> None:
+    """As they do where the last layer has one output; the fast path returns with the usual order."""
+    ours, theirs = ([Parameter(torch.ones(6, 4)), Parameter(torch.ones(1, 5))] for _ in range(2))
+    optimizer, stock = AdamW(ours, max_norm=1.0), torch.optim.AdamW(theirs)
+    for step in range(6):
+        set_grads(ours, step)
+        set_grads(theirs, step)
+        if step in (0, 3):
+            ours[0].grad = torch.empty(4, 6).t().copy_(ours[0].grad)  # type: ignore[arg-type]
+        if step in (1, 4):
+            ours[1].grad = ours[1].grad.as_strided((1, 5), (1, 1))  # type: ignore[union-attr]
+        nn.utils.clip_grad_norm_(theirs, 1.0)
+        stock.step()
+        if backend == "torch":
+            with bigkern.use("torch"):
+                optimizer.step()
+        else:
+            optimizer.step()
+    assert_same(ours, theirs)
+    assert backend == "torch" or optimizer._plans()[0,].buckets[0].backend.name == "cpu"  # type: ignore[union-attr]
 
 
 def test_explain_names_the_backend_of_every_bucket() -> None:

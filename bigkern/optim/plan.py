@@ -51,8 +51,10 @@ class Bucket:
     seed: int | None
     transfer: Transfer | None
     backend: registry.Backend | None = None
-    packed: Packed | None = None
-    packs_norm: bool = False
+    _packed: Packed | None = None
+    _packs_norm: bool = False
+    _fits: bool = True  # whether the gradients of the last lists are stored as what was packed
+    _resolved_for: list[Any] | None = None  # params and grads, as they were stored
     _keys: tuple[str, ...] = field(init=False)
     _wrapped: bool = field(init=False)
 
@@ -77,24 +79,29 @@ class Bucket:
             params, grads, *states = (list(map(raw, tensors)) for tensors in (params, grads, *states))
         if self.transfer is not None and not self.transfer.matches(params, grads):
             return None
-        if self.packed is None:
-            one_kind = len(set(map(attrgetter("device", "dtype"), params))) == 1
-            return (params, grads, *states) if one_kind else None
-        there, arriving = (params, grads) if self.transfer is None else self.transfer.host
-        holds = self.packed.matches((there, *states)) and self.packed.fits(arriving)
-        return (params, grads, *states) if holds else None
+        lists = (params, grads, *states)
+        return lists if self._still_right(lists) else None
+
+    def _still_right(self, lists: Lists) -> bool:
+        if self._packed is None:
+            return self._resolved_for is None or self._resolved_for == _stored(lists)
+        params, grads, *states = self._where_it_runs(lists)
+        self._fits = self._packed.fits(grads)
+        right = self._fits or all(gradient_problem(p) is None for p in self.params)
+        return right and self._packed.matches((params, *states))
 
     def grad_norm(self, lists: Lists) -> Tensor:
         """The norm of the gradients in ``lists``."""
         grads = lists[1]
-        if self.packed is not None and self.packs_norm:
-            return self.packed.grad_norm(grads)
+        if self._packed is not None and self._packs_norm and self._fits:
+            return self._packed.grad_norm(grads)
         return cast(Tensor, GRAD_NORM.resolve(grads).forward(grads))
 
     def resolve(self, lists: Lists, hyper: tuple[Any, ...]) -> None:
         """Choose a backend, once; raises where none takes the call."""
         if self.backend is None:
             self.backend = ADAM.resolve(*self._where_it_runs(lists), *hyper)
+            self._resolved_for = _stored(lists)
 
     def _where_it_runs(self, lists: Lists) -> Lists:
         return lists if self.transfer is None else (*self.transfer.host, *lists[2:])
@@ -115,10 +122,19 @@ class Bucket:
             backend.forward(*lists, *hyper)
             return
         params, grads, *states = lists
-        if self.packed is None:
-            self.packed = Packed((params, *states))
-            self.packs_norm = self.transfer is None and GRAD_NORM.resolve(grads).name == backend.name
-        self.packed.update(grads, *hyper)
+        if not self._fits:
+            ADAM.resolve(*lists, *hyper).forward(*lists, *hyper)
+            return
+        if self._packed is None:
+            self._packed = Packed((params, *states))
+            self._packs_norm = self.transfer is None and GRAD_NORM.resolve(grads).name == backend.name
+        self._packed.update(grads, *hyper)
+
+
+def _stored(lists: Lists) -> list[Any]:
+    """How parameters and gradients are stored: what a backend was chosen by."""
+    params, grads, *_ = lists
+    return [(x.device, x.dtype, x.shape, x.stride()) for x in (*params, *grads)]
 
 
 @dataclass

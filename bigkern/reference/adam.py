@@ -64,7 +64,7 @@ def adam(
     before = 0  # elements of the parameters ahead in the list
     for i, param in enumerate(params):
         p = _master_of(param, masters[i]) if masters else in_memory(param)
-        g = in_memory(grads[i]).to(p.dtype)
+        g = in_memory(grads[i], order_of=param).to(p.dtype)
         m, v = in_memory(exp_avgs[i]), in_memory(exp_avg_sqs[i])
         if exp_avg_scales:
             m = dequantised(m, exp_avg_scales[i], signed=True)
@@ -74,7 +74,7 @@ def adam(
         t = float(state_steps[i])
         if grad_scale is not None:
             g = g / grad_scale
-            store(grads[i], g)
+            store(grads[i], g, order_of=param)
         if grad_norm is not None:
             norm = grad_norm if grad_scale is None else grad_norm / grad_scale
             g = g * (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -123,17 +123,17 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
 # ---- storage ---------------------------------------------------------------------------------------
 
 
-def in_memory(x: Tensor) -> Tensor:
-    """``[n]`` x's elements in the order in which they lie in memory, at least fp32 where they are numbers."""
-    flat = x.permute(_outer_to_inner(x)).reshape(-1)
+def in_memory(x: Tensor, order_of: Tensor | None = None) -> Tensor:
+    """``[n]`` x's elements as they lie in memory, or as ``order_of``'s do; numbers in at least fp32."""
+    flat = x.permute(_outer_to_inner(x if order_of is None else order_of)).reshape(-1)
     return flat.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else flat
 
 
-def store(x: Tensor, values: Tensor, bits: Tensor | None = None) -> None:
+def store(x: Tensor, values: Tensor, bits: Tensor | None = None, order_of: Tensor | None = None) -> None:
     """The inverse: values ``[n]`` into x; bf16 by the low 16 of random ``bits``, if given."""
     if bits is not None and x.dtype == torch.bfloat16:
         values = stochastically_rounded(values, bits)
-    outer_to_inner = x.permute(_outer_to_inner(x))
+    outer_to_inner = x.permute(_outer_to_inner(x if order_of is None else order_of))
     outer_to_inner.copy_(values.view(outer_to_inner.shape))
 
 
