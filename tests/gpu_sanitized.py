@@ -11,6 +11,8 @@ import torch
 
 import bigkern
 from bigkern.ops.adam import adam
+from bigkern.ops.grad_norm import grad_norm
+from bigkern.reference.dynamic8 import blocks_of
 
 BACKENDS = ("cuda", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -91,6 +93,22 @@ def run_adam(dtype: torch.dtype) -> None:
     adam(params, grads, m, v, top, steps, amsgrad=True, decoupled=True, weight_decay=0.1)
 
 
+def run_adam_storage(dtype: torch.dtype) -> None:
+    sizes = (1, 7, 1023, 40_000)
+    params, grads = ([torch.rand(n, dtype=dtype, device=DEVICE) for n in sizes] for _ in range(2))
+    for stored in (torch.bfloat16, torch.uint8):
+        m, v = ([torch.zeros(n, dtype=stored, device=DEVICE) for n in sizes] for _ in range(2))
+        scales = [torch.zeros(blocks_of(n) if stored == torch.uint8 else 0, device=DEVICE) for n in sizes]
+        beside = [scales, [x.clone() for x in scales]] if stored == torch.uint8 else [[], []]
+        masters = [] if dtype == torch.float32 else [p.float() for p in params]
+        for kept in ([], masters, [p.short() for p in params] if dtype == torch.bfloat16 else []):
+            adam(
+                params, grads, m, v, [], [torch.zeros((), device=DEVICE) for _ in sizes], masters=kept,
+                exp_avg_scales=beside[0], exp_avg_sq_scales=beside[1], max_norm=1.0, seed=5,
+                grad_norm=grad_norm(grads), zero_grads=True,
+            )  # fmt: skip
+
+
 RUNS = (
     run_attention,
     run_attention_features,
@@ -99,6 +117,7 @@ RUNS = (
     run_norms,
     run_layernorm_ffn,
     run_adam,
+    run_adam_storage,
 )
 
 
