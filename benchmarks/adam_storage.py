@@ -58,11 +58,11 @@ VARIANTS = {
 class Size:
     """What is trained, and for how long."""
 
-    steps: int = 300
+    steps: int = 600
     context: int = 64
     batch: int = 8
     layers: int = 2
-    width: int = 64
+    width: int = 96
     eval_batches: int = 32
 
     def recipe(self) -> Recipe:
