@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -243,8 +244,8 @@ CHECKS: dict[str, Callable[[DeviceMesh, Path], None]] = {
 def run(rank: int, folder: str) -> None:
     """One process: every check in turn, and what each of them raised, into a file."""
     torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
+    store, patience = f"file://{folder}/store", timedelta(seconds=120)  # should the other process have failed
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=patience)
     mesh = init_device_mesh("cpu", (WORLD,))
     outcomes = {}
     for i, (name, check) in enumerate(CHECKS.items()):
