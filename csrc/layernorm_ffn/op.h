@@ -62,6 +62,7 @@ void check(const OptionalTensor& x, const char* name, Dtype dtype, int64_t numel
 }
 
 void check_f32(const OptionalTensor& x, const char* name, int64_t numel) {
+  STD_TORCH_CHECK(!x.has_value() || dtype_of(*x, name) == Dtype::f32, name, " must be float32");
   check(x, name, Dtype::f32, numel);
 }
 

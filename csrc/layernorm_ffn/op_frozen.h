@@ -45,7 +45,7 @@ struct FrozenWeight {
     STD_TORCH_CHECK(is_int8(weight) == scale.has_value(), name,
                     " has a scale if it is int8, and only then");
     if (!is_int8(weight)) check(weight, name, dtype, weight.numel());
-    check_f32(scale, name, weight.size(0));
+    check_f32(scale, (std::string(name) + "_scale").c_str(), weight.size(0));
     if (!packed.has_value()) return;
     const size_t expected = cpu::packed_elements(packing_of(weight, name, gated));
     STD_TORCH_CHECK(packed->scalar_type() == weight.scalar_type() && packed->is_contiguous() &&

@@ -28,7 +28,8 @@ constexpr int NV = 2;
 constexpr int NR = NV * W;
 
 constexpr int64_t kTile = MR * NR;
-constexpr int64_t kAhead = 12;  // steps of K between a prefetch and its use
+// From a prefetch to its use: steps, and bytes of B's narrow elements, which come from memory.
+constexpr int64_t kAhead = 12, kBytesAhead = 3584;
 
 // A number of rows at compile time.
 template <int R>
@@ -70,14 +71,15 @@ template <bool PAIRED, int ROWS, class B>
 __attribute__((noinline)) void microkernel(int64_t words, const float* a, int64_t height,
                                            const B* b, float* tile, bool first) {
   constexpr int64_t step = step_of<PAIRED, B>;
+  constexpr int64_t ahead = sizeof(B) == sizeof(float) ? kAhead * step : kBytesAhead / sizeof(B);
   if (!first) {
     for (int64_t i = 0; i < ROWS * NR; i += 16) __builtin_prefetch(tile + i, 1);
   }
   vf c[ROWS][NV] = {};
   for (int64_t k = 0; k < words; ++k, a += height, b += step) {
     __builtin_prefetch(a + kAhead * height);
-    __builtin_prefetch(b + kAhead * step);
-    if constexpr (step * sizeof(B) > 64) __builtin_prefetch(b + kAhead * step + step / 2);
+    __builtin_prefetch(b + ahead);
+    if constexpr (step * sizeof(B) > 64) __builtin_prefetch(b + ahead + step / 2);
     vf row[NV];
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) row[v] = panel_words<PAIRED>(b + v * W);
