@@ -8,8 +8,8 @@
 //   row       0      0|1     1|      1|      1|1 /   2| ...    8      line: k = a share + b
 //
 // Row 0 is nothing, rows 1 to 7 are the decades, row 8 is the 1 at the end. Two look-ups and 18
-// instructions a number; dynamic8.h's chain of comparisons would take 37. The tables are 2.6 KB,
-// made by the block itself from dynamic8.h's constants.
+// instructions a number; dynamic8.h's chain of comparisons takes three times as many. The tables
+// are 2.6 KB, made by the block itself from dynamic8.h's constants.
 #pragma once
 
 #include <cfloat>
