@@ -4,8 +4,8 @@
 // within a decade its number k lies on a line, so only the decade has to be found, and an octave,
 // shares of one floating-point exponent, meets at most one border between decades:
 //
-//   octave    | 2^-23 | 2^-22 | 2^-21 | 2^-20 | 2^-19 | ...  2^0      border, and the row below it
-//   row       0      0|1     1|      1|      1|1 /   2| ...    8      line: k = a share + b
+//   octave    2^-23   2^-22   2^-21   2^-20   2^-19   ...   2^-1   2^0       border, row below it
+//   rows        0      0|1      1      1|2      2     ...   7|8     8        line: k = a share + b
 //
 // Row 0 is nothing, rows 1 to 7 are the decades, row 8 is the 1 at the end. Two look-ups and 18
 // instructions a number; dynamic8.h's chain of comparisons takes three times as many. The tables
