@@ -33,7 +33,7 @@ STORAGES: dict[str, tuple[torch.dtype, dict[str, Any], float]] = {
     "fp16, fp32 masters": (torch.float16, {"master_weights": True, "state_dtype": FP32}, 14),
 }
 NAMES = list(STORAGES)
-HYPER: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.05, "betas": (0.9, 0.99)}
+HYPER: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.05}
 
 
 @pytest.fixture(autouse=True, params=["torch", "chosen"])
@@ -229,6 +229,19 @@ def test_random_rounding_loses_nothing_on_average() -> None:
     moved, expected = float(p.detach().double().mean() - 1), 64 * 2**-12
     assert abs(moved - expected) < 6 * 2**-7 * (64 / size) ** 0.5  # six standard deviations
     assert optimizer.state[p]["exp_avg"].dtype == BF16
+
+
+def test_bf16_moments_shrink() -> None:
+    """By beta2 = 0.999 a step, which is less than half of bfloat16's last place."""
+    p = Parameter(torch.ones(512))
+    optimizer = AdamW([p], state_dtype=BF16, seed=5)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    v = optimizer.state[p]["exp_avg_sq"].fill_(1.0)
+    for _ in range(300):
+        optimizer.step()
+    assert float(v.double().mean()) == pytest.approx(0.999**300, rel=0.02)
+    assert torch.tensor(0.999).to(BF16) == 1  # to nearest: it would stay
 
 
 # ---- saved and loaded -------------------------------------------------------------------------------
