@@ -63,7 +63,7 @@ BIGKERN_VEC vi load_bytes(const uint8_t* p) { return load_bytes_n(p, W); }
 BIGKERN_VEC void store_bytes_n(uint8_t* p, vi x, int64_t n) {
   _mm512_mask_cvtepi32_storeu_epi8(p, first_lanes(n), __m512i(x));
 }
-BIGKERN_VEC void store_bytes(uint8_t* p, vi x) {  // vpmovdb to memory is slower
+BIGKERN_VEC void store_bytes(uint8_t* p, vi x) {
   store_raw(p, _mm512_maskz_cvtepi32_epi8(__mmask16(0xffff), __m512i(x)));
 }
 
