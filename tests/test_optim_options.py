@@ -271,6 +271,25 @@ def test_offload_with_grad_scaler_and_in_backward() -> None:
     assert_same(list(models[0].parameters()), list(models[1].parameters()), rtol=0.0, atol=0.0)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("options", [*STORAGES, {"max_norm": 0.1, "zero_grads": True}], ids=str)
+@pytest.mark.parametrize("offload", [False, True])
+def test_gpu_takes_the_cpus_steps(offload: bool, options: dict[str, Any]) -> None:
+    there, here = [Parameter(p.detach().cuda()) for p in leaves()], leaves()
+    optimizer = AdamW(there, lr=0.01, seed=1, offload=offload, **options)
+    other = AdamW(here, lr=0.01, seed=1, **options)
+    for step in range(4):
+        set_grads(here, step)
+        for p, q in zip(there, here, strict=True):
+            p.grad = q.grad.cuda()  # type: ignore[union-attr]
+        optimizer.step()
+        other.step()
+    assert_same([p.cpu() for p in there], here, rtol=1e-4, atol=1e-4)
+    assert_same([p.grad.cpu() for p in there], [p.grad for p in here])  # type: ignore[union-attr]
+    moments = [optimizer.state[p]["exp_avg"] for p in there]
+    assert all(m.is_pinned() if offload else m.is_cuda for m in moments if m.numel())
+
+
 # ---- errors and neighbours --------------------------------------------------------------------------
 
 
