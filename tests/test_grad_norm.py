@@ -76,6 +76,8 @@ def test_threads_change_no_bit() -> None:
 def test_many_and_none() -> None:
     torch.testing.assert_close(grad_norm([torch.ones(3)] * 1000), torch.tensor(3000.0).sqrt())
     assert grad_norm([]) == 0
+    assert torch.ops.bigkern.grad_norm([]) == 0
+    assert bigkern.explain("grad_norm", []).chosen == "torch"
     assert grad_norm([torch.ones(0), torch.ones(2, 0)]) == 0
 
 

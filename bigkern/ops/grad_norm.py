@@ -53,8 +53,6 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
         tensor(5.)
     """
     arguments = bind(grads)
-    if not grads:
-        return torch.zeros(())
     if plain(*grads):
         return _forward(*arguments)
     return cast(Tensor, torch.ops.bigkern.grad_norm(*arguments))
@@ -78,6 +76,8 @@ def bind(grads: Sequence[Tensor]) -> tuple[list[Tensor]]:
 
 @torch.library.register_fake("bigkern::grad_norm", lib=LIBRARY)
 def _fake(grads: list[Tensor]) -> Tensor:
+    if not grads:
+        return torch.empty(())
     return grads[0].new_empty((), dtype=torch.promote_types(grads[0].dtype, torch.float32))
 
 
@@ -94,6 +94,8 @@ GRAD_NORM = registry.declare("grad_norm", bind)
 
 
 def kernel_refuses(backend: str, grads: list[Tensor]) -> registry.Reason:
+    if not grads:
+        return "there are no gradients"
     if (reason := unavailable(backend, grads[0])) is not None:
         return reason
     for g in grads:
@@ -107,6 +109,8 @@ def kernel_refuses(backend: str, grads: list[Tensor]) -> registry.Reason:
 
 
 def stock(grads: list[Tensor]) -> Tensor:
+    if not grads:
+        return torch.zeros(())
     norms = torch._foreach_norm(grads, 2.0, dtype=torch.promote_types(grads[0].dtype, torch.float32))
     return cast(Tensor, torch.linalg.vector_norm(torch.stack(norms)))
 
