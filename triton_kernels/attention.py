@@ -48,7 +48,7 @@ from .attention_backward import key_value_gradient_kernel, query_gradient_kernel
 from .attention_bias import Owned, bias_gradient_kernel
 from .attention_configurations import CONFIGURATIONS, DESCRIBED, GENERAL, Tile, Tiles
 from .attention_forward import attention_kernel
-from .attention_scores import Terms, broadcast, dropout_of, factor_of, given, slopes_of
+from .attention_scores import Terms, dropout_of, factor_of, terms_of
 from .attention_tiles import (
     Shape,
     Statistic,
@@ -95,7 +95,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *rules: object) -> tuple[Tensor, 
     B, Hq, packed = batches(q, call), q.shape[1], call.cu_seqlens_q is not None
     o = empty_bshd(q, Hq, q.shape[2], v.shape[3])
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    shape, terms = shape_of(q, k, call), terms_of(call)
+    shape, terms = shape_of(q, k, call), terms_in(call)
     tiles, stream = tiles_of(shape, terms, q, k, v)
     BC, factor = tiles.forward.BC, factor_of(call.scale, call.softcap, shape)
     programs = triton.cdiv(shape.Sq, tiles.forward.BR) * B * Hq
@@ -123,7 +123,7 @@ def attention_backward(
     B, Hq, packed = batches(q, call), q.shape[1], call.cu_seqlens_q is not None
     dq, dk, dv = (empty_bshd(x, *x.shape[1:]) for x in (q, k, v))
     dbias = q.new_empty(call.bias.shape if bias_grad and call.bias is not None else 0)
-    shape, terms = shape_of(q, k, call), terms_of(call)
+    shape, terms = shape_of(q, k, call), terms_in(call)
     statistics = statistics_of(do, dlse, o, lse, shape, packed)
     factor, constants = factor_of(call.scale, call.softcap, shape), sizes(q, v)
     tiles, stream = tiles_of(shape, terms, q, k, v, do)
@@ -191,28 +191,23 @@ def shape_of(q: Tensor, k: Tensor, call: Rules) -> Shape:
     )
 
 
-def terms_of(call: Rules) -> Terms | None:
-    terms = Terms(
-        call.scale / call.softcap if call.softcap else None,
-        broadcast(call.bias),
-        broadcast(call.mask),
-        slopes_of(call.alibi_slopes),
-        dropout_of(call.dropout_key, call.dropout_p),
-    )
-    return given(terms)
+def terms_in(call: Rules) -> Terms:
+    softcap = call.scale / call.softcap if call.softcap else None
+    dropout = dropout_of(call.dropout_key, call.dropout_p)
+    return terms_of(softcap, call.bias, call.mask, call.alibi_slopes, dropout)
 
 
 def tiles_of(
-    shape: Shape, terms: Terms | None, q: Tensor, k: Tensor, v: Tensor, *do: Tensor
+    shape: Shape, terms: Terms, q: Tensor, k: Tensor, v: Tensor, *do: Tensor
 ) -> tuple[Tiles, Callable[[Tensor, int], View | TensorDescriptor]]:
     """The tiles of a call, and how its kernels see a tensor that they walk through in so many rows a tile."""
     D = max(64, launch.padded(max(q.shape[3], v.shape[3])))
     key = launch.architecture(q.device), q.element_size(), D
     packed = shape.q_begins is not None
-    if terms is None and not packed and key in DESCRIBED and all(describable(x) for x in (q, k, v, *do)):
+    if terms.some is None and not packed and key in DESCRIBED and all(describable(x) for x in (q, k, v, *do)):
         return DESCRIBED[key], descriptor
     tiles = CONFIGURATIONS[key]
-    if terms is not None or shape.left is not None:
+    if terms.some is not None or shape.left is not None:
         tiles = GENERAL.get(key, tiles)
     return tiles, lambda x, rows: view(x, packed)
 

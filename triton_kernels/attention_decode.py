@@ -25,16 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .attention_scores import (
-    Terms,
-    exponential,
-    factor_of,
-    given,
-    log_sum_exp,
-    online_softmax,
-    slopes_of,
-    to_score,
-)
+from .attention_scores import exponential, factor_of, log_sum_exp, online_softmax, terms_of, to_score
 from .attention_tiles import Sequence, Shape, empty_bshd, side, view, visible_keys
 
 
@@ -197,14 +188,13 @@ def decode_attention(
     left, right = (side(keys, Sq, capacity) for keys in (window_left, window_right))
     natural = 1 if q.dtype == torch.float32 else None
     shape = Shape(Hq, Hkv, Hq // Hkv, Sq, capacity, None, left, right, natural, None, None)
-    slopes = slopes_of(alibi_slopes)
-    terms = Terms(scale / softcap if softcap else None, None, None, slopes, None)
+    terms = terms_of(scale / softcap if softcap else None, None, None, alibi_slopes, None)
     factor = factor_of(scale, softcap, shape)
     sizes = {"DV": DV, "BDV": launch.padded(DV)}
     pages = None if page_table is None else Pages(page_table, page_table.stride(0), S)
     stages = tile.stages + 2 * (pages is not None)  # a page's number takes stages of its own
     span_kernel[(programs * spans,)](
-        view(q), view(k_cache), view(v_cache), cache_seqlens, pages, given(terms), acc, m, l, factor, shape,
+        view(q), view(k_cache), view(v_cache), cache_seqlens, pages, terms, acc, m, l, factor, shape,
         spans, D=D, BD=launch.padded(D), **sizes, BR=BR, BC=tile.BC, num_warps=tile.warps,
         num_stages=stages, **launch.OPTIONS,
     )  # fmt: skip

@@ -9,7 +9,8 @@ that the s of a row's only key is its lse to the last bit. i and j are the posit
 their sequence, [BR, 1] and [1, BC] or the other way round.
 
 Every function takes ``terms``, what a score depends on besides its dot product and the window; of what is
-None nothing is compiled, and of plain attention ``terms`` itself is None.
+None nothing is compiled. Only fields that hold no fields are compared with None: Triton 3.6 cannot compare a
+tuple in which there is one.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from .dropout import dropped as drop
 class Broadcast(NamedTuple):
     """A [B, Hq, Sq, Sk] tensor, strides 0 where it is broadcast; rows are dense, padded to 16 elements."""
 
-    data: Tensor
-    batch: int
-    head: int
-    row: int
-    column: int | None  # None: one value a row
+    data: Tensor | None = None  # None: there is none
+    batch: int | None = None
+    head: int | None = None
+    row: int | None = None
+    column: int | None = None  # None: one value a row
 
 
 class Slopes(NamedTuple):
@@ -45,22 +46,30 @@ class Slopes(NamedTuple):
 
 
 class Terms(NamedTuple):
-    softcap: float | None  # scale / softcap
-    bias: Broadcast | None
-    mask: Broadcast | None
-    slopes: Slopes | None
-    dropout: Dropout | None
+    some: int | None = None  # 1, or None of plain attention
+    softcap: float | None = None  # scale / softcap
+    bias: Broadcast = Broadcast()
+    mask: Broadcast = Broadcast()
+    slopes: Slopes | None = None
+    dropout: Dropout | None = None
 
 
-def given(terms: Terms) -> Terms | None:
-    """None if nothing is: then the score is plain."""
-    return None if terms.count(None) == len(terms) else terms
+def terms_of(
+    softcap: float | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    slopes: Tensor | None,
+    dropout: Dropout | None,
+) -> Terms:
+    absent = all(term is None for term in (softcap, bias, mask, slopes, dropout))
+    some = None if absent else 1
+    return Terms(some, softcap, broadcast(bias), broadcast(mask), slopes_of(slopes), dropout)
 
 
-def broadcast(x: Tensor | None) -> Broadcast | None:
+def broadcast(x: Tensor | None) -> Broadcast:
     """Of a [B or 1, Hq or 1, Sq or 1, Sk or 1]. Rows that vectors cannot read are copied into padded ones."""
     if x is None:
-        return None
+        return Broadcast()
     x = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())]
     per_key, strides = x.shape[3] > 1, outer_strides(x)
     if per_key and (x.stride(3) != 1 or any(n % 16 for n in (x.shape[3], *strides, x.data_ptr()))):
@@ -121,7 +130,7 @@ def tanh(x):
 @triton.jit
 def capped(x, terms):
     """tanh(scale / softcap x); without a softcap x."""
-    if terms is not None and terms.softcap is not None:
+    if terms.softcap is not None:
         x = tanh(x * terms.softcap)
     return x
 
@@ -141,14 +150,13 @@ def score_tile(x, b, h, i, j, seq):
 def logits(x, factor, terms, b, h, i, j, seq, shape, EDGE: tl.constexpr):
     """factor x + bias - slope |i + offset - j|, -inf where query i may not see key j."""
     s = x * factor
-    if terms is not None:
-        if terms.bias is not None:
-            s += to_score(score_tile(terms.bias, b, h, i, j, seq).to(tl.float32), shape)
-        if terms.slopes is not None:
-            slope = to_score(tl.load(terms.slopes.data + b * terms.slopes.batch + h), shape)
-            s -= slope * tl.abs(i + seq.offset - j).to(tl.float32)
-        if terms.mask is not None:
-            s = tl.where(score_tile(terms.mask, b, h, i, j, seq) != 0, s, float("-inf"))
+    if terms.bias.data is not None:
+        s += to_score(score_tile(terms.bias, b, h, i, j, seq).to(tl.float32), shape)
+    if terms.slopes is not None:
+        slope = to_score(tl.load(terms.slopes.data + b * terms.slopes.batch + h), shape)
+        s -= slope * tl.abs(i + seq.offset - j).to(tl.float32)
+    if terms.mask.data is not None:
+        s = tl.where(score_tile(terms.mask, b, h, i, j, seq) != 0, s, float("-inf"))
     if EDGE:
         seen = j < seq.Sk
         if shape.right is not None:
@@ -165,7 +173,7 @@ def online_softmax(x, m, l, factor, terms, b, h, i, j, seq, shape, EDGE: tl.cons
 
     p is relative to the new maximum; what was summed before is to be multiplied by rescale.
     """
-    if EDGE or terms is not None:
+    if EDGE or terms.some is not None:
         s = logits(capped(x, terms), factor, terms, b, h, i, j, seq, shape, EDGE)
         new_m = tl.maximum(m, tl.max(s, 1))
         finite_m = tl.where(new_m == float("-inf"), 0.0, new_m)  # no NaN while a row has seen nothing
@@ -184,7 +192,7 @@ def online_softmax(x, m, l, factor, terms, b, h, i, j, seq, shape, EDGE: tl.cons
 @triton.jit
 def dropped(p, terms, b, h, i, j, shape):
     """The weights that v is multiplied by."""
-    if terms is not None and terms.dropout is not None:
+    if terms.dropout is not None:
         p = drop(p, terms.dropout, b * shape.Hq + h, i, j)
     return p
 
@@ -207,6 +215,6 @@ def score_gradient(p, dp, delta, terms, b, h, i, j, shape):
 @triton.jit
 def product_gradient(ds, x, terms):
     """What dq and dk are made of: ds, through the softcap if there is one."""
-    if terms is not None and terms.softcap is not None:
+    if terms.softcap is not None:
         ds = ds * (1.0 - x * x)
     return ds
