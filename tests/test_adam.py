@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -109,13 +108,7 @@ def expected(dtype: torch.dtype, device: torch.device, steps: int, decoupled: bo
     return reference64, stock
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Stock's many small operations crawl where threads have to share a core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def torch_trajectory(

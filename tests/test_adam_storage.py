@@ -6,7 +6,6 @@ quantisation error is compared with a quantisation error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -45,13 +44,7 @@ STORAGES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The reference's many small operations crawl where threads have to share a core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tensors(dtype: torch.dtype, device: torch.device) -> list[Tensor]:

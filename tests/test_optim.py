@@ -6,7 +6,6 @@ import copy
 import inspect
 import io
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,12 +22,7 @@ STOCK = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
 NAMES = list(OURS)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def leaves(dtype: torch.dtype = torch.float32) -> list[Parameter]:

@@ -155,16 +155,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
         yield spy
 
 
-pytestmark = pytest.mark.skipif(info.import_error is not None, reason="the extension is not built")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny tensors on a machine that may be busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.skipif(info.import_error is not None, reason="the extension is not built"),
+    pytest.mark.usefixtures("one_thread"),  # tiny tensors
+]
 
 
 # ---- parity ----------------------------------------------------------------------------------------
