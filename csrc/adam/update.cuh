@@ -36,7 +36,7 @@ __device__ __forceinline__ void round_moments(const Draw& draw, Elements<N>& e) 
 // Elements i to i + N - 1 of one parameter; the addresses are aligned to N of them.
 template <class P, class M, bool AMSGRAD, int N>
 __device__ __forceinline__ void update_elements(const Step& step, int64_t i) {
-  const Parameter x = step.x;  // with addresses read after a store, nvcc 13.0 stores no vectors
+  const Parameter x = step.x;  // a copy: the table's addresses would be read again after each store
   Elements<N> e;
   load_p<P>(x, step.table.master, i, e.p);
   load<P>(x.g, i, e.g);

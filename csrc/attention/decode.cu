@@ -76,8 +76,8 @@ __device__ __forceinline__ void store_rows(const DecodeWork& work, int b, int h_
     if (lane() % 4 == 0 && column0 == 0) m[r] = row.m[half], l[r] = sum;
 #pragma unroll
     for (int n = 0; n < Tile::COLUMNS / 8; ++n) {
-      const float pair[2] = {acc[n][2 * half], acc[n][2 * half + 1]};
-      store_vec(o + r * kSums + column0 + n * 8 + column_of(0), pair);
+      store_pair(o + r * kSums + column0 + n * 8 + column_of(0), acc[n][2 * half],
+                 acc[n][2 * half + 1]);
     }
   }
   __syncthreads();

@@ -75,6 +75,13 @@ __device__ __forceinline__ void load_tile(T* tile, const Rows<const T>& x, int r
   }
 }
 
+// Two neighbours in one store to shared memory.
+template <class T>
+__device__ __forceinline__ void store_pair(T* smem, float first, float second) {
+  assert_aligned<2 * int(sizeof(T))>(smem);
+  *reinterpret_cast<Vec<T, 2>*>(smem) = {from_float<T>(first), from_float<T>(second)};
+}
+
 // Writes a warp's accumulators, times `scale[e / 2]`, to rows row0 to row0 + 15 and columns column0
 // to column0 + C - 1. They go by way of `strip`, 16 rows of a tile that this warp alone uses, so
 // that global memory sees whole vectors.
@@ -88,8 +95,8 @@ __device__ __forceinline__ void store_strip(const Rows<T>& x, int row0, int colu
   for (int n = 0; n < C / 8; ++n) {
 #pragma unroll
     for (int e = 0; e < 4; e += 2) {
-      const float pair[2] = {acc[n][e] * scale[e / 2], acc[n][e + 1] * scale[e / 2]};
-      store_vec(strip + row_of(e) * kPitch<T, D> + column0 + n * 8 + column_of(e), pair);
+      store_pair(strip + row_of(e) * kPitch<T, D> + column0 + n * 8 + column_of(e),
+                 acc[n][e] * scale[e / 2], acc[n][e + 1] * scale[e / 2]);
     }
   }
   __syncwarp();

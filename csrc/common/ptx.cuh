@@ -147,6 +147,26 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// ---- vector stores to global memory ------------------------------------------------------------
+
+// One store instruction; the address is global and aligned to the size. An assignment of a vector,
+// a uint4 too, nvcc 13.0 may turn into a store of each word or half word: it does where a branch
+// stands before, as behind dropout. Loads of vectors it leaves whole.
+
+__device__ __forceinline__ void store_global(void* gmem, const uint4& words) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(gmem), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_global(void* gmem, const uint2& words) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};"
+               :
+               : "l"(gmem), "r"(words.x), "r"(words.y)
+               : "memory");
+}
+
 // ---- barriers between some warps of a block ----------------------------------------------------
 
 // Barrier id is 1 to 15 (0 belongs to __syncthreads); threads, a multiple of 32, counts those that

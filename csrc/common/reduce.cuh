@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/cuda.cuh"
+#include "common/ptx.cuh"
 
 namespace bigkern {
 
@@ -77,10 +78,27 @@ __device__ __forceinline__ Vec<T, N> load_vec(const T* address) {
   return *reinterpret_cast<const Vec<T, N>*>(address);
 }
 
+namespace detail {
+template <class Words, class T, int N>
+__device__ __forceinline__ Words words_of(const Vec<T, N>& values) {
+  static_assert(sizeof(Words) == sizeof values, "as many bytes");
+  Words words;
+  memcpy(&words, &values, sizeof words);
+  return words;
+}
+}  // namespace detail
+
+// To global memory only.
 template <class T, int N>
-__device__ __forceinline__ void store_vec(T* address, const Vec<T, N>& values) {
-  assert_aligned<int(sizeof(T)) * N>(address);
-  *reinterpret_cast<Vec<T, N>*>(address) = values;
+__device__ __forceinline__ void store_vec(T* gmem, const Vec<T, N>& values) {
+  assert_aligned<int(sizeof(T)) * N>(gmem);
+  if constexpr (sizeof values == 16) {
+    ptx::store_global(gmem, detail::words_of<uint4>(values));
+  } else if constexpr (sizeof values == 8) {
+    ptx::store_global(gmem, detail::words_of<uint2>(values));
+  } else {
+    *reinterpret_cast<Vec<T, N>*>(gmem) = values;
+  }
 }
 
 // The same with the conversion to and from float.
@@ -92,11 +110,11 @@ __device__ __forceinline__ void load_vec(const T* address, float (&values)[N]) {
 }
 
 template <class T, int N>
-__device__ __forceinline__ void store_vec(T* address, const float (&values)[N]) {
+__device__ __forceinline__ void store_vec(T* gmem, const float (&values)[N]) {
   Vec<T, N> packed;
 #pragma unroll
   for (int i = 0; i < N; ++i) packed.data[i] = from_float<T>(values[i]);
-  store_vec(address, packed);
+  store_vec(gmem, packed);
 }
 
 }  // namespace bigkern

@@ -171,6 +171,17 @@ void cp_async_wait() {
   simt::async_wait(N);
 }
 
+// ---- vector stores to global memory ------------------------------------------------------------
+
+inline void store_global(void* gmem, const uint4& words, Site site = Site::here()) {
+  simt::check_aligned(gmem, sizeof words, site);
+  memcpy(gmem, &words, sizeof words);
+}
+inline void store_global(void* gmem, const uint2& words, Site site = Site::here()) {
+  simt::check_aligned(gmem, sizeof words, site);
+  memcpy(gmem, &words, sizeof words);
+}
+
 // ---- barriers between some warps of a block ----------------------------------------------------
 
 inline void named_barrier_sync(int id, int threads, Site site = Site::here()) {

@@ -459,6 +459,21 @@ TEST(cp_async_of_4_and_8_bytes) {
   for (int i = 0; i < 64; ++i) CHECK_EQ(out[32 + i], i / 2 % 4 != 0 ? float(i + 1) : 0.0f);
 }
 
+// ---- vector stores -----------------------------------------------------------------------------
+
+__global__ void vector_stores_kernel(uint32_t* out) {
+  const uint32_t n = lane();
+  ptx::store_global(out + 4 * n, make_uint4(n, n + 100, n + 200, n + 300));
+  ptx::store_global(out + 128 + 2 * n, make_uint2(n, n + 100));
+}
+
+TEST(store_global_of_16_and_8_bytes) {
+  Buffer<uint32_t> out(192);
+  run(vector_stores_kernel, 1, 32, 0, out.data());
+  for (int i = 0; i < 128; ++i) CHECK_EQ(out[i], uint32_t(i / 4 + i % 4 * 100));
+  for (int i = 0; i < 64; ++i) CHECK_EQ(out[128 + i], uint32_t(i / 2 + i % 2 * 100));
+}
+
 // ---- named barriers ----------------------------------------------------------------------------
 
 // One warp produces, one consumes, with two buffers between them: for each of them a barrier that

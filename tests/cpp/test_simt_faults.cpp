@@ -236,6 +236,11 @@ __global__ void misaligned_vector_kernel(float* out) {
   store_vec(out + 1, Vec<float, 4>{{1, 2, 3, 4}});
 }
 
+template <class Words>
+__global__ void misaligned_store_kernel(float* out) {
+  ptx::store_global(out + 1, Words{});
+}
+
 __global__ void misaligned_copy_kernel(const float* in) {
   ptx::cp_async_16(dynamic_smem<float>(), in + 1, true);
 }
@@ -248,6 +253,10 @@ __global__ void misaligned_row_kernel() {
 TEST(misaligned_addresses) {
   Buffer<float> memory(64);
   expect_fault({"misaligned", "reduce.cuh"}, misaligned_vector_kernel, 1, 0, memory.data());
+  expect_fault({"misaligned", "test_simt_faults"}, misaligned_store_kernel<uint4>, 1, 0,
+               memory.data());
+  expect_fault({"misaligned", "test_simt_faults"}, misaligned_store_kernel<uint2>, 1, 0,
+               memory.data());
   expect_fault({"misaligned", "test_simt_faults"}, misaligned_copy_kernel, 1, 64, memory.data());
   expect_fault({"misaligned", "test_simt_faults"}, misaligned_row_kernel, 32, 512);
 }
