@@ -90,9 +90,13 @@ def test_bad_input(call, message) -> None:
         call()
 
 
+NO_CUDA = {"frozen_layernorm_ffn"}  # what multiplies in 8 bits is Triton's alone
+
+
 def test_every_op_has_the_same_backends() -> None:
     for name, declared in registry.ops().items():
-        assert tuple(declared.backends) == registry.ORDER, name
+        left_out = {"cuda"} if name in NO_CUDA else set()
+        assert tuple(declared.backends) == tuple(b for b in registry.ORDER if b not in left_out), name
 
 
 def test_cuda_kernels_without_evidence_are_declined(monkeypatch: pytest.MonkeyPatch) -> None:
