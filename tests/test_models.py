@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bigkern.models import GPT, GPTConfig, StockGPT
+from bigkern.models import GPT, StockGPT, TransformerConfig
 from bigkern.models.transformer import sinusoidal_positions
 
 SMALL: dict[str, Any] = {"context": 24, "layers": 2, "heads": 2, "width": 32}
@@ -22,13 +22,13 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-def tokens(config: GPTConfig, batch: int = 2) -> torch.Tensor:
+def tokens(config: TransformerConfig, batch: int = 2) -> torch.Tensor:
     return torch.randint(0, config.vocab_size, (batch, config.context))
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_twins_start_alike_and_agree(options: dict[str, Any]) -> None:
-    config = GPTConfig(**SMALL, **options)
+    config = TransformerConfig(**SMALL, **options)
     ours, stock = GPT(config), StockGPT(config)
     assert list(ours.state_dict()) == list(stock.state_dict())
     for name, value in stock.state_dict().items():
@@ -42,7 +42,7 @@ def test_twins_start_alike_and_agree(options: dict[str, Any]) -> None:
 
 
 def test_state_dict_loads_both_ways() -> None:
-    a, b = GPTConfig(**SMALL), GPTConfig(**SMALL, seed=1)
+    a, b = TransformerConfig(**SMALL), TransformerConfig(**SMALL, seed=1)
     ours, stock = GPT(a), StockGPT(b)
     assert not torch.equal(ours.token.weight, stock.token.weight)
     ours.load_state_dict(stock.state_dict())
@@ -53,7 +53,7 @@ def test_state_dict_loads_both_ways() -> None:
 
 
 def test_later_tokens_do_not_change_earlier_logits() -> None:
-    config = GPTConfig(**SMALL)
+    config = TransformerConfig(**SMALL)
     model, t = GPT(config), tokens(config)
     changed = t.clone()
     changed[:, 12:] = (changed[:, 12:] + 1) % 256
@@ -70,7 +70,7 @@ def test_sinusoidal_positions_are_the_papers() -> None:
 
 
 def test_generation() -> None:
-    config = GPTConfig(**SMALL)
+    config = TransformerConfig(**SMALL)
     model = GPT(config)
     prompt = tokens(config)[:, :5]
     first = model.generate(prompt, 30, temperature=0.8, top_k=5, seed=3)  # runs past the context
@@ -85,7 +85,7 @@ def test_generation() -> None:
 
 
 def test_dropout_only_in_training() -> None:
-    config = GPTConfig(**SMALL, dropout=0.5)
+    config = TransformerConfig(**SMALL, dropout=0.5)
     model = GPT(config)
     t = tokens(config)
     assert not torch.equal(model(t), model(t))
@@ -105,11 +105,11 @@ def test_dropout_only_in_training() -> None:
 )
 def test_bad_configs_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        GPTConfig(**options)
+        TransformerConfig(**options)
 
 
 def test_bad_calls_are_refused() -> None:
-    model = GPT(GPTConfig(**SMALL))
+    model = GPT(TransformerConfig(**SMALL))
     with pytest.raises(ValueError, match="at most 24 long, not 25"):
         model(torch.zeros(1, 25, dtype=torch.long))
     with pytest.raises(ValueError, match="temperature"):

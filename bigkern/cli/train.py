@@ -30,7 +30,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "layers": (4, "blocks"),
     "heads": (4, "attention heads"),
     "width": (128, "width of the residual stream"),
-    "positions": ("learned", "learned or sinusoidal"),
+    "positions": ("learned", "learned, sinusoidal, rotary or alibi"),
     "activation": ("gelu", "relu, gelu, gelu_tanh, silu, swiglu or geglu"),
     "dropout": (0.0, "dropout of the embedding and of both branches"),
     "lr": (1e-3, "highest learning rate; a cosine takes it down to a tenth"),
@@ -43,7 +43,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
 }
 CHOICES = {
     "tokenizer": ("bytes", "bpe"),
-    "positions": ("learned", "sinusoidal"),
+    "positions": ("learned", "sinusoidal", "rotary", "alibi"),
     "activation": ("relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu"),
     "dtype": tuple(DTYPES),
 }
@@ -165,11 +165,11 @@ def prepare(settings: dict[str, Any], arguments: argparse.Namespace) -> Run:
 
 
 def model_config(settings: dict[str, Any], vocab_size: int) -> Any:
-    from bigkern.models import GPTConfig
+    from bigkern.models import TransformerConfig
 
     names = ("context", "layers", "heads", "width", "positions", "activation", "dropout", "seed")
     try:
-        return GPTConfig(vocab_size=vocab_size, **{name: settings[name] for name in names})
+        return TransformerConfig(vocab_size=vocab_size, **{name: settings[name] for name in names})
     except ValueError as error:
         raise Failure(str(error)) from error
 

@@ -1,5 +1,5 @@
 """Models built from bigkern's layers, each beside its twin in plain PyTorch."""
 
-from bigkern.models.transformer import GPT, GPTConfig, StockGPT
+from bigkern.models.transformer import GPT, StockGPT, TransformerConfig
 
-__all__ = ["GPT", "GPTConfig", "StockGPT"]
+__all__ = ["GPT", "StockGPT", "TransformerConfig"]

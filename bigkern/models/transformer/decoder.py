@@ -1,0 +1,123 @@
+"""The decoder: GPT and Llama, by their config.
+
+x = token[t] + position                                        [B, S, W]
+x = block(... block(x))                                        causal, see blocks.py
+logits = norm(x) token^T                                       [B, S, vocabulary], or head^T if not tied
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bigkern.models.transformer.blocks import OURS, Parts
+from bigkern.models.transformer.cache import Cache
+from bigkern.models.transformer.config import TransformerConfig
+from bigkern.models.transformer.generation import Cached, Decoding, Recomputed, continued
+from bigkern.models.transformer.trunk import Decoder, check_tokens, checked_mask
+
+
+class GPT(Decoder):
+    """A decoder-only Transformer on bigkern's kernels: GPT, Llama and what lies between, by the config.
+
+    Args:
+        config: the model's shape; ``config.seed`` fixes the initial weights.
+        parts: what the blocks are made of; :class:`StockGPT` is made of plain PyTorch.
+
+    Shapes: tokens int64 ``[B, S]``, S <= config.context, to logits ``[B, S, vocabulary]``.
+
+    Raises:
+        TypeError, ValueError: tokens or mask do not fit; the message names the argument.
+
+    Source: Radford et al., Language Models are Unsupervised Multitask Learners (2019); Touvron et al.,
+    Llama 2 (2023).
+
+    Example:
+        >>> import torch
+        >>> from bigkern.models import GPT, TransformerConfig
+        >>> model = GPT(TransformerConfig(context=16, layers=1, heads=2, width=32))
+        >>> model(torch.zeros(2, 16, dtype=torch.long)).shape
+        torch.Size([2, 16, 256])
+    """
+
+    def __init__(self, config: TransformerConfig, parts: Parts = OURS):
+        super().__init__(config, parts)
+        if not config.tied:
+            self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits ``[B, S, vocabulary]`` of the token after each of ``tokens``.
+
+        Args:
+            tokens: int64 or int32 ``[B, S]``, S <= context.
+            mask: bool (or 0 and 1) ``[B, S]``, True where a token stands; padding is not looked at and does
+                not count in positions.
+        """
+        check_tokens("tokens", tokens, self.config.context)
+        mask = checked_mask("mask", mask, "tokens", tokens)
+        return self.logits(self.hidden(self.token(tokens), mask))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """``[..., W]`` to ``[..., vocabulary]``."""
+        return F.linear(x, self.token.weight) if self.config.tied else cast(Tensor, self.head(x))
+
+    def _states(self, tokens: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        return self.hidden(self.token(tokens), mask, cache=cache)
+
+    @torch.no_grad()
+    def generate(
+        self, tokens: Tensor, count: int, *, mask: Tensor | None = None, cache: bool = True, **how: Any
+    ) -> Tensor:
+        """``tokens [B, S]`` continued by at most ``count`` tokens: int64 ``[B, S + n]``.
+
+        n < count if every sequence ends before, see ``end``. The model is in eval mode meanwhile.
+
+        Args:
+            mask: bool ``[B, S]``, True where a token stands; prompts may be padded on either side.
+            cache: keep keys and values, so that each token is computed once. Beyond the context, and without
+                a cache, every step computes the last ``context`` tokens anew.
+            how: temperature, top_k, top_p, seed, beams, length_penalty, end (default config.end_token) and
+                pad (default config.pad_token), see :class:`bigkern.models.transformer.generation.Decoding`.
+
+        Example:
+            >>> import torch
+            >>> from bigkern.models import GPT, TransformerConfig
+            >>> model = GPT(TransformerConfig(context=16, layers=1, heads=2, width=32))
+            >>> prompt = torch.zeros(2, 4, dtype=torch.long)
+            >>> model.generate(prompt, 8, temperature=0.8, top_p=0.9, seed=1).shape
+            torch.Size([2, 12])
+        """
+        check_prompt("tokens", tokens)
+        mask = checked_mask("mask", mask, "tokens", tokens)
+        check_rows(mask)
+        decoding = Decoding(**{"end": self.config.end_token, "pad": self.config.pad_token, **how})
+        fits = tokens.shape[1] + count <= self.config.context
+        training = self.training
+        self.eval()
+        try:
+            sequences = (
+                Cached(self._states, self.logits, tokens, mask, count)
+                if cache and fits
+                else Recomputed(self._states, self.logits, tokens, mask, self.config.context)
+            )
+            new = continued(sequences, count, decoding)
+        finally:
+            self.train(training)
+        return torch.cat((tokens, new.to(tokens.dtype)), dim=1)
+
+
+def check_prompt(name: str, tokens: Tensor) -> None:
+    """A prompt is int64 or int32 [B, S] with at least one token."""
+    check_tokens(name, tokens, 2**62)
+    if tokens.shape[1] == 0:
+        raise ValueError(f"{name} must hold at least one token in each row, not shape {tuple(tokens.shape)}")
+
+
+def check_rows(mask: Tensor | None) -> None:
+    """Every row of a prompt's mask has a token."""
+    if mask is not None and not bool(mask.any(1).all()):
+        raise ValueError("mask must leave at least one token in each row")
