@@ -1,0 +1,225 @@
+"""ConvNeXt in four sizes; keys and start of torchvision's, and timm's state dicts under those keys."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from bigkern.models.cnn.config import CNNConfig, checked, of_kind
+from bigkern.nn import LayerNorm
+from bigkern.ops.layernorm_ffn import layernorm_ffn
+
+EPS = 1e-6
+
+
+class LayerNorm2d(LayerNorm):
+    """LayerNorm of the channels at each pixel of ``x [N, C, H, W]``: without a copy where x is channels last.
+
+    The result always is.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Block(nn.Module):
+    r"""``x + drop(scale * (W2 gelu(W1 norm(conv7x7(x)) + b1) + b2))``, all but the convolution one op.
+
+    The scale is a factor of W2's rows and of b2, and there it costs nothing: ``diag(scale) W2`` is computed
+    at each call. float16 cannot hold it there (an initial 1e-6 times a weight is less than its smallest
+    number), so there it is a factor of the result, as it is in the formula.
+
+    Parameters have torchvision's names: ``block.0`` the convolution, ``block.2`` the norm, ``block.3`` and
+    ``block.5`` the linear layers, ``layer_scale [C, 1, 1]``. But for the convolution these hold parameters
+    only: hooks on them do not run.
+    """
+
+    def __init__(self, width: int, layer_scale: float, drop_p: float):
+        super().__init__()
+        self.block = nn.ModuleDict(
+            {
+                "0": nn.Conv2d(width, width, 7, padding=3, groups=width),
+                "2": LayerNorm(width, eps=EPS),
+                "3": nn.Linear(width, 4 * width),
+                "5": nn.Linear(4 * width, width),
+            }
+        )
+        self.layer_scale: nn.Parameter | None = nn.Parameter(torch.full((width, 1, 1), layer_scale))
+        self.drop_p = drop_p
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, norm, up, down = cast(Any, self.block.values())
+        y = conv(x).permute(0, 2, 3, 1)  # [N, H, W, C]
+        scale, w2, b2 = self.layer_scale, down.weight, down.bias
+        outside = scale is not None and _computes_in_half(x)
+        if scale is not None and not outside:
+            w2, b2 = scale.view(-1, 1) * w2, scale.flatten() * b2
+        y = layernorm_ffn(
+            y, up.weight, up.bias, w2, b2, norm.weight, norm.bias, eps=norm.eps, residual=False
+        ).permute(0, 3, 1, 2)
+        if outside:
+            y = cast(Tensor, scale) * y
+        if self.training and self.drop_p > 0.0:
+            kept = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(1.0 - self.drop_p)
+            return torch.addcmul(x, y, kept.div_(1.0 - self.drop_p))
+        return x + y
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Multiply the scale into the second linear layer for good."""
+        if self.layer_scale is not None:
+            down = cast(nn.Linear, self.block["5"])
+            down.weight.mul_(self.layer_scale.view(-1, 1))
+            down.bias.mul_(self.layer_scale.flatten())
+            self.layer_scale = None
+
+    def extra_repr(self) -> str:
+        return f"drop_p={self.drop_p:.3g}"
+
+
+def _computes_in_half(x: Tensor) -> bool:
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return dtype == torch.float16
+
+
+class ConvNeXt(nn.Module):
+    """ConvNeXt: depthwise 7 x 7 convolutions, each with the feed-forward block of a Transformer.
+
+        x = norm(conv4x4(images))                                      a quarter of the resolution
+        x = x + drop(scale * ffn(norm(conv7x7(x))))                    each block
+        x = conv2x2(norm(x))                                           between stages: half of it
+        logits = linear(norm(mean over pixels of x))
+
+    Norm, linear layers, GELU and scale of a block are one op, :func:`bigkern.layernorm_ffn`. Parameters have
+    the names, shapes and initialisation of torchvision's; :func:`from_timm` renames those of timm. From the
+    first norm on everything is channels last, whatever the images are.
+
+    Args:
+        config: of kind ``"convnext"``.
+
+    Shapes: ``images [N, C, H, W]``, H and W at least 32 (for four stages), to ``[N, num_classes]``.
+
+    Raises:
+        ValueError: the config is of another kind, or the images do not fit.
+
+    Source: Liu, Mao, Wu, Feichtenhofer, Darrell and Xie, A ConvNet for the 2020s (2022); Huang et al., Deep
+    Networks with Stochastic Depth (2016).
+
+    Example:
+        >>> import torch
+        >>> from bigkern.models.cnn import convnext_tiny
+        >>> model = convnext_tiny(num_classes=10, widths=(16, 32), depths=(1, 1))
+        >>> model(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, config: CNNConfig):
+        super().__init__()
+        self.config = of_kind(config, "convnext")
+        widths, depths = config.widths, config.depths
+        conv = nn.Conv2d(config.in_channels, widths[0], 4, stride=4)
+        layers: list[nn.Module] = [nn.Sequential(conv, LayerNorm2d(widths[0], eps=EPS))]
+        most, before = max(sum(depths) - 1, 1), 0
+        for i, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+            if i > 0:
+                down = nn.Conv2d(widths[i - 1], width, 2, stride=2)
+                layers.append(nn.Sequential(LayerNorm2d(widths[i - 1], eps=EPS), down))
+            drops = [config.stochastic_depth * (before + j) / most for j in range(depth)]
+            layers.append(nn.Sequential(*(Block(width, config.layer_scale, p) for p in drops)))
+            before += depth
+        self.features = nn.Sequential(*layers)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Sequential(
+            LayerNorm2d(widths[-1], eps=EPS), nn.Flatten(1), nn.Linear(widths[-1], config.num_classes)
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(cast(Tensor, module.bias))
+        if config.channels_last:
+            self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = checked(images, self.config, smallest=4 * 2 ** (len(self.config.widths) - 1))
+        return cast(Tensor, self.classifier(self.avgpool(self.features(x))))
+
+
+# timm's names as patterns, and torchvision's; i is the stage.
+_TIMM = (
+    (r"stem\.([01])\.", lambda m: f"features.0.{m[1]}."),
+    (r"stages\.(\d+)\.downsample\.([01])\.", lambda m: f"features.{2 * int(m[1])}.{m[2]}."),
+    (
+        r"stages\.(\d+)\.blocks\.(\d+)\.(conv_dw|norm|mlp\.fc1|mlp\.fc2|gamma)",
+        lambda m: f"features.{2 * int(m[1]) + 1}.{m[2]}.{_TIMM_PARTS[m[3]]}",
+    ),
+    (r"head\.norm\.", lambda m: "classifier.0."),
+    (r"head\.fc\.", lambda m: "classifier.2."),
+)
+_TIMM_PARTS = {
+    "conv_dw": "block.0",
+    "norm": "block.2",
+    "mlp.fc1": "block.3",
+    "mlp.fc2": "block.5",
+    "gamma": "layer_scale",
+}
+
+
+def from_timm(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of timm's ConvNeXt under the names and in the shapes of :class:`ConvNeXt`'s.
+
+    Args:
+        state_dict: as ``timm.create_model("convnext_tiny").state_dict()`` gives it.
+
+    Raises:
+        ValueError: a name is not one of timm's ConvNeXt's; all such names are listed.
+
+    Source: ``timm/models/convnext.py``, timm 1.0.
+
+    Example:
+        >>> import torch
+        >>> from bigkern.models.cnn import from_timm
+        >>> {name: tuple(t.shape) for name, t in from_timm({"stages.1.blocks.0.gamma": torch.ones(4)}).items()}
+        {'features.3.0.layer_scale': (4, 1, 1)}
+    """
+    renamed, foreign = {}, []
+    for name, tensor in state_dict.items():
+        for pattern, ours in _TIMM:
+            if match := re.match(pattern, name):
+                new = ours(match) + name[match.end() :]
+                renamed[new] = tensor.view(-1, 1, 1) if new.endswith("layer_scale") else tensor
+                break
+        else:
+            foreign.append(name)
+    if foreign:
+        raise ValueError(f"state_dict has names that are not timm's ConvNeXt's: {', '.join(foreign)}")
+    return renamed
+
+
+def _convnext(num_classes: int, options: dict[str, Any], **shape: Any) -> ConvNeXt:
+    return ConvNeXt(CNNConfig("convnext", num_classes, **{**shape, **options}))
+
+
+def convnext_tiny(num_classes: int = 1000, **options: Any) -> ConvNeXt:
+    """ConvNeXt-T, stochastic depth 0.1; options as :class:`CNNConfig`'s."""
+    return _convnext(num_classes, options, stochastic_depth=0.1)
+
+
+def convnext_small(num_classes: int = 1000, **options: Any) -> ConvNeXt:
+    """ConvNeXt-S, stochastic depth 0.4; options as :class:`CNNConfig`'s."""
+    return _convnext(num_classes, options, depths=(3, 3, 27, 3), stochastic_depth=0.4)
+
+
+def convnext_base(num_classes: int = 1000, **options: Any) -> ConvNeXt:
+    """ConvNeXt-B, stochastic depth 0.5; options as :class:`CNNConfig`'s."""
+    widths = (128, 256, 512, 1024)
+    return _convnext(num_classes, options, widths=widths, depths=(3, 3, 27, 3), stochastic_depth=0.5)
+
+
+def convnext_large(num_classes: int = 1000, **options: Any) -> ConvNeXt:
+    """ConvNeXt-L, stochastic depth 0.5; options as :class:`CNNConfig`'s."""
+    widths = (192, 384, 768, 1536)
+    return _convnext(num_classes, options, widths=widths, depths=(3, 3, 27, 3), stochastic_depth=0.5)
