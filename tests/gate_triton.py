@@ -46,6 +46,7 @@ from bigkern.triton_kernels import (
     attention,
     attention_configurations,
     attention_decode,
+    batch_norm,
     frozen_ffn,
     launch,
     layernorm_ffn,
@@ -232,6 +233,30 @@ def norm_call(dtype: torch.dtype, N: int, kind: str) -> Callable[[], object]:
     return call
 
 
+def batch_norm_cases() -> Iterator[Case]:
+    for name, dtype in DTYPES.items():
+        for C in (3, 64, 1001, 2048):
+            for features in ("plain", "relu", "residual relu"):
+                yield f"{name} C={C} {features}", batch_norm_call(dtype, C, features), False
+
+
+def batch_norm_call(dtype: torch.dtype, C: int, features: str) -> Callable[[], object]:
+    """In training, and with given statistics; fp32 parameters, as under autocast."""
+
+    def call() -> None:
+        x, residual, dy = (meta(1 << 20, C, dtype=dtype) for _ in range(3))
+        weight, bias, mean, var = (meta(C) for _ in range(4))
+        added, relu = "residual" in features, "relu" in features
+        y, _, _ = batch_norm.batch_norm(x, residual if added else None, weight, bias, None, None, 1e-5, relu)
+        kept, kept_bias = (y if added and relu else None), (bias if relu and not added else None)
+        saved = (dy, x, kept, weight, kept_bias, mean, var, 1e-5, relu)
+        batch_norm.batch_norm_backward(*saved, True, added, True, True)
+        batch_norm.batch_norm(x, residual if added else None, weight, bias, mean, var, 1e-5, relu)
+        batch_norm.batch_norm_backward(*saved, False, False, False, False)
+
+    return call
+
+
 def activation_cases() -> Iterator[Case]:
     for name, dtype in DTYPES.items():
         for activation in ("relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu"):
@@ -367,6 +392,7 @@ ROOMS: dict[str, Callable[[int], Iterator[Case]]] = {
     "attention": attention_cases,
     "decode": lambda arch: decode_cases(),
     "norm": lambda arch: norm_cases(),
+    "batch_norm": lambda arch: batch_norm_cases(),
     "activation": lambda arch: activation_cases(),
     "products": lambda arch: product_cases(),
     "frozen": frozen_cases,
@@ -380,6 +406,7 @@ QUICK = {
     "attention": r"bfloat16 .* (causal|packed)(, fused)?$",
     "decode": r"bfloat16",
     "norm": r"bfloat16 N=(1023|65536) layer",
+    "batch_norm": r"bfloat16 C=(1001|2048) residual relu",
     "activation": r"bfloat16 (gelu|geglu)$",
     "products": r"bfloat16 (gelu|swiglu)$",
     "frozen": r"(bfloat16 int8|e4m3) (gelu|swiglu)( 1 rows.*)?$",

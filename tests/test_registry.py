@@ -90,7 +90,7 @@ def test_bad_input(call, message) -> None:
         call()
 
 
-NO_CUDA = {"frozen_layernorm_ffn"}  # what multiplies in 8 bits is Triton's alone
+NO_CUDA = {"frozen_layernorm_ffn", "batch_norm"}  # Triton's alone: what multiplies in 8 bits, and CNNs' norm
 
 
 def test_every_op_has_the_same_backends() -> None:

@@ -1,12 +1,14 @@
 """Drop-in layers: torch's constructors, parameters, keys and errors on bigkern's ops."""
 
 from bigkern.nn.attention import MultiheadAttention
+from bigkern.nn.batch_norm import BatchNorm2d
 from bigkern.nn.frozen import FrozenLinear
 from bigkern.nn.layer_norm import LayerNorm, RMSNorm
 from bigkern.nn.layernorm_ffn import FeedForward, LayerNormFFN
 from bigkern.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
+    "BatchNorm2d",
     "FeedForward",
     "FrozenLinear",
     "LayerNorm",
