@@ -1,5 +1,23 @@
 """Models built from bigkern's layers, each beside its twin in plain PyTorch."""
 
-from bigkern.models.transformer import GPT, StockGPT, TransformerConfig
+from bigkern.models.transformer import (
+    BERT,
+    GPT,
+    BERTForMaskedLM,
+    BERTForPreTraining,
+    BERTForSequenceClassification,
+    BERTForTokenClassification,
+    StockGPT,
+    TransformerConfig,
+)
 
-__all__ = ["GPT", "StockGPT", "TransformerConfig"]
+__all__ = [
+    "BERT",
+    "GPT",
+    "BERTForMaskedLM",
+    "BERTForPreTraining",
+    "BERTForSequenceClassification",
+    "BERTForTokenClassification",
+    "StockGPT",
+    "TransformerConfig",
+]

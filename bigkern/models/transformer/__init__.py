@@ -11,19 +11,34 @@ stock               the same in plain PyTorch, to compare with
 from bigkern.models.transformer.blocks import OURS, Parts
 from bigkern.models.transformer.config import RopeScaling, TransformerConfig
 from bigkern.models.transformer.decoder import GPT
+from bigkern.models.transformer.encoder import (
+    BERT,
+    BERTForMaskedLM,
+    BERTForPreTraining,
+    BERTForSequenceClassification,
+    BERTForTokenClassification,
+)
 from bigkern.models.transformer.positions import alibi_slopes, rotary_positions, sinusoidal_positions
+from bigkern.models.transformer.pretrained import convert_state_dict, from_transformers
 from bigkern.models.transformer.stock import STOCK, StockGPT
 from bigkern.models.transformer.trunk import parameters_of
 
 __all__ = [
+    "BERT",
     "GPT",
     "OURS",
     "STOCK",
+    "BERTForMaskedLM",
+    "BERTForPreTraining",
+    "BERTForSequenceClassification",
+    "BERTForTokenClassification",
     "Parts",
     "RopeScaling",
     "StockGPT",
     "TransformerConfig",
     "alibi_slopes",
+    "convert_state_dict",
+    "from_transformers",
     "parameters_of",
     "rotary_positions",
     "sinusoidal_positions",

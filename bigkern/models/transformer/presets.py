@@ -25,6 +25,7 @@ BERT: dict[str, Any] = {
     "segments": 2,
     "embedding_norm": True,
     "pad_token": 0,
+    "classes": 2,
 }
 LLAMA: dict[str, Any] = {
     "vocab_size": 32000,
