@@ -1,5 +1,6 @@
 """Models built from bigkern's layers, each beside its twin in plain PyTorch."""
 
+from bigkern.models.cnn import VGG, CNNConfig, ConvNeXt, InceptionV3, ResNet, SmallCNN
 from bigkern.models.transformer import (
     BERT,
     GPT,
@@ -14,10 +15,16 @@ from bigkern.models.transformer import (
 __all__ = [
     "BERT",
     "GPT",
+    "VGG",
     "BERTForMaskedLM",
     "BERTForPreTraining",
     "BERTForSequenceClassification",
     "BERTForTokenClassification",
+    "CNNConfig",
+    "ConvNeXt",
+    "InceptionV3",
+    "ResNet",
+    "SmallCNN",
     "StockGPT",
     "TransformerConfig",
 ]

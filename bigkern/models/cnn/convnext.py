@@ -26,11 +26,12 @@ class LayerNorm2d(LayerNorm):
 
 
 class Block(nn.Module):
-    r"""``x + drop(scale * (W2 gelu(W1 norm(conv7x7(x)) + b1) + b2))``, all but the convolution one op.
+    r"""``x + drop(scale * (W2 gelu(W1 norm(conv7x7(x)) + b1) + b2))``, norm to b2 as one op.
 
-    The scale is a factor of W2's rows and of b2, and there it costs nothing: ``diag(scale) W2`` is computed
-    at each call. float16 cannot hold it there (an initial 1e-6 times a weight is less than its smallest
-    number), so there it is a factor of the result, as it is in the formula.
+    In training the scale is a factor of W2's rows and of b2 (``diag(scale) W2``, computed at each call), so
+    that neither pass nor memory of the branch's size is spent on it. Where that is the greater work, with
+    fewer pixels than W2 has columns, or without a gradient, it is part of the addition instead; and in
+    float16, which cannot hold the products: an initial 1e-6 times a weight is less than its smallest number.
 
     Parameters have torchvision's names: ``block.0`` the convolution, ``block.2`` the norm, ``block.3`` and
     ``block.5`` the linear layers, ``layer_scale [C, 1, 1]``. But for the convolution these hold parameters
@@ -47,31 +48,29 @@ class Block(nn.Module):
                 "5": nn.Linear(4 * width, width),
             }
         )
-        self.layer_scale: nn.Parameter | None = nn.Parameter(torch.full((width, 1, 1), layer_scale))
+        self.layer_scale: Tensor | None = nn.Parameter(torch.full((width, 1, 1), layer_scale))
         self.drop_p = drop_p
 
     def forward(self, x: Tensor) -> Tensor:
         conv, norm, up, down = cast(Any, self.block.values())
         y = conv(x).permute(0, 2, 3, 1)  # [N, H, W, C]
-        scale, w2, b2 = self.layer_scale, down.weight, down.bias
-        outside = scale is not None and _computes_in_half(x)
-        if scale is not None and not outside:
-            w2, b2 = scale.view(-1, 1) * w2, scale.flatten() * b2
+        factor, w2, b2 = self.layer_scale, down.weight, down.bias  # of the branch
+        if factor is not None and _scales_weights(y, w2):
+            w2, b2, factor = factor.view(-1, 1) * w2, factor.flatten() * b2, None
         y = layernorm_ffn(
             y, up.weight, up.bias, w2, b2, norm.weight, norm.bias, eps=norm.eps, residual=False
         ).permute(0, 3, 1, 2)
-        if outside:
-            y = cast(Tensor, scale) * y
         if self.training and self.drop_p > 0.0:
-            kept = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(1.0 - self.drop_p)
-            return torch.addcmul(x, y, kept.div_(1.0 - self.drop_p))
-        return x + y
+            kept = y.new_empty(y.shape[0], 1, 1, 1).bernoulli_(1.0 - self.drop_p)
+            kept.div_(1.0 - self.drop_p)
+            factor = kept if factor is None else factor * kept
+        return x + y if factor is None else torch.addcmul(x, y, factor)
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Multiply the scale into the second linear layer for good."""
-        if self.layer_scale is not None:
-            down = cast(nn.Linear, self.block["5"])
+        """Multiply the scale into the second linear layer for good, where its dtype can hold it."""
+        down = cast(nn.Linear, self.block["5"])
+        if self.layer_scale is not None and down.weight.dtype != torch.float16:
             down.weight.mul_(self.layer_scale.view(-1, 1))
             down.bias.mul_(self.layer_scale.flatten())
             self.layer_scale = None
@@ -80,10 +79,11 @@ class Block(nn.Module):
         return f"drop_p={self.drop_p:.3g}"
 
 
-def _computes_in_half(x: Tensor) -> bool:
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return dtype == torch.float16
+def _scales_weights(y: Tensor, w2: Tensor) -> bool:
+    kind = y.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else y.dtype
+    pixels = y.numel() // w2.shape[0]
+    return torch.is_grad_enabled() and dtype != torch.float16 and pixels >= w2.shape[1]
 
 
 class ConvNeXt(nn.Module):
@@ -182,8 +182,8 @@ def from_timm(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     Example:
         >>> import torch
         >>> from bigkern.models.cnn import from_timm
-        >>> {name: tuple(t.shape) for name, t in from_timm({"stages.1.blocks.0.gamma": torch.ones(4)}).items()}
-        {'features.3.0.layer_scale': (4, 1, 1)}
+        >>> list(from_timm({"stem.0.bias": torch.ones(4), "stages.1.blocks.0.gamma": torch.ones(8)}))
+        ['features.0.0.bias', 'features.3.0.layer_scale']
     """
     renamed, foreign = {}, []
     for name, tensor in state_dict.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from bigkern.models.cnn.convnext import Block
-from bigkern.nn.batch_norm import BatchNorm2d
+from bigkern.nn import BatchNorm2d
 from bigkern.nn.transformer import hooked
 
 
@@ -78,7 +79,7 @@ def _pairs(parent: nn.Module) -> list[tuple[str, str]]:
     """Names of children of which the second reads what the first writes, and nothing else does."""
     if type(parent) is nn.Sequential:
         names = list(parent._modules)
-        return list(zip(names, names[1:], strict=False))
+        return list(pairwise(names))
     return list(getattr(parent, "conv_bn", ()))
 
 

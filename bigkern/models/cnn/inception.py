@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigkern.models.cnn.config import CNNConfig, checked, of_kind
-from bigkern.nn.batch_norm import BatchNorm2d
+from bigkern.nn import BatchNorm2d
 
 InceptionOutputs = namedtuple("InceptionOutputs", ["logits", "aux_logits"])
 
@@ -194,12 +194,10 @@ class InceptionV3(nn.Module):
             self.to(memory_format=torch.channels_last)
 
     def _initialise(self) -> None:
-        aux = self.AuxLogits
-        deviation = {} if aux is None else {aux.conv1.conv: 0.01, aux.fc: 0.001}
+        aux_fc = None if self.AuxLogits is None else self.AuxLogits.fc
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
-                std = 0.1 if module not in deviation else deviation[module]
-                nn.init.trunc_normal_(module.weight, std=std)
+                nn.init.trunc_normal_(module.weight, std=0.001 if module is aux_fc else 0.1)
 
     def forward(self, images: Tensor) -> Tensor | InceptionOutputs:
         aux = self.AuxLogits if self.training else None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bigkern.models.cnn.config import CNNConfig, checked, of_kind
-from bigkern.nn.batch_norm import BatchNorm2d
+from bigkern.nn import BatchNorm2d
 
 
 def conv3x3(channels: int, width: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -78,7 +78,7 @@ class ResNet(nn.Module):
         logits = linear(mean over pixels of x)
 
     Parameters have the names, shapes and initialisation of torchvision's. BatchNorm with what follows it,
-    addition and ReLU, is one op: see :class:`bigkern.nn.batch_norm.BatchNorm2d`.
+    addition and ReLU, is one op: see :class:`bigkern.nn.BatchNorm2d`.
 
     Args:
         config: of kind ``"resnet"``.

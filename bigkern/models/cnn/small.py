@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bigkern.models.cnn.config import CNNConfig, checked, of_kind
-from bigkern.nn.batch_norm import BatchNorm2d
+from bigkern.nn import BatchNorm2d
 
 
 class SmallCNN(nn.Module):
