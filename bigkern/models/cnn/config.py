@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Kind = Literal["small", "vgg", "resnet", "inception", "convnext"]
 
@@ -155,3 +155,9 @@ def of_kind(config: CNNConfig, kind: Kind) -> CNNConfig:
     if config.kind != kind:
         raise ValueError(f"config must be of kind {kind!r}, not {config.kind!r}")
     return config
+
+
+def arrange(model: nn.Module) -> None:
+    """Put a model's weights channels last if its config asks for it."""
+    if cast(CNNConfig, model.config).channels_last:
+        cast(Any, model).to(memory_format=torch.channels_last)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from bigkern.models.cnn.config import CNNConfig, checked, of_kind
+from bigkern.models.cnn.config import CNNConfig, arrange, checked, of_kind
 from bigkern.nn import LayerNorm
 from bigkern.ops.layernorm_ffn import layernorm_ffn
 
@@ -140,25 +141,13 @@ class ConvNeXt(nn.Module):
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(cast(Tensor, module.bias))
-        if config.channels_last:
-            self.to(memory_format=torch.channels_last)
+        arrange(self)
 
     def forward(self, images: Tensor) -> Tensor:
         x = checked(images, self.config, smallest=4 * 2 ** (len(self.config.widths) - 1))
         return cast(Tensor, self.classifier(self.avgpool(self.features(x))))
 
 
-# timm's names as patterns, and torchvision's; i is the stage.
-_TIMM = (
-    (r"stem\.([01])\.", lambda m: f"features.0.{m[1]}."),
-    (r"stages\.(\d+)\.downsample\.([01])\.", lambda m: f"features.{2 * int(m[1])}.{m[2]}."),
-    (
-        r"stages\.(\d+)\.blocks\.(\d+)\.(conv_dw|norm|mlp\.fc1|mlp\.fc2|gamma)",
-        lambda m: f"features.{2 * int(m[1]) + 1}.{m[2]}.{_TIMM_PARTS[m[3]]}",
-    ),
-    (r"head\.norm\.", lambda m: "classifier.0."),
-    (r"head\.fc\.", lambda m: "classifier.2."),
-)
 _TIMM_PARTS = {
     "conv_dw": "block.0",
     "norm": "block.2",
@@ -166,6 +155,17 @@ _TIMM_PARTS = {
     "mlp.fc2": "block.5",
     "gamma": "layer_scale",
 }
+# timm's names as patterns, and torchvision's. An odd feature is a stage, an even one what stands before it.
+_TIMM: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
+    (r"stem\.([01])\.", lambda m: f"features.0.{m[1]}."),
+    (r"stages\.(\d+)\.downsample\.([01])\.", lambda m: f"features.{2 * int(m[1])}.{m[2]}."),
+    (
+        r"stages\.(\d+)\.blocks\.(\d+)\.(conv_dw|norm|mlp\.fc1|mlp\.fc2|gamma)\b",
+        lambda m: f"features.{2 * int(m[1]) + 1}.{m[2]}.{_TIMM_PARTS[m[3]]}",
+    ),
+    (r"head\.norm\.", lambda m: "classifier.0."),
+    (r"head\.fc\.", lambda m: "classifier.2."),
+)
 
 
 def from_timm(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

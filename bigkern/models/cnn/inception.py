@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigkern.models.cnn.config import CNNConfig, checked, of_kind
+from bigkern.models.cnn.config import CNNConfig, arrange, checked, of_kind
 from bigkern.nn import BatchNorm2d
 
 InceptionOutputs = namedtuple("InceptionOutputs", ["logits", "aux_logits"])
@@ -190,8 +190,7 @@ class InceptionV3(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.fc = nn.Linear(2048, config.num_classes)
         self._initialise()
-        if config.channels_last:
-            self.to(memory_format=torch.channels_last)
+        arrange(self)
 
     def _initialise(self) -> None:
         aux_fc = None if self.AuxLogits is None else self.AuxLogits.fc

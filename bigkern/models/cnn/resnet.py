@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bigkern.models.cnn.config import CNNConfig, checked, of_kind
+from bigkern.models.cnn.config import CNNConfig, arrange, checked, of_kind
 from bigkern.nn import BatchNorm2d
 
 
@@ -113,8 +113,7 @@ class ResNet(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, config.num_classes)
         self._initialise()
-        if config.channels_last:
-            self.to(memory_format=torch.channels_last)
+        arrange(self)
 
     def _initialise(self) -> None:
         for module in self.modules():

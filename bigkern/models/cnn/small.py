@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bigkern.models.cnn.config import CNNConfig, checked, of_kind
+from bigkern.models.cnn.config import CNNConfig, arrange, checked, of_kind
 from bigkern.nn import BatchNorm2d
 
 
@@ -52,8 +52,7 @@ class SmallCNN(nn.Module):
             nn.Dropout(config.dropout),
             nn.Linear(config.hidden, config.num_classes),
         )
-        if config.channels_last:
-            self.to(memory_format=torch.channels_last)
+        arrange(self)
 
     def forward(self, images: Tensor) -> Tensor:
         size = self.config.image_size

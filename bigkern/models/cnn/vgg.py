@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bigkern.models.cnn.config import CNNConfig, checked, of_kind
+from bigkern.models.cnn.config import CNNConfig, arrange, checked, of_kind
 from bigkern.nn import BatchNorm2d
 
 
@@ -72,8 +72,7 @@ class VGG(nn.Module):
             elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, 0.0, 0.01)
                 nn.init.zeros_(module.bias)
-        if config.channels_last:
-            self.to(memory_format=torch.channels_last)
+        arrange(self)
 
     def forward(self, images: Tensor) -> Tensor:
         x = checked(images, self.config, smallest=2 ** len(self.config.widths))
