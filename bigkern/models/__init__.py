@@ -8,8 +8,10 @@ from bigkern.models.transformer import (
     BERTForPreTraining,
     BERTForSequenceClassification,
     BERTForTokenClassification,
+    EncoderDecoder,
     StockGPT,
     TransformerConfig,
+    ViT,
 )
 
 __all__ = [
@@ -22,9 +24,11 @@ __all__ = [
     "BERTForTokenClassification",
     "CNNConfig",
     "ConvNeXt",
+    "EncoderDecoder",
     "InceptionV3",
     "ResNet",
     "SmallCNN",
     "StockGPT",
     "TransformerConfig",
+    "ViT",
 ]

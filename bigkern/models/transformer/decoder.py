@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigkern.models.transformer.blocks import OURS, Parts
 from bigkern.models.transformer.cache import Cache
 from bigkern.models.transformer.config import TransformerConfig
-from bigkern.models.transformer.generation import Cached, Decoding, Recomputed, continued
+from bigkern.models.transformer.generation import generated
 from bigkern.models.transformer.trunk import Decoder, check_tokens, checked_mask
 
 
@@ -68,7 +67,6 @@ class GPT(Decoder):
     def _states(self, tokens: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
         return self.hidden(self.token(tokens), mask, cache=cache)
 
-    @torch.no_grad()
     def generate(
         self, tokens: Tensor, count: int, *, mask: Tensor | None = None, cache: bool = True, **how: Any
     ) -> Tensor:
@@ -91,33 +89,4 @@ class GPT(Decoder):
             >>> model.generate(prompt, 8, temperature=0.8, top_p=0.9, seed=1).shape
             torch.Size([2, 12])
         """
-        check_prompt("tokens", tokens)
-        mask = checked_mask("mask", mask, "tokens", tokens)
-        check_rows(mask)
-        decoding = Decoding(**{"end": self.config.end_token, "pad": self.config.pad_token, **how})
-        fits = tokens.shape[1] + count <= self.config.context
-        training = self.training
-        self.eval()
-        try:
-            sequences = (
-                Cached(self._states, self.logits, tokens, mask, count)
-                if cache and fits
-                else Recomputed(self._states, self.logits, tokens, mask, self.config.context)
-            )
-            new = continued(sequences, count, decoding)
-        finally:
-            self.train(training)
-        return torch.cat((tokens, new.to(tokens.dtype)), dim=1)
-
-
-def check_prompt(name: str, tokens: Tensor) -> None:
-    """A prompt is int64 or int32 [B, S] with at least one token."""
-    check_tokens(name, tokens, 2**62)
-    if tokens.shape[1] == 0:
-        raise ValueError(f"{name} must hold at least one token in each row, not shape {tuple(tokens.shape)}")
-
-
-def check_rows(mask: Tensor | None) -> None:
-    """Every row of a prompt's mask has a token."""
-    if mask is not None and not bool(mask.any(1).all()):
-        raise ValueError("mask must leave at least one token in each row")
+        return generated(self, tokens, mask, count, tuple, cache, how)

@@ -30,7 +30,33 @@ from bigkern.models.transformer.trunk import (
 )
 
 
-class BERT(Trunk):
+class Encoder(Trunk):
+    """A trunk whose tokens all see each other."""
+
+    def forward(self, tokens: Tensor, segments: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Hidden states ``[B, S, W]`` of ``tokens``.
+
+        Args:
+            tokens: int64 or int32 ``[B, S]``, S <= context.
+            segments: int64 or int32 ``[B, S]``, which segment a token belongs to; default the first.
+            mask: bool (or 0 and 1) ``[B, S]``, True where a token stands; padding is not looked at and does
+                not count in positions.
+        """
+        check_tokens("tokens", tokens, self.config.context)
+        mask = checked_mask("mask", mask, "tokens", tokens)
+        if segments is not None:
+            check_tokens("segments", segments, self.config.context)
+            if not self.config.segments:
+                raise ValueError("segments cannot be given: the config has none")
+            if segments.shape != tokens.shape:
+                shapes = f"{tuple(tokens.shape)}, not {tuple(segments.shape)}"
+                raise ValueError(f"segments must have tokens' shape {shapes}")
+        places = places_of(mask)
+        x = self.embed(self.token(tokens), places, segments, self.scale)
+        return self.run(x, places, Look(mask=keys_mask(mask)))
+
+
+class BERT(Encoder):
     """An encoder on bigkern's kernels.
 
     Args:
@@ -57,28 +83,6 @@ class BERT(Trunk):
         super().__init__(config, parts)
         self.pooler = nn.Linear(config.width, config.width) if pooler else None
         self.reset_parameters()
-
-    def forward(self, tokens: Tensor, segments: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Hidden states ``[B, S, W]`` of ``tokens``.
-
-        Args:
-            tokens: int64 or int32 ``[B, S]``, S <= context.
-            segments: int64 or int32 ``[B, S]``, which segment a token belongs to; default the first.
-            mask: bool (or 0 and 1) ``[B, S]``, True where a token stands; padding is not looked at and does
-                not count in positions.
-        """
-        check_tokens("tokens", tokens, self.config.context)
-        mask = checked_mask("mask", mask, "tokens", tokens)
-        if segments is not None:
-            check_tokens("segments", segments, self.config.context)
-            if not self.config.segments:
-                raise ValueError("segments cannot be given: the config has none")
-            if segments.shape != tokens.shape:
-                shapes = f"{tuple(tokens.shape)}, not {tuple(segments.shape)}"
-                raise ValueError(f"segments must have tokens' shape {shapes}")
-        places = places_of(mask)
-        x = self.embed(self.token(tokens), places, segments, self.scale)
-        return self.run(x, places, Look(mask=keys_mask(mask)))
 
     def pool(self, x: Tensor) -> Tensor:
         """Hidden states ``[B, S, W]`` to ``[B, W]``, from the first token of each row."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bigkern.models.transformer.cache import Cache, aligned
+from bigkern.models.transformer.trunk import check_tokens, checked_mask
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,39 @@ class Recomputed:
         self.tokens = torch.cat((self.tokens, tokens.unsqueeze(1)), dim=1)
         self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=True)
         return self._logits()
+
+
+@torch.no_grad()
+def generated(
+    model: Any,
+    tokens: Tensor,
+    mask: Tensor | None,
+    count: int,
+    memory: Callable[[], tuple[Tensor | None, ...]],
+    cache: bool,
+    how: dict[str, Any],
+) -> Tensor:
+    """``tokens [B, S]`` and the new ones, by a model with ``config``, ``_states`` and ``logits``."""
+    check_tokens("tokens", tokens, 2**62)
+    if tokens.shape[1] == 0:
+        raise ValueError(f"tokens must hold at least one token a row, not shape {tuple(tokens.shape)}")
+    mask = checked_mask("mask", mask, "tokens", tokens)
+    if mask is not None and not bool(mask.any(1).all()):
+        raise ValueError("mask must leave at least one token in each row")
+    config = model.config
+    decoding = Decoding(**{"end": config.end_token, "pad": config.pad_token, **how})
+    training = model.training
+    model.eval()
+    try:
+        functions, read = (model._states, model.logits), memory()
+        sequences = (
+            Cached(*functions, tokens, mask, count, *read)
+            if cache and tokens.shape[1] + count <= config.context
+            else Recomputed(*functions, tokens, mask, config.context, *read)
+        )
+        return torch.cat((tokens, continued(sequences, count, decoding).to(tokens.dtype)), dim=1)
+    finally:
+        model.train(training)
 
 
 def continued(sequences: Cached | Recomputed, count: int, how: Decoding) -> Tensor:

@@ -45,7 +45,7 @@ LLAMA3: dict[str, Any] = {
     "rope_theta": 500000.0,
     "end_token": 128001,
 }
-VIT: dict[str, Any] = {"eps": 1e-6, "tied": False}
+VIT: dict[str, Any] = {"eps": 1e-6}
 VASWANI: dict[str, Any] = {
     "vocab_size": 37000,
     "context": 512,

@@ -14,15 +14,18 @@ from torch import Tensor, nn
 
 from bigkern.models.transformer import encoder
 from bigkern.models.transformer.decoder import GPT
+from bigkern.models.transformer.encoder_decoder import EncoderDecoder
 from bigkern.models.transformer.pretrained_configs import config_of
-from bigkern.models.transformer.pretrained_tables import IGNORED, PREFIXES, TABLES
+from bigkern.models.transformer.pretrained_tables import IGNORED, PREFIXES, TABLES, TIED
+from bigkern.models.transformer.vision import ViT
 
 
 def convert_state_dict(family: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A Hugging Face model's state dict under our names.
 
     Args:
-        family: ``"bert"``, ``"gpt2"`` or ``"llama"``, as their ``config.model_type`` says.
+        family: ``"bert"``, ``"gpt2"``, ``"llama"``, ``"vit"`` or ``"bart"``, as their
+            ``config.model_type`` says.
         state_dict: the model's, with or without a head. Not changed; tensors that need no change are shared.
 
     Raises:
@@ -38,7 +41,6 @@ def convert_state_dict(family: str, state_dict: Mapping[str, Tensor]) -> dict[st
         raise ValueError(f"family must be one of {', '.join(TABLES)}, not {family!r}")
     prefix = PREFIXES[family]
     given = {key.removeprefix(prefix): key for key in state_dict}
-    kept = prefix if family == "bert" and any(key.startswith(prefix) for key in state_dict) else ""
     found: dict[str, Tensor] = {}
     known, missing = set(), []
     for ours, theirs in TABLES[family]:
@@ -52,34 +54,42 @@ def convert_state_dict(family: str, state_dict: Mapping[str, Tensor]) -> dict[st
                 missing += lost
                 continue
             tensors = [_adapted(family, part, state_dict[given[part]]) for part in parts]
-            inner = kept if given[key].startswith(prefix) else ""
+            inner = prefix if family == "bert" and given[key].startswith(prefix) else ""  # under a head
             found[inner + _filled(ours, match)] = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-    foreign = [
-        name for key, name in given.items() if key not in known and not re.fullmatch(IGNORED[family], key)
-    ]
+    ignored = re.compile(IGNORED[family])
+    foreign = [name for key, name in given.items() if key not in known and not ignored.fullmatch(key)]
     if missing or foreign:
         raise ValueError(f"not a state dict of {family}: missing {missing}, foreign {foreign}")
-    if (
-        "head.weight" in found
-        and family != "bert"
-        and torch.equal(found["head.weight"], found["token.weight"])
-    ):
-        del found["head.weight"]  # tied
+    if family == "bart" and "final_logits_bias" in state_dict and state_dict["final_logits_bias"].any():
+        raise ValueError("final_logits_bias must be 0: our output has no bias")
+    head, token = found.get("head.weight"), found.get("token.weight")
+    if family in TIED and head is not None and token is not None and head.data_ptr() == token.data_ptr():
+        del found["head.weight"]  # the token embedding's second name
     return found
 
 
+WILDCARDS = {"{i}": r"(?P<i>\d+)", "*": r"(?P<kind>weight|bias)", "{half}": "(?P<half>encoder|decoder)"}
+
+
 def _pattern(template: str) -> str:
-    return re.escape(template).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\*", r"(?P<kind>weight|bias)")
+    pattern = re.escape(template)
+    for wildcard, group in WILDCARDS.items():
+        pattern = pattern.replace(re.escape(wildcard), group)
+    return pattern
 
 
 def _filled(template: str, match: re.Match[str]) -> str:
-    groups = match.groupdict()
-    return template.replace("{i}", groups.get("i", "")).replace("*", groups.get("kind", ""))
+    found = match.groupdict()
+    return template.format(**found).replace("*", found.get("kind", ""))
 
 
 def _adapted(family: str, key: str, tensor: Tensor) -> Tensor:
     if family == "gpt2" and key.startswith("h.") and tensor.dim() == 2:
         return tensor.t()  # theirs are [in, out]
+    if family == "bart" and key.endswith("embed_positions.weight"):
+        return tensor[2:]  # theirs begin at place 2
+    if key == "embeddings.position_embeddings":
+        return tensor[0]  # [1, S, W]
     return tensor
 
 
@@ -93,6 +103,8 @@ MODELS: dict[str, Any] = {
     "BertForTokenClassification": encoder.BERTForTokenClassification,
     "GPT2LMHeadModel": GPT,
     "LlamaForCausalLM": GPT,
+    "ViTForImageClassification": ViT,
+    "BartForConditionalGeneration": EncoderDecoder,
 }
 
 

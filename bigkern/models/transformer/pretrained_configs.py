@@ -77,7 +77,49 @@ def _llama(c: Any) -> dict[str, Any]:
     }
 
 
-READERS = {"bert": _bert, "gpt2": _gpt2, "llama": _llama}
+def _vit(c: Any) -> dict[str, Any]:
+    _require(c, qkv_bias=True)
+    return {
+        "layers": c.num_hidden_layers,
+        "heads": c.num_attention_heads,
+        "width": c.hidden_size,
+        "hidden": c.intermediate_size,
+        "activation": _activation(c.hidden_act),
+        "eps": c.layer_norm_eps,
+        "dropout": c.hidden_dropout_prob,
+        "attention_dropout": c.attention_probs_dropout_prob,
+        "image_size": c.image_size,
+        "patch_size": c.patch_size,
+        "channels": c.num_channels,
+        "classes": c.num_labels,
+    }
+
+
+def _bart(c: Any) -> dict[str, Any]:
+    _require(
+        c,
+        scale_embedding=False,
+        tie_word_embeddings=True,
+        decoder_attention_heads=c.encoder_attention_heads,
+        decoder_ffn_dim=c.encoder_ffn_dim,
+    )
+    return {
+        "context": c.max_position_embeddings,
+        "layers": c.encoder_layers,
+        "decoder_layers": c.decoder_layers,
+        "heads": c.encoder_attention_heads,
+        "width": c.d_model,
+        "hidden": c.encoder_ffn_dim,
+        "activation": _activation(c.activation_function),
+        "placement": "post",
+        "embedding_norm": True,
+        "dropout": c.dropout,
+        "attention_dropout": c.attention_dropout,
+        "hidden_dropout": c.activation_dropout,
+    }
+
+
+READERS = {"bert": _bert, "gpt2": _gpt2, "llama": _llama, "vit": _vit, "bart": _bart}
 
 
 def _activation(name: str) -> str:
@@ -102,11 +144,12 @@ def config_of(config: Any) -> TransformerConfig:
     family = getattr(config, "model_type", None)
     if family not in READERS:
         raise ValueError(f"model_type must be one of {', '.join(READERS)}, not {family!r}")
-    tokens = {
-        "start_token": getattr(config, "decoder_start_token_id", None),
-        "end_token": config.eos_token_id if isinstance(config.eos_token_id, int) else None,
-        "pad_token": config.pad_token_id,
-    }
     size = getattr(config, "vocab_size", 256)
-    inside = {name: token for name, token in tokens.items() if token is not None and token < size}
+    names = {
+        "start_token": "decoder_start_token_id",
+        "end_token": "eos_token_id",
+        "pad_token": "pad_token_id",
+    }
+    tokens = {ours: getattr(config, theirs, None) for ours, theirs in names.items()}
+    inside: dict[str, Any] = {name: t for name, t in tokens.items() if isinstance(t, int) and 0 <= t < size}
     return TransformerConfig(vocab_size=size, **inside, **READERS[family](config))

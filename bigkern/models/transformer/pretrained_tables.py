@@ -1,7 +1,7 @@
 """Which tensors of Hugging Face models make which of ours, a row each.
 
-``ours <- theirs + theirs``: theirs are stacked, row below row. ``{i}`` is a layer's number, ``*`` is weight or
-bias.
+``ours <- theirs + theirs``: theirs are stacked, row below row. ``{i}`` is a layer's number, ``*`` is weight
+or bias, ``{half}`` is encoder or decoder.
 """
 
 from __future__ import annotations
@@ -59,12 +59,47 @@ TABLES: dict[str, tuple[Row, ...]] = {
         norm.*                   <- norm.*
         head.weight              <- lm_head.weight
     """),
+    "vit": _rows("""
+        patch.*                  <- embeddings.patch_embeddings.projection.*
+        cls                      <- embeddings.cls_token
+        position.weight          <- embeddings.position_embeddings
+        blocks.{i}.norm.*        <- layers.{i}.layernorm_before.*
+        blocks.{i}.qkv.*         <- layers.{i}.attention.q_proj.* \
+            + layers.{i}.attention.k_proj.* + layers.{i}.attention.v_proj.*
+        blocks.{i}.proj.*        <- layers.{i}.attention.o_proj.*
+        blocks.{i}.ffn.norm.*    <- layers.{i}.layernorm_after.*
+        blocks.{i}.ffn.linear1.* <- layers.{i}.mlp.fc1.*
+        blocks.{i}.ffn.linear2.* <- layers.{i}.mlp.fc2.*
+        norm.*                   <- layernorm.*
+        head.*                   <- classifier.*
+    """),
+    "bart": _rows("""
+        encoder.token.weight              <- shared.weight
+        encoder.position.weight           <- encoder.embed_positions.weight
+        encoder.embedding_norm.*          <- encoder.layernorm_embedding.*
+        decoder.position.weight           <- decoder.embed_positions.weight
+        decoder.embedding_norm.*          <- decoder.layernorm_embedding.*
+        decoder.blocks.{i}.cross.norm.*   <- decoder.layers.{i}.encoder_attn_layer_norm.*
+        decoder.blocks.{i}.cross.q.*      <- decoder.layers.{i}.encoder_attn.q_proj.*
+        decoder.blocks.{i}.cross.kv.*     <- decoder.layers.{i}.encoder_attn.k_proj.* \
+            + decoder.layers.{i}.encoder_attn.v_proj.*
+        decoder.blocks.{i}.cross.proj.*   <- decoder.layers.{i}.encoder_attn.out_proj.*
+        {half}.blocks.{i}.norm.*          <- {half}.layers.{i}.self_attn_layer_norm.*
+        {half}.blocks.{i}.qkv.*           <- {half}.layers.{i}.self_attn.q_proj.* \
+            + {half}.layers.{i}.self_attn.k_proj.* + {half}.layers.{i}.self_attn.v_proj.*
+        {half}.blocks.{i}.proj.*          <- {half}.layers.{i}.self_attn.out_proj.*
+        {half}.blocks.{i}.ffn.norm.*      <- {half}.layers.{i}.final_layer_norm.*
+        {half}.blocks.{i}.ffn.linear1.*   <- {half}.layers.{i}.fc1.*
+        {half}.blocks.{i}.ffn.linear2.*   <- {half}.layers.{i}.fc2.*
+    """),
 }
 # What holds no weights of its own: masks, and the second name of a tied embedding.
 IGNORED = {
     "bert": r"embeddings\.position_ids|cls\.predictions\.decoder\.(weight|bias)",
     "gpt2": r"h\.\d+\.attn\.(bias|masked_bias)",
+    "vit": "",
+    "bart": r"(encoder|decoder)\.embed_tokens\.weight|lm_head\.weight|final_logits_bias",
     "llama": r".*rotary_emb\.inv_freq",
 }
 TIED = ("gpt2", "llama")  # may give the token embedding a second name, as the output's weights
-PREFIXES = {"bert": "bert.", "gpt2": "transformer.", "llama": "model."}
+PREFIXES = {"bert": "bert.", "gpt2": "transformer.", "llama": "model.", "vit": "vit.", "bart": "model."}
