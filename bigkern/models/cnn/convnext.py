@@ -81,10 +81,8 @@ class Block(nn.Module):
 
 
 def _scales_weights(y: Tensor, w2: Tensor) -> bool:
-    kind = y.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else y.dtype
     pixels = y.numel() // w2.shape[0]
-    return torch.is_grad_enabled() and dtype != torch.float16 and pixels >= w2.shape[1]
+    return torch.is_grad_enabled() and y.dtype != torch.float16 and pixels >= w2.shape[1]
 
 
 class ConvNeXt(nn.Module):
