@@ -11,6 +11,7 @@ import torch
 
 import bigkern
 from bigkern.ops.adam import adam
+from bigkern.ops.batch_norm import batch_norm
 from bigkern.ops.grad_norm import grad_norm
 from bigkern.reference.dynamic8 import blocks_of
 
@@ -73,6 +74,18 @@ def run_norms(dtype: torch.dtype) -> None:
         (y + total + bigkern.rms_norm(x, (N,), w)).sum().backward()
 
 
+def run_batch_norm(dtype: torch.dtype) -> None:
+    for C in (24, 67):
+        x = torch.randn(3, C, 13, 7, dtype=dtype, device=DEVICE).to(memory_format=torch.channels_last)
+        x.requires_grad_()
+        w, mean, var = (torch.ones(C, device=DEVICE) for _ in range(3))
+        w.requires_grad_()
+        for training in (True, False):
+            options = {"training": training, "activation": "relu"}
+            batch_norm(x, mean, var, w, w, **options).sum().backward()
+            batch_norm(x, mean, var, w, w, **options, residual=x).sum().backward()
+
+
 def run_layernorm_ffn(dtype: torch.dtype) -> None:
     def parameter(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, dtype=dtype, device=DEVICE, requires_grad=True)
@@ -119,13 +132,14 @@ RUNS = (
     run_adam,
     run_adam_storage,
 )
+TRITON_RUNS = (run_batch_norm,)  # of what has no CUDA kernel
 
 
 def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("gpu_sanitized: there is no GPU here")
     for backend in BACKENDS:
-        for run in RUNS:
+        for run in (*RUNS, *(TRITON_RUNS if backend == "triton" else ())):
             for dtype in DTYPES:
                 with bigkern.use(backend):
                     run(dtype)

@@ -17,7 +17,7 @@ import torch
 from bigkern.cli import problems
 from bigkern.cli.doctor import DTYPES
 from bigkern.cli.problem import results
-from bigkern.registry import use
+from bigkern.registry import BackendRefused, use
 
 
 def calls() -> list[tuple[problems.Problem, torch.dtype]]:
@@ -32,6 +32,8 @@ def warm(first: int, step: int, device: torch.device, backend: str = "triton") -
         try:
             with use(backend):
                 results(problem.ours, problem.make(dtype, device), problem.outputs)
+        except BackendRefused:
+            continue
         except Exception as error:  # doctor will say it better
             failed.append(f"{problem.label}: {type(error).__name__}")
     return failed

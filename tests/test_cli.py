@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bigkern import evidence, registry
-from bigkern.cli import doctor, problems
+from bigkern.cli import bench, doctor, problems
 from bigkern.cli.console import Console
 from bigkern.cli.main import COMMANDS, main
 from bigkern.cli.problem import judge
@@ -160,10 +160,7 @@ def test_verify_records_gpu_kernels_alone(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_wrong_calls_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "no_such_op"]) == 2
     said = capsys.readouterr().err
-    assert said == (
-        "bigkern bench: there is no benchmark 'no_such_op'; "
-        "there are attention, norm, layernorm_ffn, frozen_layernorm_ffn, adam, overhead\n"
-    )
+    assert said == (f"bigkern bench: there is no benchmark 'no_such_op'; there are {', '.join(bench.OPS)}\n")
 
 
 def test_commands_work_without_the_extras(tmp_path: Path) -> None:

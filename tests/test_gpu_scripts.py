@@ -42,6 +42,8 @@ def test_the_sanitized_calls_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     with registry.use("cpu"):
         for run in gpu_sanitized.RUNS:
             run(torch.float32)
+    for run in gpu_sanitized.TRITON_RUNS:
+        run(torch.float32)
 
 
 def test_warming_runs_what_doctor_asks_for() -> None:

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from bigkern.cli import batch_norm_problems
 from bigkern.cli.adam_problems import STORAGE, adam, adam_storage, grad_norm
 from bigkern.cli.attention_problems import attention, decode, varlen
+from bigkern.cli.batch_norm_problems import batch_norm
 from bigkern.cli.frozen_problems import frozen
 from bigkern.cli.problem import Call, Inputs, Problem
 from bigkern.ops import layernorm_ffn as ffn_room
@@ -111,7 +113,10 @@ def _activate(h: Tensor, activation: str) -> Tensor:
     return getattr(F, activation)(h)  # type: ignore[no-any-return]
 
 
-OPS = ("attention", "decode_attention", "norm", "layernorm_ffn", "frozen_layernorm_ffn", "adam", "grad_norm")
+OPS = (
+    "attention", "decode_attention", "norm", "batch_norm", "layernorm_ffn", "frozen_layernorm_ffn", "adam",
+    "grad_norm",
+)  # fmt: skip
 
 
 def small(op: str) -> list[Problem]:
@@ -120,6 +125,7 @@ def small(op: str) -> list[Problem]:
         "attention": _small_attention(),
         "decode_attention": _small_decode(),
         "norm": [norm(65, 768), norm(7, 1023, residual=True), norm(33, 512, "rms")],
+        "batch_norm": batch_norm_problems.small(),
         "layernorm_ffn": [
             layernorm_ffn(33, 64, 256),
             layernorm_ffn(63, 96, 160, "swiglu"),
@@ -154,6 +160,8 @@ def thorough(op: str) -> list[Problem]:
             for kind in ("layer", "rms")
             for residual in (False, True)
         ]
+    if op == "batch_norm":
+        return batch_norm_problems.thorough()
     if op == "layernorm_ffn":
         activations = ("gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu")
         return [
@@ -177,6 +185,7 @@ def typical(op: str) -> Problem:
         "attention": attention(4, 12, 512, 64, causal=True),
         "decode_attention": decode([4096] * 8, 12, 4096, 64),
         "norm": norm(2048, 768),
+        "batch_norm": batch_norm(8, 64, 56, 56, residual=True),
         "layernorm_ffn": layernorm_ffn(512, 768, 3072),
         "frozen_layernorm_ffn": frozen(16, 768, 3072, "int8"),
         "adam": adam([(768, 768), (768,)], "2 tensors"),
