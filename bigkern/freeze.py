@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from bigkern import registry
 from bigkern.nn import (
     FeedForward,
     FrozenLinear,
@@ -19,6 +18,7 @@ from bigkern.nn.transformer import activation_name
 from bigkern.ops.frozen_layernorm_ffn import Weights
 from bigkern.patch import Report, Row
 
+OP = "frozen_layernorm_ffn"
 TOKENS = 16  # the size at which the report asks which backend runs: a decoding batch
 
 
@@ -85,22 +85,18 @@ def _freeze_layer(name: str, layer: Any, weights: Weights) -> Row:
     if isinstance(linear, FrozenLinear):
         return Row(name, kind, "-", "-", "frozen before")
     if activation is None:
-        return Row(name, kind, "-", "torch", "an activation that the op does not have")
+        return Row(name, kind, "-", "torch", "an activation that the op does not have", refused=True)
     if type(linear) is not nn.Linear or type(layer.linear2) is not nn.Linear:
-        return Row(name, kind, "-", "torch", "linear1 or linear2 is not a plain nn.Linear")
+        return Row(name, kind, "-", "torch", "linear1 or linear2 is not a plain nn.Linear", refused=True)
     x = linear.weight.new_empty(TOKENS, linear.in_features)
     freeze_layers(layer, weights, activation)
-    return _row(name, kind, explain_frozen(x, layer.linear1, layer.linear2, activation))
+    return Row.of(name, kind, OP, explain_frozen(x, layer.linear1, layer.linear2, activation), "")
 
 
 def _freeze_block(name: str, block: Any, weights: Weights) -> Row:
     kind = type(block).__name__
     reason = "frozen before" if block.frozen is not None else block.freeze(weights)
     if reason is not None:
-        return Row(name, kind, "-", "-" if reason == "frozen before" else "torch", reason)
-    return _row(name, kind, block.frozen.explain(TOKENS))
-
-
-def _row(name: str, kind: str, explanation: registry.Explanation) -> Row:
-    why = next((choice.reason for choice in explanation if choice.chosen), "what use() forces refuses it")
-    return Row(name, kind, explanation.op, explanation.chosen, why)
+        done = reason == "frozen before"
+        return Row(name, kind, "-", "-" if done else "torch", reason, refused=not done)
+    return Row.of(name, kind, OP, block.frozen.explain(TOKENS), "")

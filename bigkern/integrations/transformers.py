@@ -8,7 +8,7 @@ softcap, sinks, dropout, grouped heads.
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ try:
 except ImportError as error:
     raise ImportError("this needs transformers 5.17 or later: pip install 'bigkern[transformers]'") from error
 
+from bigkern import registry
 from bigkern.ops.attention import attention
 
 NAME = "bigkern"
@@ -39,6 +40,8 @@ BIDIRECTIONAL_WINDOW = frozenset({"modernbert"})
 
 # Models that drop queries once the mask is made, which leaves None with the wrong meaning.
 DROPS_QUERIES = frozenset({"gemma4_text", "gemma4_unified_text"})
+
+HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim")  # what modules that attend call it
 
 # What some layers hand to an attention that is neither "eager" nor "sdpa", for it to select keys by.
 NOT_HONOURED = ("indices", "block_indices", "sinks")
@@ -86,14 +89,13 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
         'sdpa'
     """
     models = _models(model)
-    for inner in models.values():
-        if not inner._can_set_attn_implementation():
-            raise ValueError(_computes_itself(type(inner).__name__))
-    if not any(hasattr(sys.modules[type(m).__module__], "ALL_ATTENTION_FUNCTIONS") for m in model.modules()):
-        raise ValueError(f"{type(model).__name__} has no attention that {NAME!r} could run")
+    reason = refusal(model)
+    if reason is not None:
+        raise ValueError(reason)
     register()
     if BEFORE not in model.__dict__:
-        setattr(model, BEFORE, {name: inner.config._attn_implementation for name, inner in models.items()})
+        names = {name: inner.config._attn_implementation for name, inner in models.items()}
+        setattr(model, BEFORE, Before(names))
     for inner in models.values():
         inner.set_attn_implementation(NAME)
     return model
@@ -109,6 +111,57 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
     for name, implementation in model.__dict__.pop(BEFORE, {}).items():
         models[name].set_attn_implementation(implementation)
     return model
+
+
+class Before(dict[str, str]):
+    """The names that :func:`disable` gives back. Unpickled, they come with ours registered."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _registered, (dict(self),)
+
+
+def _registered(names: dict[str, str]) -> Before:
+    register()
+    return Before(names)
+
+
+# ---- what :func:`bigkern.patch` asks ----------------------------------------------------------------
+
+
+def refusal(model: PreTrainedModel) -> str | None:
+    """Why :func:`enable` refuses this model, or None if it does not."""
+    for inner in _models(model).values():
+        if not inner._can_set_attn_implementation():
+            return _computes_itself(type(inner).__name__)
+        if getattr(inner.config, "output_attentions", False):
+            return f"the configuration of {type(inner).__name__} asks for attention weights"
+    if not any(attends(module) for module in model.modules()):
+        return f"{type(model).__name__} has no attention that {NAME!r} could run"
+    return None
+
+
+def is_enabled(model: PreTrainedModel) -> bool:
+    return all(is_chosen(inner) for inner in _models(model).values())
+
+
+def attends(module: nn.Module) -> bool:
+    """Whether this very module looks its attention up by the name in its configuration."""
+    forward = inspect.unwrap(type(module).forward)
+    return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
+
+
+def is_chosen(module: Any) -> bool:
+    """Whether what a module that attends finds by that name is ours."""
+    return bool(module.config._attn_implementation == NAME)
+
+
+def explain(module: Any, tokens: int) -> registry.Explanation:
+    """Which backend runs the attention of a module that attends, for so many tokens."""
+    parameter = next(module.parameters())
+    widths = (getattr(module, name, None) for name in HEAD_DIM)
+    D = next((width for width in widths if isinstance(width, int)), 64)
+    q = torch.empty(1, 1, tokens, D, dtype=parameter.dtype, device=parameter.device)
+    return registry.explain("attention", q, q, q)
 
 
 def _models(model: PreTrainedModel) -> dict[str, PreTrainedModel]:

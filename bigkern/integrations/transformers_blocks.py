@@ -1,16 +1,14 @@
 """Blocks of Hugging Face transformers on our ops: what :func:`bigkern.patch` puts in their place.
 
 Each class here is the stock class of the same name with another forward for its feed-forward work or its
-norm; parameters, keys and everything else are the stock class's. Where the op does not cover a call (a hook
-on a part, LoRA, quantised weights, another activation), the stock forward runs.
+norm, in one of the forms of :mod:`bigkern.integrations.transformers_forms`; parameters, keys and everything
+else are the stock class's. Whole layers stand in :mod:`bigkern.integrations.transformers_layers`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers.models.bert import modeling_bert as bert
 from transformers.models.convnext import modeling_convnext as convnext
@@ -26,145 +24,20 @@ from transformers.models.phi3 import modeling_phi3 as phi3
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.roberta import modeling_roberta as roberta
+from transformers.models.swin import modeling_swin as swin
 from transformers.models.t5 import modeling_t5 as t5
 from transformers.models.vit import modeling_vit as vit
-from transformers.pytorch_utils import Conv1D
 
-from bigkern import registry
-from bigkern.integrations.transformers_parts import (
-    FrozenParts,
-    Parts,
-    few_rows,
-    freezing_reason,
-    operands,
-    options,
-    stock_reason,
-    unfit,
+from bigkern.integrations.transformers_forms import (
+    AddNorm,
+    FeedForwardBlock,
+    Gated,
+    PostNorm,
+    RMSNorm,
+    TwoLinears,
 )
+from bigkern.integrations.transformers_parts import Parts
 from bigkern.nn import LayerNorm
-from bigkern.ops.frozen_layernorm_ffn import Weights
-from bigkern.ops.layernorm_ffn import layernorm_ffn
-from bigkern.ops.norm import rms_norm
-
-
-class FeedForwardBlock(nn.Module):
-    """A block that calls the op with its parts, above the stock class that knows what else to do."""
-
-    copies = False  # whether its weights must be copied to be what the op takes
-
-    @property
-    def frozen(self: Any) -> FrozenParts | None:
-        """What :func:`bigkern.freeze` put in the place of the linear layers."""
-        return cast(FrozenParts | None, self._modules.get("frozen"))
-
-    def _parts(self: Any) -> Parts | str:
-        """The parts of this block as they are now, or why they are not its stock class's."""
-        raise NotImplementedError
-
-    def _known_parts(self) -> Parts | str:
-        try:
-            return self._parts()
-        except AttributeError as error:
-            return f"another version of transformers builds it otherwise: {error}"
-
-    def _plan(self, x: Tensor, width: int) -> Parts | str:
-        """The parts to call the op with on x, of rows of so many elements, or why the stock forward runs."""
-        parts = few_rows(x, width, self.copies) or self._known_parts()
-        return parts if isinstance(parts, str) else stock_reason(parts, x) or parts
-
-    def freeze(self, weights: Weights) -> str | None:
-        """Put frozen weights in the place of the linear layers, or say why not."""
-        parts = self._known_parts()
-        reason = parts if isinstance(parts, str) else freezing_reason(parts)
-        if reason is not None:
-            return reason
-        self._modules["frozen"] = FrozenParts(cast(Parts, parts), weights)
-        gone = {id(linear) for linear in cast(Parts, parts).linears()}
-        for parent in list(self.modules()):
-            for name, child in parent.named_children():
-                if id(child) in gone:
-                    setattr(parent, name, None)
-        return None
-
-    def _run(self, x: Tensor, stock: Callable[[Tensor], Any]) -> Tensor:
-        if self.frozen is not None:
-            return cast(Tensor, self.frozen(x))
-        parts = self._plan(x, x.shape[-1])
-        if isinstance(parts, str):
-            return cast(Tensor, stock(x))
-        return layernorm_ffn(x, *operands(parts), **options(parts))
-
-    def explain_op(self, tokens: int) -> tuple[str, registry.Explanation | None, str]:
-        """The op of this block, which backend runs it for so many tokens, or why the stock forward does."""
-        if self.frozen is not None:
-            return "frozen_layernorm_ffn", self.frozen.explain(tokens), ""
-        parts = self._known_parts()
-        linear = self if isinstance(parts, str) else parts.up
-        width = cast(int, getattr(linear, "nx" if type(linear) is Conv1D else "in_features", 1))
-        parameter = next(self.parameters(), torch.empty(0))
-        x = torch.empty(tokens, width, dtype=parameter.dtype, device=parameter.device)
-        parts = self._plan(x, width)
-        if isinstance(parts, str):
-            return "layernorm_ffn", None, parts
-        return "layernorm_ffn", registry.explain("layernorm_ffn", x, *operands(parts), **options(parts)), ""
-
-
-class PostNorm(FeedForwardBlock):
-    """``norm(x + drop(down(act(up(x)))))``, of a block called in chunks of the sequence if so configured."""
-
-    inner: tuple[type, type]  # of intermediate and output
-
-    def _parts(self: Any) -> Parts | str:
-        up, down = self.intermediate, self.output
-        if (type(up), type(down)) != self.inner:
-            return f"intermediate is a {type(up).__name__}, output a {type(down).__name__}"
-        act = up.intermediate_act_fn
-        block = {"dropout": down.dropout, "norm": down.LayerNorm, "placement": "post", "residual": True}
-        return Parts(up.dense, act, down.dense, **block, around=(up, down))
-
-    def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
-        return self._run(attention_output, super().feed_forward_chunk)  # type: ignore[misc]
-
-
-class TwoLinears(FeedForwardBlock):
-    """``down(act(up(x)))``."""
-
-    def _parts(self: Any) -> Parts | str:
-        return Parts(self.fc1, self.activation_fn, self.fc2)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self._run(hidden_states, super().forward)
-
-
-class Gated(FeedForwardBlock):
-    """``down(act(gate(x)) * up(x))``."""
-
-    copies = True
-
-    def _parts(self: Any) -> Parts | str:
-        return Parts(self.up_proj, self.act_fn, self.down_proj, gate=self.gate_proj)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._run(x, super().forward)
-
-
-class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x^2) + eps) * weight``."""
-
-    def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        if unfit(hidden_states, self.weight) is not None:
-            return cast(Tensor, super().forward(hidden_states))
-        return cast(Tensor, rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon))
-
-    def explain_op(self: Any, tokens: int) -> tuple[str, registry.Explanation | None, str]:
-        x = self.weight.new_empty(tokens, *self.weight.shape)
-        reason = unfit(x, self.weight)
-        if reason is not None:
-            return "norm", None, reason
-        return "norm", registry.explain("norm", x, self.weight.shape, self.weight, kind="rms"), ""
-
-
-# ---- the classes -----------------------------------------------------------------------------------
 
 
 class BertLayer(PostNorm, bert.BertLayer):
@@ -177,6 +50,18 @@ class ElectraLayer(PostNorm, electra.ElectraLayer):
 
 class RobertaLayer(PostNorm, roberta.RobertaLayer):
     inner = (roberta.RobertaIntermediate, roberta.RobertaOutput)
+
+
+class BertSelfOutput(AddNorm, bert.BertSelfOutput):
+    pass
+
+
+class ElectraSelfOutput(AddNorm, electra.ElectraSelfOutput):
+    pass
+
+
+class RobertaSelfOutput(AddNorm, roberta.RobertaSelfOutput):
+    pass
 
 
 class FFN(FeedForwardBlock, distilbert.FFN):
@@ -204,6 +89,10 @@ class ViTMLP(TwoLinears, vit.ViTMLP):
 
 
 class DeiTMLP(TwoLinears, deit.DeiTMLP):
+    pass
+
+
+class SwinMLP(TwoLinears, swin.SwinMLP):
     pass
 
 
@@ -299,36 +188,44 @@ class ConvNextLayer(FeedForwardBlock, convnext.ConvNextLayer):
         if isinstance(parts, str):
             return cast(Tensor, super().forward(features))
         y = self.dwconv(features).permute(0, 2, 3, 1)  # [N, H, W, C]
-        y = self.frozen(y) if self.frozen else layernorm_ffn(y, *operands(parts), **options(parts))
+        y = self.frozen(y) if self.frozen else self._op(y, parts)
         if self.layer_scale_parameter is not None:
             y = self.layer_scale_parameter * y
         return cast(Tensor, features + self.drop_path(y.permute(0, 3, 1, 2)))
 
 
-# Stock class, by exact type -> ours: what `patch` adds to torch's layers.
-BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
-    bert.BertLayer: BertLayer,
-    electra.ElectraLayer: ElectraLayer,
-    roberta.RobertaLayer: RobertaLayer,
-    distilbert.FFN: FFN,
-    gpt2.GPT2MLP: GPT2MLP,
-    gpt_neox.GPTNeoXMLP: GPTNeoXMLP,
-    vit.ViTMLP: ViTMLP,
-    deit.DeiTMLP: DeiTMLP,
-    dinov2.Dinov2MLP: Dinov2MLP,
-    dinov2.Dinov2SwiGLUFFN: Dinov2SwiGLUFFN,
-    llama.LlamaMLP: LlamaMLP,
-    mistral.MistralMLP: MistralMLP,
-    qwen2.Qwen2MLP: Qwen2MLP,
-    qwen3.Qwen3MLP: Qwen3MLP,
-    phi3.Phi3MLP: Phi3MLP,
-    llama.LlamaRMSNorm: LlamaRMSNorm,
-    mistral.MistralRMSNorm: MistralRMSNorm,
-    phi3.Phi3RMSNorm: Phi3RMSNorm,
-    qwen2.Qwen2RMSNorm: Qwen2RMSNorm,
-    qwen3.Qwen3RMSNorm: Qwen3RMSNorm,
-    t5.T5LayerNorm: T5LayerNorm,
-    t5.T5LayerFF: T5LayerFF,
-    convnext.ConvNextLayerNorm: ConvNextLayerNorm,
-    convnext.ConvNextLayer: ConvNextLayer,
+# Stock class, by exact type -> ours, by op: what `patch` adds to torch's layers.
+BLOCKS: dict[str, dict[type[nn.Module], type[nn.Module]]] = {
+    "norm": {
+        bert.BertSelfOutput: BertSelfOutput,
+        electra.ElectraSelfOutput: ElectraSelfOutput,
+        roberta.RobertaSelfOutput: RobertaSelfOutput,
+        llama.LlamaRMSNorm: LlamaRMSNorm,
+        mistral.MistralRMSNorm: MistralRMSNorm,
+        phi3.Phi3RMSNorm: Phi3RMSNorm,
+        qwen2.Qwen2RMSNorm: Qwen2RMSNorm,
+        qwen3.Qwen3RMSNorm: Qwen3RMSNorm,
+        t5.T5LayerNorm: T5LayerNorm,
+        convnext.ConvNextLayerNorm: ConvNextLayerNorm,
+    },
+    "layernorm_ffn": {
+        bert.BertLayer: BertLayer,
+        electra.ElectraLayer: ElectraLayer,
+        roberta.RobertaLayer: RobertaLayer,
+        distilbert.FFN: FFN,
+        gpt2.GPT2MLP: GPT2MLP,
+        gpt_neox.GPTNeoXMLP: GPTNeoXMLP,
+        vit.ViTMLP: ViTMLP,
+        deit.DeiTMLP: DeiTMLP,
+        swin.SwinMLP: SwinMLP,
+        dinov2.Dinov2MLP: Dinov2MLP,
+        dinov2.Dinov2SwiGLUFFN: Dinov2SwiGLUFFN,
+        llama.LlamaMLP: LlamaMLP,
+        mistral.MistralMLP: MistralMLP,
+        qwen2.Qwen2MLP: Qwen2MLP,
+        qwen3.Qwen3MLP: Qwen3MLP,
+        phi3.Phi3MLP: Phi3MLP,
+        t5.T5LayerFF: T5LayerFF,
+        convnext.ConvNextLayer: ConvNextLayer,
+    },
 }

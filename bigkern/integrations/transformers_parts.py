@@ -30,6 +30,21 @@ COPYING_FASTER_FROM = 512  # rows on a CPU: where weights must be transposed or 
 GATED: dict[Activation | None, Activation] = {"silu": "swiglu", "gelu": "geglu"}
 
 
+class FunctionalDropout:
+    """A dropout that a layer has as a number, and no module."""
+
+    def __init__(self, layer: nn.Module, name: str) -> None:
+        self.layer, self.name = layer, name
+
+    @property
+    def p(self) -> float:
+        return cast(float, getattr(self.layer, self.name))
+
+    @property
+    def training(self) -> bool:
+        return self.layer.training
+
+
 class Parts(NamedTuple):
     """The modules of a feed-forward block, by what they are to :func:`bigkern.layernorm_ffn`."""
 
@@ -38,8 +53,8 @@ class Parts(NamedTuple):
     down: nn.Module
     gate: nn.Module | None = None
     joined: bool = False  # the rows of up are those of gate and up
-    hidden_dropout: nn.Module | None = None
-    dropout: nn.Module | None = None
+    hidden_dropout: nn.Module | FunctionalDropout | None = None
+    dropout: nn.Module | FunctionalDropout | None = None
     norm: nn.Module | None = None
     norm_types: tuple[type, ...] = (nn.LayerNorm, LayerNorm)  # one of which the norm must be exactly
     kind: Norm = "layer"
@@ -54,7 +69,7 @@ class Parts(NamedTuple):
         """Those that have parameters."""
         return self.linears() if self.norm is None else (*self.linears(), self.norm)
 
-    def dropouts(self) -> tuple[nn.Module, ...]:
+    def dropouts(self) -> tuple[Any, ...]:
         return tuple(m for m in (self.hidden_dropout, self.dropout) if m is not None)
 
     def op_activation(self) -> Activation | None:
@@ -89,7 +104,7 @@ def unfit(x: Tensor, *parameters: Tensor | None) -> str | None:
 def stock_reason(parts: Parts, x: Tensor) -> str | None:
     """Why the fused op cannot stand in for these parts on x, or None if it can."""
     parameters = [p for m in parts.layers() for p in (m.weight, getattr(m, "bias", None))]
-    return other_block(parts) or unfit(x, *parameters) or joining_reason(parts, x)  # type: ignore[arg-type]
+    return other_block(parts) or unfit(x, *parameters)  # type: ignore[arg-type]
 
 
 def freezing_reason(parts: Parts) -> str | None:
@@ -107,14 +122,15 @@ def other_block(parts: Parts) -> str | None:
             return f"a {type(linear).__name__} in the place of a linear layer"
     if parts.op_activation() is None:
         return "an activation that the op does not have"
-    if any(type(dropout) is not nn.Dropout for dropout in parts.dropouts()):
+    if any(type(dropout) not in (nn.Dropout, FunctionalDropout) for dropout in parts.dropouts()):
         return "a dropout is not a plain nn.Dropout"
     if any(active(dropout) >= 1.0 for dropout in parts.dropouts()):
         return "a dropout that drops everything"
     if any(type(norm) not in parts.norm_types for norm in norms):
         return f"the norm is a {type(parts.norm).__name__}"
     activations = (parts.activation,) if isinstance(parts.activation, nn.Module) else ()
-    if watched(*parts.linears(), *parts.dropouts(), *norms, *activations, *parts.around):
+    dropouts = [dropout for dropout in parts.dropouts() if isinstance(dropout, nn.Module)]
+    if watched(*parts.linears(), *dropouts, *norms, *activations, *parts.around):
         return "a hook watches a part of the feed-forward block"
     return None
 
@@ -146,6 +162,11 @@ def joining_reason(parts: Parts, x: Tensor) -> str | None:
     return None
 
 
+def unfused(op: str, reason: str) -> registry.Explanation:
+    """What to explain where the stock forward is the better choice."""
+    return registry.Explanation(op, [registry.Choice("torch", True, reason)])
+
+
 # ---- the call --------------------------------------------------------------------------------------
 
 
@@ -170,9 +191,13 @@ def options(parts: Parts) -> dict[str, Any]:
         "placement": parts.placement,
         "residual": parts.residual,
         "eps": 0.0 if parts.norm is None else getattr(parts.norm, eps),
-        "dropout_p": 0.0 if parts.dropout is None else active(parts.dropout),
-        "hidden_dropout_p": 0.0 if parts.hidden_dropout is None else active(parts.hidden_dropout),
+        "dropout_p": _rate(parts.dropout),
+        "hidden_dropout_p": _rate(parts.hidden_dropout),
     }
+
+
+def _rate(dropout: Any) -> float:
+    return 0.0 if dropout is None else active(dropout)
 
 
 class FrozenParts(nn.Module):
@@ -190,7 +215,7 @@ class FrozenParts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norm, *dropouts = self._rest
-        if any(active(cast(nn.Module, dropout)) > 0.0 for dropout in dropouts):
+        if any(active(dropout) > 0.0 for dropout in dropouts):
             raise RuntimeError("a frozen block has no dropout: call eval()")
         affine = () if norm is None else (norm.weight, getattr(norm, "bias", None))
         return cast(Tensor, self.block(x, *affine, **self._options))
