@@ -1,0 +1,86 @@
+"""What ``patch`` and ``freeze`` say of a model: one row a module, printed as a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bigkern import registry
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One module of the model: the op it now calls, the backend that runs it, or why it was left alone."""
+
+    module: str
+    type: str
+    op: str  # "-" for a module that is as it was
+    backend: str
+    reason: str
+    refused: bool = False  # whether stock PyTorch runs it because the op could not, whatever the size
+
+    @classmethod
+    def of(cls, name: str, kind: str, op: str, explanation: registry.Explanation | None, why: str) -> Row:
+        """Of a module that calls the op: what explain says, or why the stock forward runs."""
+        if explanation is None:
+            return cls(name, kind, op, "torch", why, refused=True)
+        chosen = explanation.chosen
+        reasons = {choice.backend: choice.reason for choice in explanation}
+        why = reasons.get(chosen, "what use() forces refuses it")
+        if chosen == "torch":  # why no kernel of ours runs it, by the last that could on this device
+            here = [c for c in explanation if not c.chosen and not c.reason.startswith("tensors are on")]
+            why = f"{here[-1].backend}: {here[-1].reason}" if here else why
+        return cls(name, kind, op, chosen, why)
+
+
+class Report(tuple[Row, ...]):
+    """What was done to a model, module by module; prints as a table."""
+
+    @property
+    def patched(self) -> int:
+        """How many modules call an op now."""
+        return len({row.module for row in self if row.op != "-"})
+
+    @property
+    def left(self) -> tuple[Row, ...]:
+        """The rows of what was left to stock PyTorch because no op could stand in."""
+        return tuple(row for row in self if row.refused)
+
+    def json(self) -> str:
+        return json.dumps([asdict(row) for row in self])
+
+    def __str__(self) -> str:
+        header = ("module", "type", "op", "backend", "reason")
+        lines = [header, *((r.module, r.type, r.op, r.backend, r.reason) for r in self)]
+        widths = [max(len(line[i]) for line in lines) for i in range(4)]
+        table = [
+            "  ".join(
+                [*(cell.ljust(width) for cell, width in zip(line[:4], widths, strict=True)), line[4]]
+            ).rstrip()
+            for line in lines
+        ]
+        return "\n".join([*table, f"{self.patched} modules patched, {len(self.left)} left alone"])
+
+    __repr__ = __str__
+
+
+class PatchReport(Report):
+    """The report of ``patch``; as a context manager it takes back at its end what that one call changed."""
+
+    _undo: Callable[[], int]
+
+    def __new__(cls, rows: Iterable[Row], undo: Callable[[], int]) -> PatchReport:
+        self = super().__new__(cls, rows)
+        self._undo = undo
+        return self
+
+    def __enter__(self) -> PatchReport:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Report, (tuple(self),)  # a copy is what was said; it takes nothing back
