@@ -102,7 +102,7 @@ def test_doctor_finds_this_machine_well(capsys: pytest.CaptureFixture[str]) -> N
     assert report["passed"]
     ran = {(f["op"], f["backend"]) for f in report["findings"] if f["cases"]}
     assert {(op, "torch") for op in problems.OPS} <= ran
-    assert {(op, "cpu") for op in problems.OPS} <= ran
+    assert {(op, "cpu") for op in problems.OPS if op != "batch_norm"} <= ran  # on a CPU it is stock's
     for finding in report["findings"]:
         assert finding["refused"] or finding["cases"]
 

@@ -16,15 +16,17 @@ def batch_norm(
     """An image is drawn as [N, H, W, C], and seen as [N, C, H, W]."""
     words = [f"{N}x{C}x{H}x{W}", "" if training else "eval"]
     words += ["+ residual" if residual else "", "relu" if relu else ""]
-    shapes = {"x": (N, H, W, C), **({"residual": (N, H, W, C)} if residual else {})}
+    shapes: dict[str, tuple[int, ...]] = {"x": (N, H, W, C)}
+    if residual:
+        shapes["residual"] = (N, H, W, C)
 
     def images(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
         x, r = (inputs[name].permute(0, 3, 1, 2) if name in inputs else None for name in ("x", "residual"))
         assert x is not None
         return x, r
 
-    def channels(inputs: Inputs) -> tuple[Tensor, ...]:
-        return tuple(inputs[name] for name in ("running_mean", "running_var", "weight", "bias"))
+    def channels(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return inputs["running_mean"], inputs["running_var"], inputs["weight"], inputs["bias"]
 
     def call(inputs: Inputs) -> Call:
         x, r = images(inputs)
@@ -39,11 +41,10 @@ def batch_norm(
     def constants(device: torch.device) -> Inputs:
         generator = torch.Generator().manual_seed(C)
         mean, weight, bias = torch.randn(3, C, generator=generator).mul_(0.1).unbind(0)
-        made = {"running_mean": mean.clone(), "running_var": torch.rand(C, generator=generator) + 0.5}
-        learned = {"weight": 1 + weight, "bias": bias.clone()}
-        made |= {name: value.requires_grad_() for name, value in learned.items()}
+        var = torch.rand(C, generator=generator) + 0.5
+        made = {"running_mean": mean, "running_var": var, "weight": 1 + weight, "bias": bias}
         return {
-            name: value.detach().to(device).requires_grad_(value.requires_grad)
+            name: value.clone().to(device).requires_grad_(not name.startswith("running"))
             for name, value in made.items()
         }
 
