@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from bigkern import info
+from bigkern.benchmarks.breakdown import Breakdown
 from bigkern.benchmarks.table import Row
 from bigkern.benchmarks.timing import (
     Clock,
@@ -37,6 +38,7 @@ from bigkern.benchmarks.timing import (
 )
 from bigkern.cli.console import Console, machine
 from bigkern.cli.problem import Inputs, Problem, judge, results
+from bigkern.parity import Verdict
 
 BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 
@@ -64,6 +66,7 @@ class Case:
     """A problem, who competes on it (bigkern, stock, others), and the smaller one that parity is judged on.
 
     ``group`` is its line in the summary. A case of a sweep stands at ``x`` in the figure's ``panel``.
+    What is more than a call of one op brings its own ``judge``; ``observe`` may see more of a task than time.
     """
 
     problem: Problem
@@ -73,6 +76,8 @@ class Case:
     group: str = ""
     panel: str = ""
     x: float = math.nan
+    judge: Callable[[torch.dtype, torch.device], dict[str, Verdict]] | None = None
+    observe: Callable[[Row, Task], Row] = lambda row, task: row
 
 
 # ---- contestants -----------------------------------------------------------------------------------
@@ -151,12 +156,14 @@ def compiled(problem: Problem, device: torch.device, autotuned: bool = False) ->
 
 @dataclass
 class Bench:
-    """Where and how thoroughly to measure; remembers the machine's measured peaks."""
+    """Where and how thoroughly to measure; remembers the machine's measured peaks, and where time went."""
 
     device: torch.device
     quick: bool
     console: Console
     peaks: dict[str, float] = field(default_factory=dict)
+    compile_all: bool = False  # also what takes the compiler minutes
+    breakdowns: list[Breakdown] = field(default_factory=list)
 
     @property
     def budget(self) -> float:
@@ -245,7 +252,7 @@ def measure(case: Case, dtype: torch.dtype, bench: Bench) -> list[Row]:
                 "processor_ms": processor_ms(task, bench.device) if mode == "step" else math.nan,
                 "state_mb": task.state(),
             }
-            rows.append(line(contestant, mode, seconds, times[0], counted))
+            rows.append(case.observe(line(contestant, mode, seconds, times[0], counted), task))
     return rows + [line(contestant, mode, wrong=why) for contestant, mode, why in absent]
 
 
@@ -326,8 +333,10 @@ def disagreement(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:
 
 def gate(case: Case, dtype: torch.dtype, device: torch.device) -> str:
     """What is wrong with bigkern's result on this case, or nothing."""
-    problem = case.gate or case.problem
-    verdicts = judge(problem, dtype, device)
+    if case.judge is not None:
+        verdicts = case.judge(dtype, device)
+    else:
+        verdicts = judge(case.gate or case.problem, dtype, device)
     return "; ".join(f"{name}: {verdict.problem}" for name, verdict in verdicts.items() if not verdict.passed)
 
 
@@ -399,8 +408,10 @@ def _rate(
         "backward": problem.backward_factor,
         "both": 1 + problem.backward_factor,
         "step": 1.0,
+        "inference": 1.0,
+        "training": 1 + problem.backward_factor,
     }
-    if mode not in factors or math.isnan(seconds):
+    if mode not in factors or math.isnan(seconds) or not (problem.flops or problem.elements):
         return math.nan, "", math.nan
     if problem.flops:
         rate = factors[mode] * problem.flops / seconds / 1e12

@@ -41,7 +41,8 @@ class Line:
 def points(rows: Iterable[Row]) -> list[Point]:
     cases: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        if row.group and row.contestant != "bigkern" and not math.isnan(row.speedup):
+        other = not row.contestant.startswith("bigkern")  # which may stand there in several forms
+        if row.group and other and not math.isnan(row.speedup):
             cases.setdefault((row.op, row.case, row.dtype, row.device, row.mode), []).append(row)
     found = []
     for others in cases.values():

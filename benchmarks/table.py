@@ -71,6 +71,13 @@ def read(path: Path) -> list[Row]:
             raise ValueError(f"{path} is not a result of `bigkern bench` ({error!r})") from error
 
 
+def merged(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
+    """All of ``new``, after those rows of ``old`` whose case, dtype and device it does not have."""
+    new = list(new)
+    measured = {_key(row)[:4] for row in new}
+    return [*(row for row in old if _key(row)[:4] not in measured), *new]
+
+
 NOISE = 0.05
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,19 @@ from bigkern.benchmarks import (
     bench_adam,
     bench_attention,
     bench_layernorm_ffn,
+    bench_models,
     bench_norm,
     bench_overhead,
+    breakdown,
     harness,
     summary,
     table,
     timing,
 )
-from bigkern.cli import attention_problems, problems
-from bigkern.cli.console import Console
+from bigkern.cli import attention_problems, model_problems, problems
+from bigkern.cli.console import Console, Failure
 from bigkern.cli.main import main
+from bigkern.cli.model_problems import Network
 from bigkern.cli.problem import Problem
 
 CPU = torch.device("cpu")
@@ -444,3 +448,178 @@ def test_a_forward_row_names_what_runs_without_gradients(bench: harness.Bench) -
     problem = problems.norm(2048, 513)
     rows = harness.measure(harness.Case(problem, [harness.ours(problem)]), torch.float32, bench)
     assert {row.mode: row.backend for row in rows} == {"forward": "torch", "backward": "cpu", "both": "cpu"}
+
+
+# ---- whole models ----------------------------------------------------------------------------------
+
+
+def small_gpt2() -> Network:
+    return model_problems.gpt2(
+        "small GPT-2", n_embd=32, n_layer=2, n_head=2, vocab_size=99, bos_token_id=0, eos_token_id=0
+    )
+
+
+def small_bert() -> Network:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    return model_problems.bert("small BERT", vocab_size=99, **sizes)
+
+
+def small_plan(network: Network) -> bench_models.Plan:
+    sizes = ([(2, 16)], [(2, 16)])
+    return bench_models.Plan(network, (1, 16), sizes, sizes)
+
+
+def test_the_models_are_the_published_ones_and_never_cut() -> None:
+    pytest.importorskip("transformers")
+    millions = {
+        "GPT-2 124M": 124.4,
+        "BERT-base": 109.5,
+        "ViT-B/16": 86.6,
+        "ResNet-50": 25.6,
+        "ConvNeXt-T": 28.6,
+    }
+    for plan in bench_models.PLANS:
+        with torch.device("meta"):
+            model = plan.network.build()
+        counted = sum(p.numel() for p in model.parameters()) / 1e6
+        assert counted == pytest.approx(millions.pop(plan.network.name), abs=0.1)
+    assert not millions
+
+
+@pytest.mark.parametrize(
+    ("quick", "device", "count"), [(False, "cpu", 11), (False, "cuda", 10), (True, "cpu", 2)]
+)
+def test_every_model_is_trained_and_run(
+    quick: bool, device: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(model_problems, "forward_flops", lambda *_: 1.0)
+    cases = bench_models.cases(harness.Bench(torch.device(device), quick, Console()))
+    assert len({case.problem.label for case in cases}) == len(cases) == count
+    for case in cases:
+        assert [c.name for c in case.contestants[:2]] == ["bigkern", "eager"]
+        assert ("cut" in case.group) == (device == "cpu")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small work on many threads waits for them, where others use them, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_model_is_timed_and_its_time_explained(
+    bench: harness.Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(bench_models, "PLANS", [small_plan(small_gpt2())])
+    bench.quick = False
+    inference, training = bench_models.cases(bench)
+    rows = [
+        *harness.measure(inference, torch.float32, bench),
+        *harness.measure(training, torch.float32, bench),
+    ]
+    timed = [(row.mode, row.contestant) for row in rows if not row.wrong]
+    assert timed == [
+        *(("inference", name) for name in ("bigkern", "eager", "bigkern-frozen")),
+        *(("training", name) for name in ("bigkern", "eager", "eager-fused")),
+    ]
+    left_out = [row.wrong for row in rows if row.wrong]
+    assert left_out == 4 * ["compiling takes too long for this run; --compile includes it"]
+    parameters = sum(p.numel() for p in small_gpt2().stock().parameters()) * 4 / 2**20
+    for row in rows[:2]:
+        assert row.peak_mb > row.state_mb >= parameters
+    trained = [row for row in rows if row.mode == "training" and not row.wrong]
+    assert all(row.state_mb == pytest.approx(3 * parameters, rel=0.2) for row in trained)
+    assert all(0 < row.rate < math.inf for row in rows if not row.wrong)
+    assert [each.contestant for each in bench.breakdowns] == [name for _, name in timed]
+    for each in bench.breakdowns:
+        assert sum(each.shares.values()) == pytest.approx(1.0)
+        assert each.shares["linear, FFN"] > 0
+        assert (each.shares["optimizer"] > 0) == (each.mode == "training")
+        assert each.shares["other"] < 0.5
+    file = tmp_path / "models_time.json"
+    breakdown.write(file, bench.breakdowns)
+    breakdown.write(file, bench.breakdowns[3:], part=True)
+    assert breakdown.read(file) == bench.breakdowns
+    pytest.importorskip("matplotlib")
+    (figure,) = breakdown.plot(file)
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_that_is_wrong_gets_no_time(
+    training: bool, bench: harness.Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    op = registry.get("layernorm_ffn")
+    right = op.backends["torch"]
+
+    def wrong(*arguments: Any) -> Any:
+        y, *rest = right.forward(*arguments)
+        return y * 1.001, *rest
+
+    for name in ("cpu", "torch"):
+        monkeypatch.setitem(op.backends, name, registry.Backend(name, wrong, right.backward))
+    case = bench_models.case(bench, small_bert(), (16, 32), training, (16, 32))
+    (row,) = harness.measure(case, torch.float32, bench)
+    assert row.wrong.startswith("logits: max error")
+    assert math.isnan(row.ms)
+
+
+def test_operators_are_told_apart() -> None:
+    names = {
+        "aten::addmm": "linear, FFN",
+        "bigkern_native::layernorm_ffn_backward": "linear, FFN",
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "attention",
+        "_AttentionBackward": "attention",
+        "aten::native_layer_norm_backward": "norms",
+        "aten::cudnn_batch_norm": "norms",
+        "bigkern_native::norm": "norms",
+        "aten::mkldnn_convolution": "convolution",
+        "Optimizer.step#AdamW.step": "optimizer",
+        "bigkern_native::adam_packed": "optimizer",
+        "aten::_log_softmax": "loss, embedding",
+        "aten::_softmax": "attention",
+        "aten::gelu_backward": "elementwise",
+        "aten::add_": "elementwise",
+        "aten::copy_": None,
+    }
+    assert {name: breakdown._kind_of(name) for name in names} == names
+
+
+def test_a_part_of_a_benchmark_leaves_the_rest_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bench: harness.Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        bench_norm, "cases", lambda _: [tiny(problems.norm(8, 16)), tiny(problems.norm(4, 16))]
+    )
+    monkeypatch.setattr(harness.Bench, "copy_rate", lambda _: 10.0)
+    options = ["bench", "norm", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path), "--only"]
+    assert main([*options, "LAYER", "4x"]) == 0
+    (file,) = tmp_path.glob("*/norm.csv")
+    assert {row.case for row in table.read(file)} == {"layer 4x16"}
+    for _ in range(2):
+        assert main([*options, "8x16"]) == 0
+    assert [row.case for row in table.read(file)] == 6 * ["layer 4x16"] + 6 * ["layer 8x16"]
+    assert main([*options, "nothing"]) == 2
+    assert "no case has 'nothing' in its name" in capsys.readouterr().err
+
+
+def test_models_need_transformers_and_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], bench: harness.Bench
+) -> None:
+    def absent() -> None:
+        raise Failure("models: pip install 'bigkern[transformers]'")
+
+    monkeypatch.setattr(model_problems, "need_transformers", absent)
+    options = ["--device", "cpu", "--out", str(tmp_path)]
+    assert main(["bench", "models", *options]) == 2
+    assert "pip install 'bigkern[transformers]'" in capsys.readouterr().err
+    monkeypatch.setattr("bigkern.cli.bench.OPS", ("models",))
+    assert main(["bench", *options]) == 0  # everything that there is
+    assert "left out: models: pip install" in capsys.readouterr().out

@@ -19,17 +19,32 @@ if TYPE_CHECKING:
     from bigkern.benchmarks.harness import Bench
     from bigkern.benchmarks.table import Row
 
-OPS = ("attention", "norm", "layernorm_ffn", "frozen_layernorm_ffn", "adam", "overhead")
+OPS = (
+    "attention",
+    "norm",
+    "batch_norm",
+    "layernorm_ffn",
+    "frozen_layernorm_ffn",
+    "adam",
+    "overhead",
+    "models",
+)
 CHECKOUT = Path("benchmarks/results")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("op", nargs="*", help=f"which: {', '.join(OPS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, shorter runs")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="only cases whose name has all these words")
+    parser.add_argument("--compile", action="store_true", help="compile every model, not just two of them")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="only this one")
     parser.add_argument("--backend", choices=registry.ORDER, help="force it (default: bigkern chooses)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    parser.add_argument("--out", type=Path, help="folder for <machine>/<op>.csv and figures")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for <machine>/<op>.csv and figures; --only and --dtype leave its other rows",
+    )
     parser.add_argument(
         "--compare", type=Path, metavar="OLD", help="an older CSV or folder; exit 1 if slower now"
     )
@@ -45,19 +60,25 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", 0)
     old = _old_rows(arguments.compare) if arguments.compare else None
-    bench = harness.Bench(device, arguments.quick, console)
+    bench = harness.Bench(device, arguments.quick, console, compile_all=arguments.compile)
     out = (arguments.out or (CHECKOUT if CHECKOUT.is_dir() else Path("bigkern-results"))) / bench.name()
     rows: list[Row] = []
     for name in arguments.op or OPS:
         try:
             with registry.use(**dict.fromkeys(problems.OPS, arguments.backend) if arguments.backend else {}):
-                found = _measure(name, bench, arguments.dtype)
+                found = _measure(name, bench, arguments.dtype, arguments.only or [])
         except registry.BackendRefused as error:
             raise Failure(f"--backend {arguments.backend}: {error}") from error
+        except Failure as failure:
+            if arguments.op:
+                raise
+            console.say(f"left out: {failure}")  # of everything, what can be measured is
+            continue
         rows += found
         if found:
-            table.write(out / f"{name}.csv", found)
-            _draw(out / f"{name}.csv", console)
+            _write(out / f"{name}.csv", found, bench, part=bool(arguments.only or arguments.dtype))
+    if arguments.only and not rows:
+        raise Failure(f"--only: no case has {' and '.join(map(repr, arguments.only))} in its name")
     summary = _summarise(rows, console)
     console.say(f"\n{_peaks(bench)}written to {out}")
     bad = [row for row in rows if row.wrong and row.contestant == "bigkern"]
@@ -87,19 +108,43 @@ def _old_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _measure(name: str, bench: Bench, dtype: str | None) -> list[Row]:
-    from bigkern.benchmarks import harness
+def _measure(name: str, bench: Bench, dtype: str | None, only: list[str]) -> list[Row]:
+    from bigkern.benchmarks import breakdown, harness
 
     room = import_module(f"bigkern.benchmarks.bench_{name}")
     bench.console.say(f"\n{name}")
     rows: list[Row] = []
     for case in room.cases(bench):
+        if not all(word.lower() in case.problem.label.lower() for word in only):
+            continue
         dtypes = [getattr(torch, dtype)] if dtype else case.dtypes
         for kind in dtypes:
             found = harness.measure(case, kind, bench)
             rows += found
             _show(found, bench.console)
+    if bench.breakdowns:
+        bench.console.say()
+        bench.console.table(*breakdown.table(bench.breakdowns))
     return rows
+
+
+def _write(path: Path, rows: list[Row], bench: Bench, part: bool) -> None:
+    """The CSV, where the time went, and the figures; a part leaves what it does not have as it was."""
+    from bigkern.benchmarks import breakdown, table
+
+    table.write(path, table.merged(table.read(path), rows) if part and path.exists() else rows)
+    times = path.with_name(f"{path.stem}_time.json")
+    if bench.breakdowns:
+        breakdown.write(times, bench.breakdowns, part)
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        bench.console.say("no figure: matplotlib is not installed (pip install 'bigkern[cli]')")
+    else:
+        import_module("bigkern.benchmarks.plot").plot(path)
+        if bench.breakdowns:
+            breakdown.plot(times)
+    bench.breakdowns.clear()
 
 
 def _show(rows: list[Row], console: Console) -> None:
@@ -187,13 +232,3 @@ def _peaks(bench: Bench) -> str:
     ]
     cached = "a share above 100 % means that the data fitted into a cache"
     return f"peaks measured here: {', '.join(words)}; {cached}\n" if words else ""
-
-
-def _draw(path: Path, console: Console) -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        console.say("no figure: matplotlib is not installed (pip install 'bigkern[cli]')")
-        return
-    room: Any = import_module("bigkern.benchmarks.plot")
-    room.plot(path)
