@@ -4,6 +4,7 @@
     bigkern.varlen_attention, bigkern.decode_attention          of packed sequences, and from a cache
     bigkern.layer_norm, bigkern.rms_norm                        norms, fused with a residual
     bigkern.layernorm_ffn                                       the second half of a Transformer block
+    bigkern.linear, bigkern.batch_norm                          a linear layer; BatchNorm, addition and ReLU
     bigkern.nn, bigkern.optim                                   drop-in layers and optimizers
     bigkern.freeze, bigkern.frozen_layernorm_ffn                weights packed or in 8 bits, for inference
     bigkern.patch, bigkern.unpatch                              the same for a model you already have
@@ -15,9 +16,11 @@ Every op falls back to stock PyTorch where that is faster, or where a kernel is 
 from bigkern import nn, optim
 from bigkern.freeze import freeze
 from bigkern.ops.attention import attention
+from bigkern.ops.batch_norm import batch_norm
 from bigkern.ops.decode_attention import decode_attention
 from bigkern.ops.frozen_layernorm_ffn import FrozenWeight, freeze_weight, frozen_layernorm_ffn
 from bigkern.ops.layernorm_ffn import layernorm_ffn
+from bigkern.ops.linear import linear
 from bigkern.ops.merge_attention import merge_attention
 from bigkern.ops.norm import layer_norm, rms_norm
 from bigkern.ops.sdpa import scaled_dot_product_attention
@@ -31,6 +34,7 @@ __all__ = [
     "BackendRefused",
     "FrozenWeight",
     "attention",
+    "batch_norm",
     "decode_attention",
     "explain",
     "freeze",
@@ -38,6 +42,7 @@ __all__ = [
     "frozen_layernorm_ffn",
     "layer_norm",
     "layernorm_ffn",
+    "linear",
     "merge_attention",
     "nn",
     "optim",

@@ -49,6 +49,12 @@ inline const void* data_or_null(const OptionalTensor& x) {
   return x.has_value() ? x->const_data_ptr() : nullptr;
 }
 
+// x itself, or a contiguous copy.
+inline Tensor dense(const Tensor& x) { return torch::stable::contiguous(x); }
+inline OptionalTensor dense(const OptionalTensor& x) {
+  return x.has_value() ? OptionalTensor(torch::stable::contiguous(*x)) : std::nullopt;
+}
+
 // An uninitialised tensor of x's dtype and device.
 inline Tensor empty(const Tensor& x, const std::vector<int64_t>& sizes) {
   return torch::stable::new_empty(x, sizes);

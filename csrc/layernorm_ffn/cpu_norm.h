@@ -13,19 +13,6 @@
 namespace bigkern::layernorm_ffn::BIGKERN_ISA {
 namespace {
 
-template <class T>
-inline vf load_upto(const T* p, int64_t n) {
-  return n >= W ? load(p) : load_n(p, n);
-}
-template <class T>
-inline void store_upto(T* p, vf x, int64_t n) {
-  n >= W ? store(p, x) : store_n(p, x, n);
-}
-template <class T>
-inline vf load_or(const T* p, int64_t offset, int64_t n, float otherwise) {
-  return p ? load_upto(p + offset, n) : set1(otherwise);
-}
-
 // Lanes from n on become 0: sums must not see them.
 inline vf first_n(vf x, int64_t n) {
   return n >= W ? x : select(lanes() < set1_int(int32_t(n)), x, zero());

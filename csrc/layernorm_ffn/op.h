@@ -38,11 +38,6 @@ Rows rows_of(const Tensor& x, const char* name) {
   return {x.numel() / N, N};
 }
 
-Tensor dense(const Tensor& x) { return torch::stable::contiguous(x); }
-OptionalTensor dense(const OptionalTensor& x) {
-  return x.has_value() ? OptionalTensor(torch::stable::contiguous(*x)) : std::nullopt;
-}
-
 OptionalTensor empty_if(bool wanted, const Tensor& like, const std::vector<int64_t>& sizes) {
   return wanted ? OptionalTensor(empty(like, sizes)) : std::nullopt;
 }

@@ -28,8 +28,8 @@
 namespace bigkern::BIGKERN_ISA {
 namespace {
 
-constexpr int64_t KC = 384;              // words of K: A's part of a panel is 21 KiB
-constexpr int64_t kGroup = 4;            // column panels: B's part is 192 KiB
+constexpr int64_t KC = 192;              // words of K: A's part of a panel is 10.5 KiB
+constexpr int64_t kGroup = 4;            // column panels: B's part is 96 KiB
 constexpr int64_t kMaxBlockPanels = 74;  // row panels of a block: C's tiles of a group are 518 KiB
 constexpr int64_t kSlab = 256;           // elements of K that are packed at a time
 constexpr size_t kAlign = 64;

@@ -18,6 +18,20 @@
 namespace bigkern::BIGKERN_ISA {
 namespace {
 
+// The first n values of a vector, n >= W standing for all; of nothing, `otherwise`.
+template <class T>
+inline vf load_upto(const T* p, int64_t n) {
+  return n >= W ? load(p) : load_n(p, n);
+}
+template <class T>
+inline void store_upto(T* p, vf x, int64_t n) {
+  n >= W ? store(p, x) : store_n(p, x, n);
+}
+template <class T>
+inline vf load_or(const T* p, int64_t offset, int64_t n, float otherwise) {
+  return p ? load_upto(p + offset, n) : set1(otherwise);
+}
+
 // Two values of K in one word?
 template <class T>
 constexpr bool paired = false;

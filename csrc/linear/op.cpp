@@ -1,0 +1,103 @@
+// The linear layer as torch ops: check, allocate, launch.
+#include "common/op.h"
+
+#include "linear/linear.h"
+
+#ifndef BIGKERN_SIMT  // a CPU backend alone: on a GPU the product is stock's
+namespace bigkern::linear {
+namespace {
+
+// A weight [N, K] that lies one way or the other; a copy of it if it does neither.
+struct Weight {
+  Tensor tensor;
+  Strides strides;
+
+  explicit Weight(const Tensor& weight)
+      : tensor(rows(weight) || columns(weight) ? weight : dense(weight)),
+        strides(rows(tensor) ? Strides{tensor.stride(0), 1} : Strides{1, tensor.stride(1)}) {}
+
+  static bool rows(const Tensor& w) { return w.stride(1) == 1 && w.stride(0) >= w.size(1); }
+  static bool columns(const Tensor& w) { return w.stride(0) == 1 && w.stride(1) >= w.size(0); }
+};
+
+struct Sizes {
+  Dtype dtype;
+  int64_t M, N, K;
+
+  Sizes(const Tensor& x, const Tensor& weight) : dtype(dtype_of(x, "x")) {
+    STD_TORCH_CHECK(x.dim() >= 1 && weight.dim() == 2, "x must be [..., K] and weight [N, K]");
+    STD_TORCH_CHECK(x.numel() > 0 && weight.numel() > 0, "x and weight must not be empty");
+    STD_TORCH_CHECK(dtype_of(weight, "weight") == dtype, "weight has another dtype than x");
+    N = weight.size(0), K = weight.size(1), M = x.numel() / K;
+    STD_TORCH_CHECK(x.size(x.dim() - 1) == K, "x must have rows of ", K);
+  }
+};
+
+Tensor linear(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_) {
+  const Sizes of(x_, weight_);
+  if (bias_.has_value()) {
+    STD_TORCH_CHECK(dtype_of(*bias_, "bias") == of.dtype && bias_->numel() == of.N,
+                    "bias must be [N], of x's dtype");
+  }
+  const Tensor x = dense(x_);
+  const OptionalTensor bias = dense(bias_);
+  const Weight weight(weight_);
+  std::vector<int64_t> sizes = {x.sizes().begin(), x.sizes().end()};
+  sizes.back() = of.N;
+  Tensor y = empty(x, sizes);
+  LinearParams p = {of.dtype,
+                    of.M,
+                    of.N,
+                    of.K,
+                    x.const_data_ptr(),
+                    weight.tensor.const_data_ptr(),
+                    weight.strides,
+                    data_or_null(bias),
+                    y.mutable_data_ptr(),
+                    nullptr};
+  const Parallel parallel = torch_parallel();
+  const Tensor workspace = empty_bytes(x, cpu::linear_workspace(p, parallel.threads));
+  p.workspace = workspace.mutable_data_ptr();
+  cpu::linear(p, parallel);
+  return y;
+}
+
+std::tuple<OptionalTensor, OptionalTensor> linear_backward(const Tensor& dy_, const Tensor& x_,
+                                                           const Tensor& weight_, bool want_x,
+                                                           bool want_weight) {
+  const Sizes of(x_, weight_);
+  STD_TORCH_CHECK(dtype_of(dy_, "dy") == of.dtype && dy_.numel() == of.M * of.N,
+                  "dy must be [..., N], of x's dtype");
+  const Tensor dy = dense(dy_), x = dense(x_);
+  const Weight weight(weight_);
+  const bool rows = weight.strides.column == 1;
+  OptionalTensor dx, dweight;
+  if (want_x) dx = empty(x, {x.sizes().begin(), x.sizes().end()});
+  if (want_weight) dweight = empty(x, rows ? std::vector{of.N, of.K} : std::vector{of.K, of.N});
+  LinearBackwardParams p = {of.dtype,
+                            of.M,
+                            of.N,
+                            of.K,
+                            dy.const_data_ptr(),
+                            x.const_data_ptr(),
+                            weight.tensor.const_data_ptr(),
+                            weight.strides,
+                            want_x ? dx->mutable_data_ptr() : nullptr,
+                            want_weight ? dweight->mutable_data_ptr() : nullptr,
+                            nullptr};
+  const Parallel parallel = torch_parallel();
+  const Tensor workspace = empty_bytes(x, cpu::linear_backward_workspace(p, parallel.threads));
+  p.workspace = workspace.mutable_data_ptr();
+  cpu::linear_backward(p, parallel);
+  if (want_weight && !rows) dweight = torch::stable::transpose(*dweight, 0, 1);
+  return {dx, dweight};
+}
+
+}  // namespace
+}  // namespace bigkern::linear
+
+STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CPU, m) {
+  m.impl("linear", TORCH_BOX(&bigkern::linear::linear));
+  m.impl("linear_backward", TORCH_BOX(&bigkern::linear::linear_backward));
+}
+#endif
