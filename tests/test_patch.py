@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -80,6 +81,104 @@ def test_report_says_what_stops_an_op() -> None:
     reasons = {row.op: row.reason for row in bigkern.patch(layer)}
     assert "dropout" in reasons["layernorm_ffn"]
     assert "dropout" in reasons["attention"]
+
+
+def test_every_attention_and_norm_has_a_row() -> None:
+    class OtherAttention(nn.Module):
+        pass
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.batch = nn.GroupNorm(2, 8), nn.BatchNorm2d(8)
+            self.attention, self.heads = OtherAttention(), nn.MultiheadAttention(8, 2)
+
+    report = {row.module: row for row in bigkern.patch(Block())}
+    assert report["batch"].op == "batch_norm"
+    assert report["heads"].op == "attention"
+    for name in ("norm", "attention"):
+        assert (report[name].op, report[name].refused) == ("-", True)
+        assert report[name].reason == "no op of ours is known to do the same"
+
+
+def test_ops_choose() -> None:
+    patched = model()
+    report = bigkern.patch(patched, ops=["norm"])
+    assert {row.op for row in report} == {"norm", "-"}
+    reasons = {row.reason for row in report if row.op == "-" and not row.refused}
+    assert reasons == {"attention is not among ops", "layernorm_ffn is not among ops"}
+    assert type(patched[1]) is nn.TransformerEncoderLayer
+    assert bigkern.patch(patched).patched == bigkern.unpatch(patched) == 6
+    with pytest.raises(
+        ValueError, match="ops must be of attention, norm, layernorm_ffn, batch_norm, not 'ffn'"
+    ):
+        bigkern.patch(patched, ops=("norm", "ffn"))
+
+
+def test_strict_patches_all_or_nothing() -> None:
+    patched = model()
+    types = [type(m) for m in patched.modules()]
+    with pytest.raises(ValueError, match="1 modules would be left alone:\n  4 \\(Shouting\\): a subclass"):
+        bigkern.patch(patched, strict=True)
+    assert [type(m) for m in patched.modules()] == types
+    assert not [key for m in patched.modules() for key in m.__dict__ if "bigkern" in key]
+    del patched[4]
+    assert bigkern.patch(patched, strict=True).patched == 6
+
+
+def test_context_manager_takes_back_what_it_changed() -> None:
+    patched = model()
+    types = [type(m) for m in patched.modules()]
+    with bigkern.patch(patched, ops=["norm"]) as outer:
+        norms = [type(m) for m in patched.modules()]
+        with pytest.raises(KeyError), bigkern.patch(patched):
+            raise KeyError
+        assert [type(m) for m in patched.modules()] == norms
+        with bigkern.patch(patched, ops=["norm"]) as inner:
+            assert inner == outer
+        assert [type(m) for m in patched.modules()] == norms
+    assert [type(m) for m in patched.modules()] == types
+    with bigkern.patch(patched) as report:
+        again = pickle.loads(pickle.dumps(report))
+        bigkern.unpatch(patched)
+    assert again == report
+    assert [type(m) for m in patched.modules()] == types
+
+
+def scripted(stock: nn.Module) -> nn.Module:
+    return torch.jit.script(nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)))
+
+
+def traced(stock: nn.Module) -> nn.Module:
+    return torch.jit.trace(nn.Sequential(nn.LayerNorm(64)), torch.randn(2, 64))
+
+
+def compiled_in_place(stock: nn.Module) -> nn.Module:
+    stock.compile()
+    return stock
+
+
+@pytest.mark.parametrize("seal", [torch.compile, compiled_in_place, scripted, traced])
+def test_compiled_and_scripted_models_are_refused(seal: Callable[[nn.Module], nn.Module]) -> None:
+    sealed = seal(model())
+    types = [type(m) for m in sealed.modules()]
+    report = bigkern.patch(sealed)
+    assert report.patched == 0
+    assert all("already: patch the model, then" in row.reason and row.refused for row in report)
+    outer = bigkern.patch(nn.Sequential(sealed, nn.LayerNorm(64)))
+    assert [row.module for row in outer if row.op == "norm"] == ["1"]
+    with pytest.raises(ValueError, match="already: patch the model"):
+        bigkern.patch(sealed, strict=True)
+    assert [type(m) for m in sealed.modules()] == types
+
+
+def test_parametrized_weights_are_left_alone() -> None:
+    norm = nn.utils.parametrizations.weight_norm(nn.LayerNorm(8).requires_grad_(), dim=0)
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    nn.utils.parametrizations.weight_norm(layer.linear1)
+    row, _ = bigkern.patch(norm)
+    assert row.reason == "a parametrization computes its parameters"
+    assert "linear1 or linear2 is not a plain nn.Linear" in {row.reason for row in bigkern.patch(layer).left}
 
 
 def test_native_layers_survive_unpatch() -> None:
