@@ -23,6 +23,7 @@ OPS = (
     "attention",
     "norm",
     "batch_norm",
+    "linear",
     "layernorm_ffn",
     "frozen_layernorm_ffn",
     "adam",

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bigkern.cli import batch_norm_problems
+from bigkern.cli import batch_norm_problems, linear_problems
 from bigkern.cli.adam_problems import STORAGE, adam, adam_storage, grad_norm
 from bigkern.cli.attention_problems import attention, decode, varlen
 from bigkern.cli.batch_norm_problems import batch_norm
 from bigkern.cli.frozen_problems import frozen
+from bigkern.cli.linear_problems import linear
 from bigkern.cli.problem import Call, Inputs, Problem
 from bigkern.ops import layernorm_ffn as ffn_room
 from bigkern.ops import norm as norm_room
@@ -114,8 +115,8 @@ def _activate(h: Tensor, activation: str) -> Tensor:
 
 
 OPS = (
-    "attention", "decode_attention", "norm", "batch_norm", "layernorm_ffn", "frozen_layernorm_ffn", "adam",
-    "grad_norm",
+    "attention", "decode_attention", "norm", "batch_norm", "linear", "layernorm_ffn", "frozen_layernorm_ffn",
+    "adam", "grad_norm",
 )  # fmt: skip
 
 
@@ -126,6 +127,7 @@ def small(op: str) -> list[Problem]:
         "decode_attention": _small_decode(),
         "norm": [norm(65, 768), norm(7, 1023, residual=True), norm(33, 512, "rms")],
         "batch_norm": batch_norm_problems.small(),
+        "linear": linear_problems.small(),
         "layernorm_ffn": [
             layernorm_ffn(33, 64, 256),
             layernorm_ffn(63, 96, 160, "swiglu"),
@@ -162,6 +164,8 @@ def thorough(op: str) -> list[Problem]:
         ]
     if op == "batch_norm":
         return batch_norm_problems.thorough()
+    if op == "linear":
+        return linear_problems.thorough()
     if op == "layernorm_ffn":
         activations = ("gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu")
         return [
@@ -186,6 +190,7 @@ def typical(op: str) -> Problem:
         "decode_attention": decode([4096] * 8, 12, 4096, 64),
         "norm": norm(2048, 768),
         "batch_norm": batch_norm(8, 64, 56, 56, residual=True),
+        "linear": linear(512, 768, 768),
         "layernorm_ffn": layernorm_ffn(512, 768, 3072),
         "frozen_layernorm_ffn": frozen(16, 768, 3072, "int8"),
         "adam": adam([(768, 768), (768,)], "2 tensors"),
