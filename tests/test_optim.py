@@ -347,25 +347,3 @@ def test_compiled_step() -> None:
         step()
     run(torch.optim.AdamW(theirs), theirs, 0, 3)
     assert_same(ours, theirs)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_torchs_own_optimizer_database(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's list of what these classes must accept and refuse, with ours in their place."""
-    pytest.importorskip("expecttest")
-    from torch.testing._internal.common_optimizers import optim_db
-
-    entry = next(o for o in optim_db if o.optim_cls is STOCK[name])
-    for error_input in entry.optim_error_inputs_func(device="cpu", dtype=torch.float32):
-        sample = error_input.optimizer_error_input if hasattr(error_input, "optimizer_error_input") else None
-        sample = sample or error_input.optimizer_input
-        params = [Parameter(torch.randn(2, 3))] if sample.params is None else sample.params
-        warns = issubclass(error_input.error_type, Warning)
-        check = pytest.warns if warns else pytest.raises
-        with check(error_input.error_type, match=error_input.error_regex):
-            OURS[name](params, **sample.kwargs)
-    for sample in entry.optim_inputs_func(device="cpu"):
-        ours, theirs = leaves(), leaves()
-        run(OURS[name](ours, **copy.deepcopy(sample.kwargs)), ours, 0, 3)
-        run(STOCK[name](theirs, **copy.deepcopy(sample.kwargs)), theirs, 0, 3)
-        assert_same(ours, theirs)

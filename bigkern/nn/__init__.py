@@ -5,7 +5,14 @@ from bigkern.nn.batch_norm import BatchNorm2d
 from bigkern.nn.frozen import FrozenLinear
 from bigkern.nn.layer_norm import LayerNorm, RMSNorm
 from bigkern.nn.layernorm_ffn import FeedForward, LayerNormFFN
-from bigkern.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
+from bigkern.nn.linear import Linear
+from bigkern.nn.transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
 __all__ = [
     "BatchNorm2d",
@@ -13,8 +20,12 @@ __all__ = [
     "FrozenLinear",
     "LayerNorm",
     "LayerNormFFN",
+    "Linear",
     "MultiheadAttention",
     "RMSNorm",
+    "Transformer",
+    "TransformerDecoder",
     "TransformerDecoderLayer",
+    "TransformerEncoder",
     "TransformerEncoderLayer",
 ]

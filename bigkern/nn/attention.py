@@ -9,6 +9,22 @@ from torch import Tensor, nn
 from bigkern.ops.attention import attention
 
 
+def canonical_masks(
+    padding: Tensor | None,
+    mask: Tensor | None,
+    dtype: torch.dtype,
+    padding_name: str = "key_padding_mask",
+    mask_name: str = "attn_mask",
+) -> tuple[Tensor | None, Tensor | None]:
+    """Two masks of one kind. Of two kinds, torch warns and makes both floating; others it refuses."""
+    kinds = {given.dtype for given in (padding, mask) if given is not None}
+    if kinds <= {torch.bool} or kinds == {dtype}:
+        return padding, mask
+    mask_kind = F._none_or_dtype(mask)
+    padding = F._canonical_mask(padding, padding_name, mask_kind, mask_name, dtype)
+    return padding, F._canonical_mask(mask, mask_name, None, "", dtype, check_other=False)
+
+
 class MultiheadAttention(nn.MultiheadAttention):
     r"""Drop-in for :class:`torch.nn.MultiheadAttention`: same constructor, parameters, keys and errors.
 
@@ -18,7 +34,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     Transformer layers do. :meth:`stock_reason` says, for a call that the op does not cover, why torch's
     own code runs it: weights are asked for, ``bias_k``/``add_zero_attn``, nested or unbatched input.
     Dropout draws other numbers than torch's. A query with nothing to attend to gives 0 before the output
-    projection, never NaN.
+    projection, never NaN. As in torch's layer, ``out_proj`` holds parameters and is not called: no hook on
+    it fires.
 
     Saved for backward: the input, the projected q, k, v, the attention output and one number a row.
 
@@ -101,6 +118,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
+        key_padding_mask, attn_mask = canonical_masks(key_padding_mask, attn_mask, query.dtype)
         q, k, v = self._project(query, key, value)  # each [B, S, E] or [S, B, E]
         q, k, v = (self._split_heads(x) for x in (q, k, v))
         causal = is_causal and key_padding_mask is None
@@ -109,7 +127,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         o = attention(q, k, v, causal=causal, mask=mask, bias=bias, dropout_p=dropout_p)
         assert isinstance(o, Tensor)
         o = o.permute(0, 2, 1, 3) if self.batch_first else o.permute(2, 0, 1, 3)
-        return self.out_proj(o.flatten(2)), None
+        return F.linear(o.flatten(2), self.out_proj.weight, self.out_proj.bias), None
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if not self._qkv_same_embed_dim:

@@ -1,19 +1,22 @@
-"""``TransformerEncoderLayer`` and ``TransformerDecoderLayer``: torch's layers on our ops.
+"""``Transformer``, its encoder and decoder and their layers: torch's modules on our ops.
 
-Each is torch's class with another ``forward``. Its submodules keep their names and parameters; attention,
-norms fused with the residual, and the feed-forward block run as one op each. Where an op does not cover a
-call (a hook on a part, another activation), that part runs as torch wrote it.
+A layer is torch's class with another ``forward``. Its submodules keep their names and parameters;
+attention, norms fused with the residual, and the feed-forward block run as one op each. Where an op does
+not cover a call (a hook on a part, another activation), that part runs as torch wrote it. The containers
+are torch's, with our layers in them.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from bigkern.nn.attention import MultiheadAttention
+from bigkern.nn.attention import MultiheadAttention, canonical_masks
 from bigkern.nn.frozen import FrozenLinear, frozen_feed_forward
 from bigkern.nn.layer_norm import LayerNorm
 from bigkern.ops.layernorm_ffn import Activation, Placement, layernorm_ffn
@@ -34,9 +37,13 @@ def activation_name(activation: Any) -> Activation | None:
 
 
 def hooked(*modules: nn.Module) -> bool:
-    """Whether someone watches these modules' calls, so that they must really be called."""
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    """Whether these modules must really be called: for a hook, or a forward set on the instance."""
+    return _has_any_global_hook() or any(
+        m._forward_hooks
+        or m._forward_pre_hooks
+        or m._backward_hooks
+        or m._backward_pre_hooks
+        or "forward" in m.__dict__
         for m in modules
     )
 
@@ -69,7 +76,8 @@ def ffn_stock_reason(layer: nn.Module, norm: nn.Module, *dropouts: nn.Module) ->
         return "linear1 or linear2 is not a plain nn.Linear"
     if type(layer.linear1) is FrozenLinear and any(active(dropout) > 0.0 for dropout in dropouts):
         return "frozen weights are for inference, and a dropout is active"
-    if hooked(norm, cast(nn.Module, layer.linear1), cast(nn.Module, layer.linear2), *dropouts):
+    parts = norm, layer.linear1, layer.linear2, layer.activation, *dropouts
+    if hooked(*(part for part in parts if isinstance(part, nn.Module))):
         return "a hook watches a part of the feed-forward block"
     if torch.is_autocast_enabled():
         return "autocast is on"
@@ -93,12 +101,10 @@ def feed_forward(layer: Any, x: Tensor, norm: nn.LayerNorm, dropout: nn.Dropout)
     return add_norm(norm, layer._ff_block(x), x)
 
 
-def _use_our_parts(layer: nn.Module, names: tuple[str, ...]) -> None:
-    """Turn the freshly built stock parts of a layer into ours: same parameters, another forward."""
-    ours = {nn.MultiheadAttention: MultiheadAttention, nn.LayerNorm: LayerNorm}
-    for name in names:
-        part = getattr(layer, name)
-        part.__class__ = ours[type(part)]
+def _use_ours(*fresh: nn.Module) -> None:
+    """Turn freshly built stock modules into ours: same parameters, another forward."""
+    for module in fresh:
+        module.__class__ = OURS.get(type(module), type(module))
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -121,7 +127,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _use_our_parts(self, ("self_attn", "norm1", "norm2"))
+        _use_ours(self.self_attn, self.norm1, self.norm2)
 
     def forward(
         self,
@@ -132,11 +138,14 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     ) -> Tensor:
         if src.is_nested:
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        padding, mask = canonical_masks(
+            src_key_padding_mask, src_mask, src.dtype, "src_key_padding_mask", "src_mask"
+        )
         x = src
         if self.norm_first:
-            x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal)
+            x = x + self._sa_block(self.norm1(x), mask, padding, is_causal)
         else:
-            x = add_norm(self.norm1, self._sa_block(x, src_mask, src_key_padding_mask, is_causal), x)
+            x = add_norm(self.norm1, self._sa_block(x, mask, padding, is_causal), x)
         return feed_forward(self, x, self.norm2, self.dropout2)
 
 
@@ -161,7 +170,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _use_our_parts(self, ("self_attn", "multihead_attn", "norm1", "norm2", "norm3"))
+        _use_ours(self.self_attn, self.multihead_attn, self.norm1, self.norm2, self.norm3)
 
     def forward(
         self,
@@ -184,3 +193,90 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             x = add_norm(self.norm1, self._sa_block(x, *of_tgt), x)
             x = add_norm(self.norm2, self._mha_block(x, *of_memory), x)
         return feed_forward(self, x, self.norm3, self.dropout3)
+
+
+class TransformerEncoder(nn.TransformerEncoder):
+    r"""Drop-in for :class:`torch.nn.TransformerEncoder`: same constructor, keys, defaults, errors.
+
+    Copies of ``encoder_layer`` one after the other, then ``norm``. Stock layers among the copies become
+    ours; ``encoder_layer`` and ``norm`` stay as they are.
+
+    Args:
+        encoder_layer, num_layers, norm, enable_nested_tensor, mask_check: as torch's. Where torch makes
+            nested tensors of padded input (inference, padding at the end, ``enable_nested_tensor``), its
+            own kernels run on them.
+
+    Raises:
+        torch's own errors, from torch's own checks.
+
+    Source: Vaswani et al., Attention Is All You Need (2017); :class:`torch.nn.TransformerEncoder`.
+
+    Example:
+        >>> import torch, bigkern
+        >>> layer = bigkern.nn.TransformerEncoderLayer(64, 4, 256, batch_first=True)
+        >>> bigkern.nn.TransformerEncoder(layer, 2)(torch.randn(2, 10, 64)).shape
+        torch.Size([2, 10, 64])
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _use_ours(*self.layers.modules())
+
+
+class TransformerDecoder(nn.TransformerDecoder):
+    r"""Drop-in for :class:`torch.nn.TransformerDecoder`: same constructor, keys, defaults, errors.
+
+    Copies of ``decoder_layer`` one after the other, then ``norm``. Stock layers among the copies become
+    ours; ``decoder_layer`` and ``norm`` stay as they are.
+
+    Raises:
+        torch's own errors, from torch's own checks.
+
+    Source: Vaswani et al., Attention Is All You Need (2017); :class:`torch.nn.TransformerDecoder`.
+
+    Example:
+        >>> import torch, bigkern
+        >>> layer = bigkern.nn.TransformerDecoderLayer(64, 4, 256, batch_first=True)
+        >>> decoder = bigkern.nn.TransformerDecoder(layer, 2)
+        >>> decoder(torch.randn(2, 10, 64), torch.randn(2, 7, 64)).shape
+        torch.Size([2, 10, 64])
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _use_ours(*self.layers.modules())
+
+
+class Transformer(nn.Transformer):
+    r"""Drop-in for :class:`torch.nn.Transformer`: same constructor, keys, defaults, errors.
+
+    ``decoder(tgt, encoder(src))``. A ``custom_encoder`` or ``custom_decoder`` stays as it is.
+
+    Raises:
+        torch's own errors, from torch's own checks.
+
+    Source: Vaswani et al., Attention Is All You Need (2017); :class:`torch.nn.Transformer`.
+
+    Example:
+        >>> import torch, bigkern
+        >>> model = bigkern.nn.Transformer(64, 4, 1, 1, 256, batch_first=True)
+        >>> model(torch.randn(2, 10, 64), torch.randn(2, 7, 64)).shape
+        torch.Size([2, 7, 64])
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        given = inspect.signature(nn.Transformer).bind(*args, **kwargs).arguments
+        for stack in ("encoder", "decoder"):
+            if given.get(f"custom_{stack}") is None:
+                _use_ours(*getattr(self, stack).modules())
+
+
+OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LayerNorm: LayerNorm,
+    nn.MultiheadAttention: MultiheadAttention,
+    nn.TransformerEncoderLayer: TransformerEncoderLayer,
+    nn.TransformerDecoderLayer: TransformerDecoderLayer,
+    nn.TransformerEncoder: TransformerEncoder,
+    nn.TransformerDecoder: TransformerDecoder,
+}
