@@ -140,6 +140,9 @@ class MaskedHead(nn.Module):
 class BERTForMaskedLM(_Headed):
     """:class:`BERT` that guesses hidden tokens: logits ``[B, S, vocabulary]``. Arguments as BERT's.
 
+    Raises:
+        TypeError, ValueError: as :class:`BERT`.
+
     Source: Devlin et al., BERT (2019), task 1.
 
     Example:
@@ -165,6 +168,9 @@ class BERTForPreTraining(_Headed):
     Returns:
         logits of hidden tokens ``[B, S, vocabulary]``; of the second segment following the first ``[B, 2]``.
 
+    Raises:
+        TypeError, ValueError: as :class:`BERT`.
+
     Source: Devlin et al., BERT (2019), tasks 1 and 2.
 
     Example:
@@ -189,6 +195,9 @@ class BERTForPreTraining(_Headed):
 class BERTForSequenceClassification(_Headed):
     """:class:`BERT` that sorts whole texts: logits ``[B, config.classes]``. Arguments as BERT's.
 
+    Raises:
+        TypeError, ValueError: as :class:`BERT`.
+
     Example:
         >>> import torch
         >>> from bigkern.models import BERTForSequenceClassification, TransformerConfig
@@ -207,6 +216,9 @@ class BERTForSequenceClassification(_Headed):
 
 class BERTForTokenClassification(_Headed):
     """:class:`BERT` that sorts tokens: logits ``[B, S, config.classes]``. Arguments as BERT's.
+
+    Raises:
+        TypeError, ValueError: as :class:`BERT`.
 
     Example:
         >>> import torch

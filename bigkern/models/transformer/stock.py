@@ -76,8 +76,13 @@ STOCK = Parts(stock_norm, StockFFN, stock_attend, stock_add_norm)
 class StockGPT(GPT):
     """:class:`GPT` in plain PyTorch, to compare with: same parameters, same names, same start.
 
+    Only a generation's cache is bigkern's; ``generate(..., cache=False)`` is without.
+
     Args:
         config: as for :class:`GPT`.
+
+    Raises:
+        TypeError, ValueError: as :class:`GPT`.
 
     Example:
         >>> from bigkern.models import GPT, StockGPT, TransformerConfig
