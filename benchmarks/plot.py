@@ -144,6 +144,10 @@ def _bars_of(rows: list[Row], axis: Any, cases: list[str], contestants: list[str
 
 
 if __name__ == "__main__":
+    from bigkern.benchmarks import breakdown
+
     for folder in sys.argv[1:] or ["."]:
         for file in sorted(Path(folder).rglob("*.csv")):
             print(*plot(file), sep="\n")
+        for file in sorted(Path(folder).rglob("*_time.json")):
+            print(*breakdown.plot(file), sep="\n")
