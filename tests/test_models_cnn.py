@@ -295,7 +295,7 @@ def test_folded_networks_compute_the_same(family: str) -> None:
 
 def test_fold_knows_what_it_must_leave() -> None:
     conv, norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
-    plain = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+    plain = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 1), nn.ReLU())
     shared = nn.Sequential(conv, norm, conv, nn.BatchNorm2d(3))
     hooked = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
     hooked[1].register_forward_hook(lambda *_: None)
@@ -305,8 +305,33 @@ def test_fold_knows_what_it_must_leave() -> None:
     folded = cnn.fold(model)
     left = [sum(isinstance(m, nn.BatchNorm2d) for m in part.modules()) for part in folded]
     assert left == [0, 2, 1, 1]
+    assert [type(part).__name__ for part in folded[0]] == [
+        "Identity",
+        "FoldedConv2d",
+        "ReLU",
+        "Identity",
+        "FoldedConv2d",
+    ]
     for before, after in zip(model, folded, strict=True):
         torch.testing.assert_close(after(x), before(x))
+
+
+def test_folded_convolutions_follow_shapes_weights_and_gradients() -> None:
+    model = small("resnet").eval()
+    folded = cnn.fold(model)
+    for images in (images_of("resnet"), images_of("resnet", batch=1), torch.randn(2, 3, 40, 36)):
+        torch.testing.assert_close(folded(images), model(images), rtol=1e-4, atol=1e-4)
+    copies = copy.deepcopy(folded), pickle.loads(pickle.dumps(folded))
+    other = lively(small("resnet")).eval()
+    folded.load_state_dict(cnn.fold(other).state_dict())
+    torch.testing.assert_close(folded(images), other(images), rtol=1e-4, atol=1e-4)
+    for kept in copies:
+        torch.testing.assert_close(kept(images), model(images), rtol=1e-4, atol=1e-4)
+    images.requires_grad_()
+    gradients = [torch.autograd.grad(network(images).sum(), images)[0] for network in (folded, other)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+    with torch.inference_mode():
+        torch.testing.assert_close(folded.double()(images.double()), other.double()(images.double()))
 
 
 def test_fold_refuses_training() -> None:
