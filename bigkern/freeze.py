@@ -14,6 +14,7 @@ from bigkern.nn import (
     TransformerEncoderLayer,
 )
 from bigkern.nn.frozen import explain_frozen, freeze_layers
+from bigkern.nn.linear import PLAIN
 from bigkern.nn.transformer import activation_name
 from bigkern.ops.frozen_layernorm_ffn import Weights
 from bigkern.patch import Report, Row
@@ -86,7 +87,7 @@ def _freeze_layer(name: str, layer: Any, weights: Weights) -> Row:
         return Row(name, kind, "-", "-", "frozen before")
     if activation is None:
         return Row(name, kind, "-", "torch", "an activation that the op does not have", refused=True)
-    if type(linear) is not nn.Linear or type(layer.linear2) is not nn.Linear:
+    if not {type(linear), type(layer.linear2)} <= set(PLAIN):
         return Row(name, kind, "-", "torch", "linear1 or linear2 is not a plain nn.Linear", refused=True)
     x = linear.weight.new_empty(TOKENS, linear.in_features)
     freeze_layers(layer, weights, activation)

@@ -36,7 +36,7 @@ def test_patch_keeps_the_objects_and_the_numbers() -> None:
     assert all(a is b for a, b in zip(modules, stock.modules(), strict=True))
     assert all(a is b for a, b in zip(parameters, stock.parameters(), strict=True))
     assert list(stock.state_dict()) == keys
-    assert report.patched == 6  # the layer, its attention and two norms, LayerNorm, RMSNorm
+    assert report.patched == 9  # the layer, its attention, norms and linear layers, and the other three
     torch.testing.assert_close(stock(x), expected)
 
 
@@ -45,7 +45,7 @@ def test_unpatch_restores_exactly() -> None:
     types = [type(m) for m in patched.modules()]
     attributes = [sorted(m.__dict__) for m in patched.modules()]
     bigkern.patch(patched)
-    assert bigkern.unpatch(patched) == 6
+    assert bigkern.unpatch(patched) == 9
     assert [type(m) for m in patched.modules()] == types
     assert [sorted(m.__dict__) for m in patched.modules()] == attributes
     assert bigkern.unpatch(patched) == 0
@@ -55,7 +55,7 @@ def test_patching_twice_is_the_same_as_once() -> None:
     patched = model()
     first = bigkern.patch(patched)
     assert bigkern.patch(patched) == first
-    assert bigkern.unpatch(patched) == 6
+    assert bigkern.unpatch(patched) == 9
 
 
 def test_subclasses_are_left_alone_and_named() -> None:
@@ -108,9 +108,9 @@ def test_ops_choose() -> None:
     reasons = {row.reason for row in report if row.op == "-" and not row.refused}
     assert reasons == {"attention is not among ops", "layernorm_ffn is not among ops"}
     assert type(patched[1]) is nn.TransformerEncoderLayer
-    assert bigkern.patch(patched).patched == bigkern.unpatch(patched) == 6
+    assert bigkern.patch(patched).patched == bigkern.unpatch(patched) == 9
     with pytest.raises(
-        ValueError, match="ops must be of attention, norm, layernorm_ffn, batch_norm, not 'ffn'"
+        ValueError, match="ops must be of attention, norm, layernorm_ffn, batch_norm, linear, not 'ffn'"
     ):
         bigkern.patch(patched, ops=("norm", "ffn"))
 
@@ -123,7 +123,7 @@ def test_strict_patches_all_or_nothing() -> None:
     assert [type(m) for m in patched.modules()] == types
     assert not [key for m in patched.modules() for key in m.__dict__ if "bigkern" in key]
     del patched[4]
-    assert bigkern.patch(patched, strict=True).patched == 6
+    assert bigkern.patch(patched, strict=True).patched == 9
 
 
 def test_context_manager_takes_back_what_it_changed() -> None:
@@ -207,12 +207,12 @@ def test_hooks_copies_and_pickles_survive() -> None:
     expected = patched(x)
     assert fired == [1]
     duplicate = copy.deepcopy(patched)
-    assert bigkern.unpatch(duplicate) == 6
+    assert bigkern.unpatch(duplicate) == 9
     del patched[2]._forward_hooks
     patched[2]._forward_hooks = {}
     again = pickle.loads(pickle.dumps(patched))
     torch.testing.assert_close(again(x), expected)
-    assert bigkern.unpatch(again) == 6
+    assert bigkern.unpatch(again) == 9
 
 
 def test_gradients_reach_the_shared_parameters() -> None:

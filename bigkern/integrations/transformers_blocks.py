@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from torch import Tensor, nn
+from transformers import pytorch_utils
 from transformers.models.bert import modeling_bert as bert
 from transformers.models.convnext import modeling_convnext as convnext
 from transformers.models.deit import modeling_deit as deit
@@ -36,7 +37,7 @@ from bigkern.integrations.transformers_forms import (
     RMSNorm,
     TwoLinears,
 )
-from bigkern.integrations.transformers_parts import Parts
+from bigkern.integrations.transformers_parts import Conv1D, Parts
 from bigkern.nn import LayerNorm
 
 
@@ -208,6 +209,7 @@ BLOCKS: dict[str, dict[type[nn.Module], type[nn.Module]]] = {
         t5.T5LayerNorm: T5LayerNorm,
         convnext.ConvNextLayerNorm: ConvNextLayerNorm,
     },
+    "linear": {pytorch_utils.Conv1D: Conv1D},
     "layernorm_ffn": {
         bert.BertLayer: BertLayer,
         electra.ElectraLayer: ElectraLayer,

@@ -73,7 +73,7 @@ class Block(nn.Module):
         if isinstance(parts, str):
             return op, None, parts
         weight = cast(Tensor, parts.up.weight)
-        x = weight.new_empty(tokens, weight.shape[0 if type(parts.up) is Conv1D else -1])
+        x = weight.new_empty(tokens, weight.shape[0 if isinstance(parts.up, Conv1D) else -1])
         if (reason := stock_reason(parts, x)) is not None:
             return op, None, reason
         if (reason := joining_reason(parts, x)) is not None:

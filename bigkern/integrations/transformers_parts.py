@@ -9,15 +9,17 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import pytorch_utils
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
-from transformers.pytorch_utils import Conv1D
 
 from bigkern import registry
 from bigkern.nn import LayerNorm
 from bigkern.nn.frozen import FrozenFeedForward, explain_frozen
+from bigkern.nn.linear import PLAIN
 from bigkern.nn.transformer import activation_name, active, hooked
 from bigkern.ops.frozen_layernorm_ffn import Weights
 from bigkern.ops.layernorm_ffn import FASTER_FROM, Activation, Norm, Placement
+from bigkern.ops.linear import linear
 
 ACTIVATIONS: dict[type, Activation] = {
     GELUActivation: "gelu",
@@ -28,6 +30,20 @@ ACTIVATIONS: dict[type, Activation] = {
 COPYING_FASTER_FROM = 512  # rows on a CPU: where weights must be transposed or joined first
 
 GATED: dict[Activation | None, Activation] = {"silu": "swiglu", "gelu": "geglu"}
+
+
+class Conv1D(pytorch_utils.Conv1D):
+    """GPT-2's linear layer, whose weight lies transposed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight.t(), self.bias)
+
+    def explain_op(self, tokens: int) -> tuple[str, registry.Explanation | None, str]:
+        x = self.weight.new_empty(tokens, self.nx)
+        return "linear", registry.explain("linear", x, self.weight.t(), self.bias), ""
+
+
+LINEARS = (*PLAIN, pytorch_utils.Conv1D, Conv1D)  # whose forward is known
 
 
 class FunctionalDropout:
@@ -117,9 +133,9 @@ def freezing_reason(parts: Parts) -> str | None:
 def other_block(parts: Parts) -> str | None:
     """Why these parts do not make the block that the op computes, or None if they do."""
     norms = () if parts.norm is None else (parts.norm,)
-    for linear in parts.linears():
-        if type(linear) not in (nn.Linear, Conv1D):
-            return f"a {type(linear).__name__} in the place of a linear layer"
+    for layer in parts.linears():
+        if type(layer) not in LINEARS:
+            return f"a {type(layer).__name__} in the place of a linear layer"
     if parts.op_activation() is None:
         return "an activation that the op does not have"
     if any(type(dropout) not in (nn.Dropout, FunctionalDropout) for dropout in parts.dropouts()):
@@ -173,7 +189,10 @@ def unfused(op: str, reason: str) -> registry.Explanation:
 def operands(parts: Parts) -> tuple[Any, ...]:
     """The op's w1, b1, w2, b2, norm_weight and norm_bias."""
     up, down, gate, norm = cast(tuple[Any, ...], (parts.up, parts.down, parts.gate, parts.norm))
-    w1, w2 = (linear.weight.t() if type(linear) is Conv1D else linear.weight for linear in (up, down))
+    w1, w2 = (
+        linear.weight.t() if isinstance(linear, pytorch_utils.Conv1D) else linear.weight
+        for linear in (up, down)
+    )
     b1 = up.bias
     if gate is not None:
         w1 = torch.cat((gate.weight, w1))

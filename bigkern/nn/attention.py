@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigkern.ops.attention import attention
+from bigkern.ops.linear import linear
 
 
 def canonical_masks(
@@ -127,27 +128,27 @@ class MultiheadAttention(nn.MultiheadAttention):
         o = attention(q, k, v, causal=causal, mask=mask, bias=bias, dropout_p=dropout_p)
         assert isinstance(o, Tensor)
         o = o.permute(0, 2, 1, 3) if self.batch_first else o.permute(2, 0, 1, 3)
-        return F.linear(o.flatten(2), self.out_proj.weight, self.out_proj.bias), None
+        return linear(o.flatten(2), self.out_proj.weight, self.out_proj.bias), None
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if not self._qkv_same_embed_dim:
             biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             inputs = (query, key, value)
-            q, k, v = (F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
+            q, k, v = (linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
             return q, k, v
         if query is key and key is value:
-            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+            q, k, v = linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
             return q, k, v
         E = self.embed_dim
         w_q, w_kv = self.in_proj_weight.split([E, 2 * E])
         b_q, b_kv = (None, None) if self.in_proj_bias is None else self.in_proj_bias.split([E, 2 * E])
-        q = F.linear(query, w_q, b_q)
+        q = linear(query, w_q, b_q)
         if key is value:
-            k, v = F.linear(key, w_kv, b_kv).chunk(2, dim=-1)
+            k, v = linear(key, w_kv, b_kv).chunk(2, dim=-1)
             return q, k, v
         (w_k, w_v), (b_k, b_v) = w_kv.chunk(2), (None, None) if b_kv is None else b_kv.chunk(2)
-        return q, F.linear(key, w_k, b_k), F.linear(value, w_v, b_v)
+        return q, linear(key, w_k, b_k), linear(value, w_v, b_v)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """[B, S, E] or [S, B, E] -> [B, H, S, D], a view."""

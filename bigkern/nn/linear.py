@@ -32,3 +32,6 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
+
+
+PLAIN = (nn.Linear, Linear)  # whose forward is known: a weight, a bias, and nothing else

@@ -19,6 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from bigkern.nn.attention import MultiheadAttention, canonical_masks
 from bigkern.nn.frozen import FrozenLinear, frozen_feed_forward
 from bigkern.nn.layer_norm import LayerNorm
+from bigkern.nn.linear import PLAIN
 from bigkern.ops.layernorm_ffn import Activation, Placement, layernorm_ffn
 from bigkern.ops.norm import layer_norm
 
@@ -72,7 +73,8 @@ def ffn_stock_reason(layer: nn.Module, norm: nn.Module, *dropouts: nn.Module) ->
         return "an activation that the op does not have"
     if type(norm) not in (nn.LayerNorm, LayerNorm):
         return f"the norm is a {type(norm).__name__}"
-    if type(layer.linear1) not in (nn.Linear, FrozenLinear) or type(layer.linear2) is not type(layer.linear1):
+    kinds = {type(layer.linear1), type(layer.linear2)}
+    if not kinds <= set(PLAIN) and kinds != {FrozenLinear}:
         return "linear1 or linear2 is not a plain nn.Linear"
     if type(layer.linear1) is FrozenLinear and any(active(dropout) > 0.0 for dropout in dropouts):
         return "frozen weights are for inference, and a dropout is active"

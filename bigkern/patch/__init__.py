@@ -38,8 +38,10 @@ REPLACEMENTS: dict[str, Replacements] = {
         nn.TransformerDecoderLayer: ours.TransformerDecoderLayer,
     },
     "batch_norm": {nn.BatchNorm2d: ours.BatchNorm2d},
+    "linear": {nn.Linear: ours.Linear},
 }
 OPS = tuple(REPLACEMENTS)
+REPORTED = tuple(op for op in OPS if op != "linear")  # also where they are left alone
 
 
 # ---- what users call -------------------------------------------------------------------------------
@@ -49,15 +51,15 @@ def patch(model: nn.Module, ops: Iterable[str] | None = None, strict: bool = Fal
     """Run the model's attention, norms and feed-forward blocks on our ops, in place, until :func:`unpatch`.
 
     Patching twice is the same as once. Outputs stay the same within rounding; parameters, state_dict keys
-    and hooks are untouched. What is patched: torch's LayerNorm, RMSNorm, BatchNorm2d, MultiheadAttention and
-    Transformer layers, and of Hugging Face models attention, norms, feed-forward blocks, and dropout and
-    residual where they stand between these. What is left alone, and why, is in the report, in which each
-    attention and each norm has a row.
+    and hooks are untouched. What is patched: torch's Linear, LayerNorm, RMSNorm, BatchNorm2d,
+    MultiheadAttention and Transformer layers, and of Hugging Face models attention, norms, feed-forward
+    blocks, and dropout and residual where they stand between these. What is left alone, and why, is in the
+    report, in which each attention and each norm has a row.
 
     Args:
         model: any module; modules inside it are found by exact type.
-        ops: which ops to use, of ``"attention"``, ``"norm"``, ``"layernorm_ffn"`` and ``"batch_norm"``; None
-            for all.
+        ops: which ops to use, of ``"attention"``, ``"norm"``, ``"layernorm_ffn"``, ``"batch_norm"`` and
+            ``"linear"``; None for all.
         strict: whether to raise, rather than report, when something must be left alone.
 
     Returns:
@@ -75,7 +77,7 @@ def patch(model: nn.Module, ops: Iterable[str] | None = None, strict: bool = Fal
         >>> model = torch.nn.TransformerEncoderLayer(64, 4, 256, batch_first=True)
         >>> with bigkern.patch(model) as report:
         ...     report.patched
-        4
+        6
         >>> bigkern.unpatch(model)
         0
     """
@@ -194,7 +196,7 @@ def _rows(
         if type(module) in table.values():
             yield from describe(name, module)
             return
-        if type(module) in table:
+        if type(module) in table and op in REPORTED:
             yield Row(name, kind, "-", "torch", f"{op} is not among ops")
             return
     named_so = _WORDS.search(kind)
@@ -203,16 +205,19 @@ def _rows(
     )
     if (row := attention.row(name, module, named_so is not None and inner is None)) is not None:
         yield row
-    elif any(isinstance(module, tuple(table)) for table in tables.values()):
-        yield Row(name, kind, "-", "torch", _subclassed(module, tables), refused=True)
+    elif (reason := _subclassed(module, tables)) is not None:
+        yield Row(name, kind, "-", "torch", reason, refused=True)
     elif inner is not None:
         yield Row(name, kind, "-", "-", f"it is made of others: {inner}")
     elif named_so is not None:
         yield Row(name, kind, "-", "torch", "no op of ours is known to do the same", refused=True)
 
 
-def _subclassed(module: nn.Module, tables: dict[str, Replacements]) -> str:
+def _subclassed(module: nn.Module, tables: dict[str, Replacements]) -> str | None:
+    """Why a module whose class derives from a known one is left alone; None of any other module."""
+    bases = (stock for op in REPORTED for stock in tables[op] if isinstance(module, stock))
+    if (base := next(bases, None)) is None:
+        return None
     if nn.utils.parametrize.is_parametrized(module):
         return "a parametrization computes its parameters"
-    base = next(stock for table in tables.values() for stock in table if isinstance(module, stock))
     return f"a subclass of {base.__name__}: its forward may differ"

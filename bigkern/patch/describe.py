@@ -60,6 +60,12 @@ def _batch_norm(module: nn.Module) -> Description:
     yield "batch_norm", registry.explain("batch_norm", x, *statistics, training), ""
 
 
+def _linear(module: nn.Module) -> Description:
+    assert isinstance(module, nn.Linear)
+    x = _example(module, TOKENS, module.in_features)
+    yield "linear", registry.explain("linear", x, module.weight, module.bias), ""
+
+
 def _attention(module: nn.Module) -> Description:
     assert isinstance(module, ours.MultiheadAttention)
     x = _example(module, *((1, TOKENS) if module.batch_first else (TOKENS, 1)), module.embed_dim)
@@ -99,6 +105,7 @@ DESCRIPTIONS: dict[type[nn.Module], Callable[[nn.Module], Description]] = {
     nn.LayerNorm: _norm,
     nn.RMSNorm: _norm,
     nn.BatchNorm2d: _batch_norm,
+    nn.Linear: _linear,
     nn.MultiheadAttention: _attention,
     nn.TransformerEncoderLayer: _layer,
     nn.TransformerDecoderLayer: _layer,
