@@ -46,6 +46,7 @@ LLAMA3: dict[str, Any] = {
     "end_token": 128001,
 }
 VIT: dict[str, Any] = {"eps": 1e-6}
+# Which ids the start, the end and padding have is not in the paper.
 VASWANI: dict[str, Any] = {
     "vocab_size": 37000,
     "context": 512,
