@@ -69,7 +69,7 @@ def bind(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Any, ..
 
 
 def _left_to_stock(x: Tensor) -> bool:
-    """Whether no backend but stock would be chosen whatever the weight is: asking costs more than it gains."""
+    """Whether no backend but stock would be chosen whatever the weight is: then asking costs too much."""
     if registry.forced():
         return False
     return not x.is_cpu or x.dtype not in FASTER_IN or x.numel() < FASTER_FROM * x.shape[-1]
