@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -64,15 +64,37 @@ def set_isa(name: str) -> None:
         RuntimeError: the extension is not loaded.
     """
     global _isa
-    if _info is None:
-        raise RuntimeError(f"the extension is not loaded: {import_error}")
-    _info.set_isa(str(OPS_LIBRARY), name)
+    _loaded().set_isa(str(OPS_LIBRARY), name)
     _isa = name
 
 
 def kernels() -> list[dict[str, Any]]:
     """Registers, spilled bytes and shared memory of every CUDA kernel; empty without a CUDA build."""
     return list(_info.kernels(str(OPS_LIBRARY))) if _info is not None and has_cuda_kernels() else []
+
+
+def addresses(tensors: list[torch.Tensor]) -> bytearray:
+    """Where each tensor's first element lies, an int64.
+
+    Raises:
+        RuntimeError: a tensor has no address (sparse, meta), or the extension is not loaded.
+    """
+    return cast(bytearray, _loaded().addresses(tensors))
+
+
+def layouts(tensors: list[torch.Tensor]) -> bytes:
+    """Devices, dtypes, sizes and strides: the same bytes for lists of tensors that are stored alike.
+
+    Raises:
+        RuntimeError: as :func:`addresses`.
+    """
+    return cast(bytes, _loaded().layouts(tensors))
+
+
+def _loaded() -> ModuleType:
+    if _info is None:
+        raise RuntimeError(f"the extension is not loaded: {import_error}")
+    return _info
 
 
 def summary() -> str:

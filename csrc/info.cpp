@@ -1,4 +1,4 @@
-// bigkern._info: what was built and what it is made of. No tensors, no torch.
+// bigkern._info: what was built and what it is made of, and where tensors lie. No torch.
 //
 // The kernels live in _ops; this module finds the few C functions that _ops exports by name.
 #include <dlfcn.h>
@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "addresses.h"
 #include "common/cpu/isa.h"
 #include "common/kernel_info.h"
 
@@ -89,4 +90,7 @@ PYBIND11_MODULE(_info, m) {
       "The instruction sets that this CPU has, from the least to the best.");
   m.def("kernels", &kernels, py::arg("ops_library"),
         "Registers, spilled bytes, shared memory of every CUDA kernel.");
+  m.def("addresses", &bigkern::addresses, py::arg("tensors"), "Each tensor's address, an int64.");
+  m.def("layouts", &bigkern::layouts, py::arg("tensors"),
+        "How the tensors are stored, their addresses aside, as bytes to be compared.");
 }

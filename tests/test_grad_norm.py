@@ -112,9 +112,11 @@ def test_native_op_checks_for_itself() -> None:
 def test_packed() -> None:
     params = [torch.randn(n) for n in (5, 0, 300)]
     steps = [torch.zeros(()) for _ in params]
-    packed = Packed([params, params, params, [], steps, [], [], []])
-    grads = [torch.randn_like(p) for p in params]
-    torch.testing.assert_close(packed.grad_norm(grads), torch.nn.utils.get_total_norm(grads))
+    lists = [params, params, params, [], steps, [], [], []]
+    packed, grads = Packed(lists), [torch.randn_like(p) for p in params]
+    found = packed.find(grads, lists)
+    assert found is not None
+    torch.testing.assert_close(packed.grad_norm(found), torch.nn.utils.get_total_norm(grads))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

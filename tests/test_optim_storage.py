@@ -118,7 +118,7 @@ class ByHand:
             return (
                 values.view(x.t().shape).t() if x.dim() == 2 and not x.is_contiguous() else values.view_as(x)
             )
-        if dtype == BF16:
+        if dtype == BF16 and name != "exp_avg":
             random = torch.randint(1 << 16, x.shape, generator=self.generator)
             return stochastically_rounded(x, random).float()
         return x.to(dtype).float()

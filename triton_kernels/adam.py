@@ -25,9 +25,9 @@ from torch import Tensor
 
 from . import launch
 from .adam_storage import (
-    MOMENTS,
     PARAMETER,
     QUANTISED,
+    SQUARES,
     at_random,
     drawn,
     load_codes,
@@ -148,8 +148,8 @@ def update(
         store_codes(v_at, v_scales_at, at, v, blocks, exists, size, False)
     else:
         if seed is not None and m_at.dtype.element_ty == tl.bfloat16:
-            bits = drawn(seed, MOMENTS, t, before + at, before + start, BLOCK)
-            m, v, largest = at_random(m, bits), at_random(v, bits >> 16), at_random(largest, bits >> 16)
+            bits = drawn(seed, SQUARES, t, before + at, before + start, BLOCK)
+            v, largest = at_random(v, bits), at_random(largest, bits)
         store_narrow(m_at, at, m, exists, MASKED)
         store_narrow(v_at, at, v, exists, MASKED)
         if AMSGRAD:

@@ -20,8 +20,8 @@ from .dropout import random_bits
 
 QUANTISED = tl.constexpr(256)  # elements of a block
 
-# The generator's heads: the low half of the bits for m, the high one for v and vmax; the low half for p.
-MOMENTS, PARAMETER = tl.constexpr(0), tl.constexpr(1)
+# The generator's heads: for v and vmax, and for p.
+SQUARES, PARAMETER = tl.constexpr(0), tl.constexpr(1)
 
 
 class Seed(NamedTuple):
@@ -65,9 +65,9 @@ def drawn(seed, HEAD: tl.constexpr, t, position, first, BLOCK: tl.constexpr):
 
 @triton.jit
 def at_random(x, bits):
-    """x as one of its two neighbours in bf16, by the low half of bits; infinities and NaN as they are."""
+    """x as one of its two neighbours in bf16, by the high half of bits; infinities and NaN as they are."""
     raw = x.to(tl.uint32, bitcast=True)
-    up = (raw + (bits & 0xFFFF)) & 0xFFFF0000
+    up = (raw + (bits >> 16)) & 0xFFFF0000
     return tl.where((raw & 0x7F800000) == 0x7F800000, raw, up).to(tl.float32, bitcast=True)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from functools import partial
-from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.adam import adam as torch_adam
 
-from bigkern import registry
+from bigkern import info, registry
 from bigkern.ops._library import (
     KERNEL_DTYPES,
     LIBRARY,
@@ -34,7 +32,7 @@ from bigkern.reference import adam as reference
 #   state_steps  float32, 0-dim, on the parameters' device: THE OP ADDS 1 to each before it uses it
 #   masters      empty, or where bf16 and fp16 parameters live in float32; int16: what bf16's rounding left
 #   exp_avg_scales, exp_avg_sq_scales  empty, or, where the moments are uint8 codes, a float32 for each 256
-#   seed         round what is stored in bf16, but a master's parameter, at random
+#   seed         round v, and p without a master, at random where they are stored in bf16
 #   lr_tensor    one float32 on the parameters' device, which replaces lr where it is given
 #   found_inf    one float32; where it is not 0, nothing changes: no parameter, state, gradient or step
 #   grad_norm    one float32, the norm of all gradients as they came: they are clipped to max_norm
@@ -121,9 +119,9 @@ def adam(
         max_norm, grad_norm: clip: the gradients are multiplied by
             ``min(1, max_norm / (grad_norm + 1e-6))`` on the way in. ``grad_norm`` is a one-element
             tensor, the norm of all gradients as they came: :func:`grad_norm`'s.
-        seed: round what is stored in bfloat16 at random, up or down in proportion to the distances, so
-            that small updates are not lost; a parameter with a master is always rounded to nearest.
-            Bits depend on seed, step and position alone.
+        seed: round v, and parameters without masters, at random where they are stored in bfloat16, up or
+            down in proportion to the distances, so that small updates are not lost; m and what has a
+            master are always rounded to nearest. Bits depend on seed, step and position alone.
         grad_scale: one-element tensor; the gradients are divided by it first.
         found_inf: one-element tensor; where it is not 0 nothing is changed.
 
@@ -336,8 +334,8 @@ class Packed:
     """Parameters and their states as the table of addresses that the compiled kernels read.
 
     Unpacking lists of thousands of tensors costs more than updating small ones. A caller that updates
-    the same tensors again and again packs them once, and before each use asks whether the addresses
-    still hold: :meth:`matches` for the tensors that were packed, :meth:`fits` for new gradients.
+    the same tensors again and again packs them once, and before each use asks where they and the new
+    gradients are: :meth:`find`.
     """
 
     def __init__(self, lists: Sequence[list[Tensor]]):
@@ -345,41 +343,27 @@ class Packed:
         self._table = _native.adam_pack.default(*lists)
         masters = lists[5]
         self._like = (lists[0][0], lists[1][0], masters[0] if masters else None)
-        self._addresses = [_addresses(tensors) for tensors in lists]
-        self._sizes = list(map(Tensor.numel, lists[0]))
-        self._strides = list(map(Tensor.stride, lists[0]))
+        self._addresses = list(map(info.addresses, lists))
+        self._layouts = info.layouts(lists[0])
 
-    def matches(self, lists: Sequence[list[Tensor]]) -> bool:
-        """Whether these are the tensors that were packed, lying where they lay."""
-        return all(_addresses(now) == then for now, then in zip(lists, self._addresses, strict=True))
+    def find(self, grads: list[Tensor], lists: Sequence[list[Tensor]]) -> Tensor | None:
+        """The gradients' addresses, for :meth:`update`; None unless each is stored as its parameter was, and
+        ``lists`` lie where they lay when they were packed."""
+        try:
+            found = info.addresses(grads)
+            if info.layouts(grads) != self._layouts or list(map(info.addresses, lists)) != self._addresses:
+                return None
+        except RuntimeError:  # one has no address
+            return None
+        return torch.frombuffer(found, dtype=torch.int64)
 
-    def fits(self, grads: list[Tensor]) -> bool:
-        """Whether every gradient is stored as its parameter is."""
-        return (
-            set(map(_dtype, grads)) == {self._like[0].dtype}
-            and list(map(Tensor.numel, grads)) == self._sizes
-            and list(map(Tensor.stride, grads)) == self._strides
-        )
-
-    def update(self, grads: list[Tensor], *hyper: Any) -> None:
+    def update(self, grads: Tensor, *hyper: Any) -> None:
         """The op on what was packed; ``hyper`` are its arguments after the lists."""
-        _native.adam_packed.default(*self._like, self._table, _packed_addresses(grads), *hyper)
+        _native.adam_packed.default(*self._like, self._table, grads, *hyper)
 
-    def grad_norm(self, grads: list[Tensor]) -> Tensor:
-        """The norm of the gradients of what was packed."""
-        norm = _native.grad_norm_packed.default(self._like[0], self._table, _packed_addresses(grads))
-        return cast(Tensor, norm)
-
-
-_dtype = attrgetter("dtype")
-
-
-def _packed_addresses(tensors: list[Tensor]) -> Tensor:
-    return torch.frombuffer(array("q", _addresses(tensors)), dtype=torch.int64)
-
-
-def _addresses(tensors: list[Tensor]) -> list[int]:
-    return list(map(Tensor.data_ptr, tensors))
+    def grad_norm(self, grads: Tensor) -> Tensor:
+        """The norm of the gradients that :meth:`find` found."""
+        return cast(Tensor, _native.grad_norm_packed.default(self._like[0], self._table, grads))
 
 
 ADAM.register(cuda_backend(_native))

@@ -58,9 +58,10 @@ class Adam(Step):
             and ``fused`` name paths of torch's, taken only where autograd (``differentiable``), tensor
             betas, tracing or a tensor subclass need torch's own; see :meth:`explain`.
         state_dtype: how m and v are stored. None: as the parameter, torch's way. ``torch.float32``;
-            ``torch.bfloat16``, always rounded at random, because v would otherwise never shrink: at
-            beta2 = 0.999 its decay is less than half of bfloat16's last place; ``torch.uint8``, a code for
-            each number and a float32 for each 256 (it is the dtype that ``state[p]["exp_avg"]`` then has).
+            ``torch.bfloat16``, m rounded to nearest and v at random, because it would otherwise never
+            shrink: at beta2 = 0.999 its decay is less than half of bfloat16's last place (so would m's be
+            at a beta1 above 0.99: store it in float32 then); ``torch.uint8``, a code for each number and a
+            float32 for each 256 (it is the dtype that ``state[p]["exp_avg"]`` then has).
         master_weights: for bfloat16 and float16 parameters. True: a float32 copy is updated, and the
             parameter is its rounding. "remainder": the same to the last bit, but for a bfloat16 parameter
             the 16 bits that its rounding took away are stored instead. Once there, masters are the truth:

@@ -53,7 +53,7 @@ class Bucket:
     backend: registry.Backend | None = None
     _packed: Packed | None = None
     _packs_norm: bool = False
-    _fits: bool = True  # whether the gradients of the last lists are stored as what was packed
+    _found: Tensor | None = None  # where the last lists' gradients lie
     _resolved_for: list[Any] | None = None  # params and grads, as they were stored
     _keys: tuple[str, ...] = field(init=False)
     _wrapped: bool = field(init=False)
@@ -71,7 +71,10 @@ class Bucket:
     def lists(self) -> Lists | None:
         """The op's lists as they are now, or None where they are not what this bucket was made for."""
         grads: Any = [p.grad for p in self.params]
-        if any(g is None for g in grads) or any(map(attrgetter("is_sparse"), grads)):
+        if any(g is None for g in grads):
+            return None
+        found_as_they_are = self._packed is not None and not self._wrapped and self.transfer is None
+        if not found_as_they_are and any(map(attrgetter("is_sparse"), grads)):
             return None
         params = self.params
         states = [list(map(itemgetter(k), self.states)) if k in self._keys else [] for k in KEYS]
@@ -86,16 +89,14 @@ class Bucket:
         if self._packed is None:
             return self._resolved_for is None or self._resolved_for == _stored(lists)
         params, grads, *states = self._where_it_runs(lists)
-        self._fits = self._packed.fits(grads)
-        right = self._fits or all(gradient_problem(p) is None for p in self.params)
-        return right and self._packed.matches((params, *states))
+        self._found = self._packed.find(grads, (params, *states))
+        return self._found is not None
 
     def grad_norm(self, lists: Lists) -> Tensor:
         """The norm of the gradients in ``lists``."""
-        grads = lists[1]
-        if self._packed is not None and self._packs_norm and self._fits:
-            return self._packed.grad_norm(grads)
-        return cast(Tensor, GRAD_NORM.resolve(grads).forward(grads))
+        if self._packed is not None and self._packs_norm:
+            return self._packed.grad_norm(cast(Tensor, self._found))
+        return cast(Tensor, GRAD_NORM.resolve(lists[1]).forward(lists[1]))
 
     def resolve(self, lists: Lists, hyper: tuple[Any, ...]) -> None:
         """Choose a backend, once; raises where none takes the call."""
@@ -118,17 +119,20 @@ class Bucket:
 
     def _call(self, lists: Lists, hyper: tuple[Any, ...]) -> None:
         backend = cast(registry.Backend, self.backend)
-        if registry.forced() or backend.name not in ("cuda", "cpu"):
-            backend.forward(*lists, *hyper)
-            return
-        params, grads, *states = lists
-        if not self._fits:
-            ADAM.resolve(*lists, *hyper).forward(*lists, *hyper)
-            return
+        if self._packed is None and backend.name in ("cuda", "cpu") and not registry.forced():
+            self._pack(lists, backend)
         if self._packed is None:
-            self._packed = Packed((params, *states))
+            backend.forward(*lists, *hyper)
+        else:
+            self._packed.update(cast(Tensor, self._found), *hyper)
+
+    def _pack(self, lists: Lists, backend: registry.Backend) -> None:
+        params, grads, *states = lists
+        packed = Packed((params, *states))
+        self._found = packed.find(grads, (params, *states))
+        if self._found is not None:
+            self._packed = packed
             self._packs_norm = self.transfer is None and GRAD_NORM.resolve(grads).name == backend.name
-        self._packed.update(grads, *hyper)
 
 
 def _stored(lists: Lists) -> list[Any]:

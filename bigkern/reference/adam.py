@@ -15,7 +15,8 @@ nothing changes, t included. Three things are stored in ways of their own:
 
     p    in bf16 or fp16 may have a master: p in fp32; or, for bf16, the 16 bits that rounding took from it
     m, v may be 8-bit codes with a scale for each 256 neighbours: see dynamic8.py
-    bf16 may be rounded at random, in proportion to the two neighbours' distances, by a seed
+    v and p in bf16 may be rounded at random, in proportion to the two neighbours' distances, by a seed; m
+         is rounded to nearest, because each step moves it by 1 - beta1 of its way, and not by too little
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 from bigkern.reference.dropout import GOLDEN, MASK32, mix
 from bigkern.reference.dynamic8 import dequantised, quantised
 
-MOMENTS, PARAMETER = 0, 1  # the generator's heads: low half for m and high half for v; low half for p
+SQUARES, PARAMETER = 0, 1  # the generator's heads: for v and vmax, and for p
 
 
 def adam(
@@ -86,7 +87,7 @@ def adam(
             g = g + weight_decay * p
         m = m + (1 - beta1) * (g - m)
         v = beta2 * v + (1 - beta2) * g * g
-        bits = None if seed is None else drawn(seed, MOMENTS, int(t), before, len(p), p.device)
+        bits = None if seed is None else drawn(seed, SQUARES, int(t), before, len(p), p.device)
         if exp_avg_scales:
             for x, codes, scales, signed in (
                 (m, exp_avgs[i], exp_avg_scales[i], True),
@@ -96,11 +97,11 @@ def adam(
                 store(codes, new_codes)
                 scales.copy_(new_scales)
         else:
-            store(exp_avgs[i], m, bits)
-            store(exp_avg_sqs[i], v, None if bits is None else bits >> 16)
+            store(exp_avgs[i], m)
+            store(exp_avg_sqs[i], v, bits)
         if amsgrad:
             v = torch.maximum(in_memory(max_exp_avg_sqs[i]).to(p.dtype), v)
-            store(max_exp_avg_sqs[i], v, None if bits is None else bits >> 16)
+            store(max_exp_avg_sqs[i], v, bits)
         denominator = v.sqrt() / (1 - beta2**t) ** 0.5 + eps
         p = p - lr / (1 - beta1**t) * m / denominator
         if masters:
@@ -130,7 +131,7 @@ def in_memory(x: Tensor, order_of: Tensor | None = None) -> Tensor:
 
 
 def store(x: Tensor, values: Tensor, bits: Tensor | None = None, order_of: Tensor | None = None) -> None:
-    """The inverse: values ``[n]`` into x; bf16 by the low 16 of random ``bits``, if given."""
+    """The inverse: values ``[n]`` into x; bf16 by 16 random ``bits``, if given."""
     if bits is not None and x.dtype == torch.bfloat16:
         values = stochastically_rounded(values, bits)
     outer_to_inner = x.permute(_outer_to_inner(x if order_of is None else order_of))
@@ -144,14 +145,14 @@ def _outer_to_inner(x: Tensor) -> list[int]:
 def stochastically_rounded(x: Tensor, bits: Tensor) -> Tensor:
     """fp32 to one of its two bf16 neighbours, the nearer one more often: on average, x."""
     raw = x.float().view(torch.int32)
-    up = (raw + (bits & 0xFFFF).to(torch.int32)) >> 16 << 16
+    up = (raw + bits.to(torch.int32)) >> 16 << 16
     return torch.where(x.isfinite(), up, raw).view(torch.float32).to(torch.bfloat16)
 
 
 def drawn(seed: int, head: int, t: int, before: int, n: int, device: torch.device) -> Tensor:
-    """``[n]`` 32 random bits, in int64, for the elements before .. before + n of the list in step t.
+    """``[n]`` 16 random bits, in int64, for the elements before .. before + n of the list in step t.
 
-    csrc/common/dropout.h's generator; t < 2^24 and the position's high half share a row.
+    The high half of csrc/common/dropout.h's; t < 2^24 and the position's high half share a row.
     """
     position = torch.arange(before, before + n, device=device)
     row = (t ^ (position >> 32 << 24)) & MASK32
@@ -160,7 +161,7 @@ def drawn(seed: int, head: int, t: int, before: int, n: int, device: torch.devic
     k1 = mix((seed >> 32) ^ k0)
     a = mix((k0 + row * GOLDEN) & MASK32)
     c = mix((k1 + a) & MASK32)
-    return mix((a + (position & MASK32) * GOLDEN) & MASK32, c)
+    return mix((a + (position & MASK32) * GOLDEN) & MASK32, c) >> 16
 
 
 def _master_of(param: Tensor, master: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ struct Update {
   Master master;
   double lr, beta1, beta2, eps, weight_decay, max_norm;
   bool decoupled, amsgrad, maximize, zero_grads;
-  bool stochastic;  // round to bf16 at random, by seed: whatever is stored in bf16 but a master's p
+  bool stochastic;  // round to bf16 at random, by seed: v, vmax, and a p without master
   uint64_t seed;
   const float* grad_scale;  // one number each, where the parameters are; null where not given
   const float* found_inf;
@@ -57,9 +57,11 @@ struct Update {
   const float* grad_norm;  // of all gradients as they are stored; clips them to max_norm
 };
 
-// The random bits of element i of a parameter in step t, common/dropout.h's: heads kMoments (low
-// half for m, high half for v and vmax) and kParameter (low half for p).
-constexpr uint32_t kMoments = 0, kParameter = 1;
+// The random bits of element i of a parameter in step t are the high half of common/dropout.h's:
+// head kSquares for v and vmax, kParameter for p. m is rounded to nearest: each step moves it by
+// 1 - beta1 of its way, far more than bf16's last place, while v at beta2 = 0.999 would never
+// shrink.
+constexpr uint32_t kSquares = 0, kParameter = 1;
 
 BIGKERN_HD DropoutRow random_row(uint64_t seed, uint32_t head, uint32_t t, int64_t position) {
   const Dropout generator = {uint32_t(seed), uint32_t(seed >> 32), 0, 1.0f};

@@ -11,7 +11,7 @@
 //
 //   block of m   codes, scale -> decode -> step -> buffer, largest -> encode -> codes, scale
 //
-// Whatever is stored in bf16 can be rounded at random.
+// p, v and vmax can be rounded to bf16 at random.
 
 #include "common/cpu/dropout.h"
 
@@ -49,15 +49,15 @@ inline __attribute__((always_inline)) void put_halves(void* to, vu x, int64_t n)
 
 // ---- rounding at random -------------------------------------------------------------------------
 
-// The bits of adam.h's random_row for W neighbours of one parameter. Positions change their row
-// every 2^32, maybe between two neighbours.
+// The 16 bits that adam.h's random_row has for each of W neighbours of one parameter. Positions
+// change their row every 2^32, maybe between two neighbours.
 struct Draws {
   bool wanted;
   uint64_t seed;
   uint32_t head, t;
   int64_t before;
-  int64_t until;  // the first position for which a and c do not hold
-  vu a, c;
+  int64_t until;  // the first position for which first and c do not hold
+  vu first, c;    // first: a row's a, and how much further its W - 1 next columns are
 
   Draws(const Update& u, const Parameter& x, uint32_t head_, float t_)
       : wanted(u.stochastic),
@@ -66,31 +66,30 @@ struct Draws {
         t(uint32_t(t_)),
         before(x.before),
         until(0),
-        a(),
+        first(),
         c() {}
 
   inline __attribute__((always_inline)) vu at(int64_t i) {
     const int64_t position = before + i;
     if (position >= until) turn_to(position);
-    return draw_bits(a, c, uint32_t(position) + vu(lanes()));
+    return mix_high(first + uint32_t(position) * kGolden, c) >> 16;
   }
 
   void turn_to(int64_t position) {
     for (int lane = 0; lane < W; ++lane) {
       const DropoutRow row = random_row(seed, head, t, position + lane);
-      a[lane] = row.a, c[lane] = row.c;
+      first[lane] = row.a + uint32_t(lane) * kGolden, c[lane] = row.c;
     }
     const int64_t next = ((position >> 32) + 1) << 32;
     until = position + W <= next ? next - W + 1 : position + 1;
   }
 };
 
-// Up with the probability of x's place between its two neighbours, by the low half of the bits. An
-// infinity stays; so does a NaN, which arithmetic has made quiet: in the upper half.
+// Up with the probability of x's place between its two neighbours. An infinity stays, its low half
+// being 0; so does a NaN, which arithmetic has made quiet: in the upper half.
 template <bool WHOLE>
 inline __attribute__((always_inline)) void put_random(bf16* to, vf x, vu bits, int64_t n) {
-  const vi finite = vi(abs(x)) < 0x7f800000;
-  put_halves<WHOLE>(to, (vu(x) + (bits & 0xffffu & vu(finite))) >> 16, n);
+  put_halves<WHOLE>(to, (vu(x) + (x == x ? bits : vu{})) >> 16, n);
 }
 
 // ---- p ------------------------------------------------------------------------------------------
@@ -143,7 +142,7 @@ struct States {
       : m(static_cast<M*>(x.m)),
         v(static_cast<M*>(x.v)),
         vmax(static_cast<M*>(x.vmax)),
-        draws(u, x, kMoments, t) {}
+        draws(u, x, kSquares, t) {}
 
   void open(int64_t) {}
   void close(int64_t, int64_t) {}
@@ -157,16 +156,15 @@ struct States {
 
   template <bool WHOLE>
   inline __attribute__((always_inline)) void store(const Vectors& x, int64_t i, int64_t n) {
+    put<WHOLE>(m + i, x.m, n);
     if constexpr (std::is_same_v<M, bf16>) {
       if (draws.wanted) {
         const vu bits = draws.at(i);
-        put_random<WHOLE>(m + i, x.m, bits, n);
-        put_random<WHOLE>(v + i, x.v, bits >> 16, n);
-        if (vmax != nullptr) put_random<WHOLE>(vmax + i, x.vmax, bits >> 16, n);
+        put_random<WHOLE>(v + i, x.v, bits, n);
+        if (vmax != nullptr) put_random<WHOLE>(vmax + i, x.vmax, bits, n);
         return;
       }
     }
-    put<WHOLE>(m + i, x.m, n);
     put<WHOLE>(v + i, x.v, n);
     if (vmax != nullptr) put<WHOLE>(vmax + i, x.vmax, n);
   }

@@ -3,7 +3,8 @@
 //   p without master      P                                       nearest, or at random to bf16
 //   p with fp32 master    float, read and written     P written   nearest
 //   p with remainder      bf16 and int16, read and written        the same 32 bits
-//   m, v, vmax            M                                       nearest, or at random to bf16
+//   m                     M                                       nearest
+//   v, vmax               M                                       nearest, or at random to bf16
 //   g                     P, read; written where it was scaled, or as zeros
 //
 // Rounding at random adds 16 random bits below bf16's last one and cuts them off: up or down in
@@ -69,11 +70,11 @@ __device__ __forceinline__ void random_bits(const Draw& draw, uint32_t head, uin
   }
 }
 
-// x as one of its two neighbours in bf16, by the low 16 of random bits; infinities and NaN as they
-// are.
+// x as one of its two neighbours in bf16, by the high half of random bits; infinities and NaN as
+// they are.
 __device__ __forceinline__ float rounded_at_random(float x, uint32_t bits) {
   const uint32_t raw = detail::float_bits(x);
-  const uint32_t up = (raw + (bits & 0xffffu)) & 0xffff0000u;
+  const uint32_t up = (raw + (bits >> 16)) & 0xffff0000u;
   return (raw & 0x7f800000u) == 0x7f800000u ? x : detail::bits_float(up);
 }
 

@@ -19,17 +19,15 @@ namespace bigkern::adam::cuda {
 
 constexpr int kChunk = 4096;  // elements; 56 to 112 KB of traffic
 
-// m, v and vmax at random to bf16, before they are stored: low half of the bits for m, high for
-// both others.
+// v and vmax at random to bf16, by the same bits, before they are stored.
 template <bool AMSGRAD, int N>
-__device__ __forceinline__ void round_moments(const Draw& draw, Elements<N>& e) {
+__device__ __forceinline__ void round_squares(const Draw& draw, Elements<N>& e) {
   uint32_t bits[N];
-  random_bits(draw, kMoments, bits);
+  random_bits(draw, kSquares, bits);
 #pragma unroll
   for (int k = 0; k < N; ++k) {
-    e.m[k] = rounded_at_random(e.m[k], bits[k]);
-    e.v[k] = rounded_at_random(e.v[k], bits[k] >> 16);
-    if (AMSGRAD) e.vmax[k] = rounded_at_random(e.vmax[k], bits[k] >> 16);
+    e.v[k] = rounded_at_random(e.v[k], bits[k]);
+    if (AMSGRAD) e.vmax[k] = rounded_at_random(e.vmax[k], bits[k]);
   }
 }
 
@@ -45,7 +43,7 @@ __device__ __forceinline__ void update_elements(const Step& step, int64_t i) {
   if (AMSGRAD) load<M>(x.vmax, i, e.vmax);
   step.leave_g<P>(x, i, e.g);
   step.update<AMSGRAD>(e);
-  if (std::is_same_v<M, bf16> && step.table.stochastic) round_moments<AMSGRAD>(step.draw(i), e);
+  if (std::is_same_v<M, bf16> && step.table.stochastic) round_squares<AMSGRAD>(step.draw(i), e);
   step.keep_p<P>(x, i, e.p);
   store<M>(x.m, i, e.m);
   store<M>(x.v, i, e.v);

@@ -6,15 +6,16 @@
 namespace bigkern::BIGKERN_ISA {
 namespace {
 
-inline __attribute__((always_inline)) vu mix_lanes(vu x, vu half_way) {
+// mix but for its last step, x ^ x >> 16, which leaves the high half as it is.
+inline __attribute__((always_inline)) vu mix_high(vu x, vu half_way) {
   x = (x ^ (x >> 16)) * kMix1 + half_way;
-  x = (x ^ (x >> 15)) * kMix2;
-  return x ^ (x >> 16);
+  return (x ^ (x >> 15)) * kMix2;
 }
 
 // The bits of the columns j in rows whose keys are (a, c).
 inline __attribute__((always_inline)) vu draw_bits(vu a, vu c, vu j) {
-  return mix_lanes(a + j * kGolden, c);
+  const vu x = mix_high(a + j * kGolden, c);
+  return x ^ (x >> 16);
 }
 
 }  // namespace
