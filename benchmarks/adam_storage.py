@@ -23,7 +23,7 @@ import torch
 from bigkern.cli import corpus
 from bigkern.cli.console import Console, machine
 from bigkern.cli.trainer import BETAS, Recipe, Trainer, parameter_groups
-from bigkern.models import GPT, GPTConfig
+from bigkern.models import GPT, TransformerConfig
 from bigkern.optim import AdamW
 
 WITHIN = 0.01  # of the float32 run's validation loss
@@ -82,7 +82,7 @@ class Size:
 
 def train(variant: Variant, size: Size, text: corpus.Corpus) -> dict[str, Any]:
     """One run: its validation losses, and the bytes that a parameter and its state take."""
-    config = GPTConfig(
+    config = TransformerConfig(
         vocab_size=256, context=size.context, layers=size.layers, heads=4, width=size.width, seed=0
     )
     model = GPT(config).to(variant.dtype)

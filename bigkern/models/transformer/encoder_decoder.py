@@ -163,4 +163,4 @@ class EncoderDecoder(nn.Module):
         def memory() -> tuple[Tensor, Tensor | None]:
             return self.encode(source, mask)
 
-        return generated(self, target, None, count, memory, cache, how)
+        return generated(self, target, None, count, memory, cache, how, "target")

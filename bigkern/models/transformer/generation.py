@@ -141,12 +141,15 @@ def generated(
     memory: Callable[[], tuple[Tensor | None, ...]],
     cache: bool,
     how: dict[str, Any],
+    name: str = "tokens",
 ) -> Tensor:
     """``tokens [B, S]`` and the new ones, by a model with ``config``, ``_states`` and ``logits``."""
-    check_tokens("tokens", tokens, 2**62)
+    check_tokens(name, tokens, 2**62)
     if tokens.shape[1] == 0:
-        raise ValueError(f"tokens must hold at least one token a row, not shape {tuple(tokens.shape)}")
-    mask = checked_mask("mask", mask, "tokens", tokens)
+        raise ValueError(f"{name} must hold at least one token a row, not shape {tuple(tokens.shape)}")
+    if count < 1:
+        raise ValueError(f"count must be at least 1, not {count}")
+    mask = checked_mask("mask", mask, name, tokens)
     if mask is not None and not bool(mask.any(1).all()):
         raise ValueError("mask must leave at least one token in each row")
     config = model.config
@@ -167,8 +170,6 @@ def generated(
 
 def continued(sequences: Cached | Recomputed, count: int, how: Decoding) -> Tensor:
     """At most ``count`` new tokens of every sequence, int64 [B, n]; n < count if all have ended."""
-    if count < 1:
-        raise ValueError(f"count must be at least 1, not {count}")
     vocabulary = sequences.logits.shape[1]
     for name in ("end", "pad"):
         token = getattr(how, name)
