@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+BITS_OF_FLOAT32 = np.uint64(0xFFFFFFFFE0000000)  # sign, exponent and 23 bits of a float64's significand
+
 
 def to_bfloat16(x: Any) -> Any:
     """float32 -> the uint16 of the nearest bfloat16, ties to even; a NaN stays one."""
@@ -59,9 +61,9 @@ def product(a: Any, b: Any, sums: Any, cut: bool = False) -> Any:
     a, b = a.astype(np.float64), b.astype(np.float64)
     for k in range(0, a.shape[1], 8):
         exact = sums + a[:, k : k + 8] @ b[k : k + 8]
-        sums = exact.astype(np.float32)
         if cut:
-            sums = np.where(np.abs(sums) > np.abs(exact), np.nextafter(sums, np.float32(0)), sums)
+            exact = (exact.view(np.uint64) & BITS_OF_FLOAT32).view(np.float64)
+        sums = exact.astype(np.float32)
     return sums
 
 
@@ -120,6 +122,16 @@ def repair() -> None:
         patch_tensor(tensor, *scope)
         tensor.__index__ = lambda self: int(self.handle.data.squeeze())
 
+    patch_lang = interpreter._patch_lang
+
+    def patch_once(fn: Any) -> Any:
+        """A kernel's device functions find the language patched; doing it anew is a third of the time."""
+        seen = [lang for lang in (tl, tl.core) if any(value is lang for value in fn.__globals__.values())]
+        if seen and not any(tl.core.is_builtin(lang.load) for lang in seen):
+            return interpreter._LangPatchScope()
+        return patch_lang(fn)
+
+    interpreter._patch_lang = patch_once
     interpreter._convert_float = convert
     interpreter._patch_lang_tensor = patch
     interpreter.InterpreterBuilder.cast_impl = cast
