@@ -85,7 +85,7 @@ class BERT(Encoder):
         self.reset_parameters()
 
     def pool(self, x: Tensor) -> Tensor:
-        """Hidden states ``[B, S, W]`` to ``[B, W]``, from the first token of each row."""
+        """Hidden states ``[B, S, W]`` to ``[B, W]``, from the first column: padding belongs on the right."""
         if self.pooler is None:
             raise RuntimeError("this BERT was built without a pooler: pass pooler=True")
         return torch.tanh(self.pooler(x[:, 0]))
