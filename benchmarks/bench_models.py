@@ -8,7 +8,7 @@ are fewer and sequences shorter than in earnest; widths, depths and vocabularies
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import bigkern
 from bigkern.benchmarks import breakdown
-from bigkern.benchmarks.harness import Bench, Case, Contestant, LeftOut, compiler_works
+from bigkern.benchmarks.harness import BYTES, Bench, Case, Contestant, LeftOut, compiler_works
 from bigkern.benchmarks.table import Row
 from bigkern.benchmarks.timing import Task
 from bigkern.cli import model_problems as problems
@@ -27,7 +27,7 @@ from bigkern.parity import Verdict
 
 HYPER: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
 FEWER = "batches and lengths are cut for a CPU, widths, depths and vocabularies are not"
-# What the default run compiles: elsewhere, too, the compiler takes from half a minute to some minutes.
+# What the default run compiles, at its first size, on a GPU in bfloat16: it takes up to a minute or two.
 COMPILED = (("GPT-2 124M", True), ("BERT-base", False))
 
 Size = tuple[int, int]  # rows, and their length in tokens or an image's side
@@ -69,15 +69,22 @@ def cases(bench: Bench) -> list[Case]:
                 small = QUICK.get((plan.network.name, training))
                 sizes = [] if small is None else sizes if gpu else [small]
             for size in sizes:
-                compiles = (plan.network.name, training) in COMPILED and size == sizes[0] and not bench.quick
-                compiles = compiles or bench.compile_all
+                affordable = (plan.network.name, training) in COMPILED and size == sizes[0]
+                compiles = [torch.bfloat16 if gpu else torch.float32] if affordable else []
+                compiles = list(BYTES) if bench.compile_all else [] if bench.quick else compiles
                 found.append(case(bench, plan.network, size, training, plan.gate, compiles))
     return found
 
 
 def case(
-    bench: Bench, network: Network, size: Size, training: bool, gate: Size, compiles: bool = False
+    bench: Bench,
+    network: Network,
+    size: Size,
+    training: bool,
+    gate: Size,
+    compiles: Sequence[torch.dtype] = (),
 ) -> Case:
+    """``compiles`` are the dtypes in which torch.compile takes part."""
     asked = problems.problem(network, *size, training, flops=True)
     judged = problems.problem(network, *gate, training)
     gpu = bench.device.type == "cuda"
@@ -99,7 +106,7 @@ def case(
     group = ("training" if training else "inference") + ("" if gpu else ", cut for a CPU")
     return Case(
         asked,
-        contestants(asked, compiles, bench.device.type),
+        contestants(asked, compiles),
         None,
         dtypes,
         group,
@@ -108,11 +115,12 @@ def case(
     )
 
 
-def contestants(asked: ModelProblem, compiles: bool, device_type: str) -> list[Contestant]:
-    def compiled(model: nn.Module) -> nn.Module:
-        if not compiles:
+def contestants(asked: ModelProblem, compiles: Sequence[torch.dtype]) -> list[Contestant]:
+    def compiled(model: nn.Module, inputs: Inputs) -> nn.Module:
+        like = inputs[problems.LIKE]
+        if like.dtype not in compiles:
             raise LeftOut("compiling takes too long for this run; --compile includes it")
-        if not compiler_works(device_type):
+        if not compiler_works(like.device.type):
             raise LeftOut("torch.compile does not work here")
         return torch.compile(model, dynamic=False)  # type: ignore[return-value]
 
@@ -161,15 +169,15 @@ def _entrant(
     build: Callable[[ModelProblem, Inputs], Built],
     optimizer: type[torch.optim.Optimizer],
     options: dict[str, Any] | None = None,
-    compiled: Callable[[nn.Module], nn.Module] = lambda model: model,
+    compiled: Callable[[nn.Module, Inputs], nn.Module] = lambda model, inputs: model,
 ) -> Contestant:
     """The model lives as long as its tasks do: the next case needs the memory."""
     seen: dict[str, Any] = {}
 
     def tasks(inputs: Inputs) -> dict[str, Task]:
-        compiled(nn.Identity())  # refuses before anything is built
+        compiled(nn.Identity(), inputs)  # refuses before anything is built
         model, seen["backends"] = build(asked, inputs)
-        runs = compiled(model)
+        runs = compiled(model, inputs)
         if runs is not model:
             seen["backends"] = "inductor" if build is _stock else f"inductor+{seen['backends']}"
         seen["model"] = weakref.ref(runs)
