@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from bigkern.models.cnn.config import CNNConfig, arrange, checked, of_kind
-from bigkern.nn import LayerNorm
+from bigkern.nn import FrozenLinear, LayerNorm
+from bigkern.nn.frozen import frozen_feed_forward
 from bigkern.ops.layernorm_ffn import layernorm_ffn
 
 EPS = 1e-6
@@ -53,28 +54,35 @@ class Block(nn.Module):
         self.drop_p = drop_p
 
     def forward(self, x: Tensor) -> Tensor:
-        conv, norm, up, down = cast(Any, self.block.values())
-        y = conv(x).permute(0, 2, 3, 1)  # [N, H, W, C]
-        factor, w2, b2 = self.layer_scale, down.weight, down.bias  # of the branch
-        if factor is not None and _scales_weights(y, w2):
-            w2, b2, factor = factor.view(-1, 1) * w2, factor.flatten() * b2, None
-        y = layernorm_ffn(
-            y, up.weight, up.bias, w2, b2, norm.weight, norm.bias, eps=norm.eps, residual=False
-        ).permute(0, 3, 1, 2)
+        y = self.block["0"](x).permute(0, 2, 3, 1)  # [N, H, W, C]
+        y, factor = self._feed_forward(y)
+        y = y.permute(0, 3, 1, 2)
         if self.training and self.drop_p > 0.0:
             kept = y.new_empty(y.shape[0], 1, 1, 1).bernoulli_(1.0 - self.drop_p)
             kept.div_(1.0 - self.drop_p)
             factor = kept if factor is None else factor * kept
         return x + y if factor is None else torch.addcmul(x, y, factor)
 
+    def _feed_forward(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The branch behind the convolution, and the factor that it still needs."""
+        norm, up, down = (cast(Any, self.block[name]) for name in ("2", "3", "5"))
+        affine, options = (norm.weight, norm.bias), {"eps": norm.eps, "residual": False}
+        factor, w2, b2 = self.layer_scale, down.weight, down.bias
+        if isinstance(down, FrozenLinear):
+            return frozen_feed_forward(y, up, down, *affine, activation="gelu", **options), factor
+        if factor is not None and _scales_weights(y, w2):
+            w2, b2, factor = factor.view(-1, 1) * w2, factor.flatten() * b2, None
+        return layernorm_ffn(y, up.weight, up.bias, w2, b2, *affine, **options), factor
+
     @torch.no_grad()
     def fold(self) -> None:
-        """Multiply the scale into the second linear layer for good, where its dtype can hold it."""
-        down = cast(nn.Linear, self.block["5"])
+        """For inference: the scale in the second linear layer, where its dtype can hold it; both packed."""
+        up, down = (cast(nn.Linear, self.block[name]) for name in ("3", "5"))
         if self.layer_scale is not None and down.weight.dtype != torch.float16:
             down.weight.mul_(self.layer_scale.view(-1, 1))
             down.bias.mul_(self.layer_scale.flatten())
             self.layer_scale = None
+        self.block["3"], self.block["5"] = (FrozenLinear(linear.weight, linear.bias) for linear in (up, down))
 
     def extra_repr(self) -> str:
         return f"drop_p={self.drop_p:.3g}"

@@ -113,7 +113,8 @@ def fold(model: nn.Module) -> nn.Module:
 
     A :class:`FoldedConv2d` stands where the norm stood, and does the addition and the ReLU behind it too;
     nothing stands where the convolution stood. In a ConvNeXt the layer scale is multiplied into the linear
-    layer before it. The model stays as it was; the copy has fewer parameters, and its state dict is its own.
+    layer before it, and each block's two are :class:`bigkern.nn.FrozenLinear`. The model stays as it was; the
+    state dict of the copy is its own. On a CPU each weight is there twice, once in its kernel's order.
 
     Folded are a BatchNorm2d or a ReLU that follows a Conv2d in an ``nn.Sequential``, and the pairs that a
     module names in ``conv_bn``, as those of :mod:`bigkern.models.cnn` do. Left alone are norms without
@@ -147,7 +148,7 @@ def fold(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for parent in list(model.modules()):
-        if type(parent) is Block:
+        if type(parent) is Block and isinstance(parent.block["5"], nn.Linear):
             parent.fold()
         for conv_name, name in _pairs(parent):
             conv, follower = getattr(parent, conv_name), getattr(parent, name)
