@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
-from bigkern.models.transformer import from_transformers  # noqa: E402
+from bigkern.models import TransformerConfig  # noqa: E402
+from bigkern.models.transformer import alibi_slopes, from_transformers  # noqa: E402
 from bigkern.models.transformer.pretrained_configs import config_of  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -140,6 +142,27 @@ def test_vit() -> None:
     theirs = built("ViTForImageClassification", **VIT)
     images = torch.randn(3, 3, 16, 16)
     close(from_transformers(theirs)(images), theirs(images).logits)
+
+
+def test_named_shapes_are_theirs() -> None:
+    """The configs that transformers builds without arguments are those of published checkpoints."""
+    for name, ours in {
+        "GPT2Config": TransformerConfig.gpt2(),
+        "BertConfig": TransformerConfig.bert_base(),
+        "BartConfig": TransformerConfig.bart_large(classes=3, decoder_layers=12),
+        "ViTConfig": TransformerConfig.vit_b16(classes=2, eps=1e-12),  # ours: ImageNet's, 1e-6
+    }.items():
+        found = config_of(getattr(transformers, name)())
+        assert replace(found, hidden=None, classes=ours.classes) == ours
+        assert found.ffn_width == ours.ffn_width
+
+
+def test_alibi_slopes_are_blooms() -> None:
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    for heads in range(1, 26):
+        theirs = build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)  # slope * key's place
+        torch.testing.assert_close(alibi_slopes(heads), theirs[:, 0, 1])
 
 
 def test_dtype_and_mode_are_theirs() -> None:

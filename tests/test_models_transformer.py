@@ -46,10 +46,10 @@ def tokens(*shape: int) -> Tensor:
 
 # ---- published sizes -------------------------------------------------------------------------------
 
-# Parameters as counted by transformers' own models of these names (BertModel with its pooler, GPT2Model,
-# LlamaForCausalLM, BartModel), which hold the published checkpoints; ViT as torchvision's ``num_params`` of
-# its weights for 224 x 224 images. Vaswani et al. (2017), table 3, gives
-# 65 and 213 millions without the exact vocabulary: ours are of 37000 tokens, as the paper's section 5.1.
+# Parameters as counted by transformers' own models of these sizes, which hold the published checkpoints:
+# GPT2Model, LlamaForCausalLM, BertModel with its pooler, BartModel, ViTForImageClassification of 1000 classes
+# (torchvision's ``num_params`` too). Vaswani et al. (2017), table 3, gives 65 and 213 millions without the
+# exact vocabulary: ours are of 37000 tokens, as the paper's section 5.1.
 PUBLISHED: list[tuple[str, Model, int]] = [
     ("gpt2", GPT, 124_439_808),
     ("gpt2_medium", GPT, 354_823_168),
