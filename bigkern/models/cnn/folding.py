@@ -59,22 +59,23 @@ class FoldedConv2d(nn.Conv2d):
         self._packed: tuple[Any, Tensor] | None = None  # what it was made from, and the weight in that order
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self._is_one_call(input):
+        if self._is_one_call(input, residual):
             return self._one_call(input, residual)
         y = super().forward(input)
         y = y if residual is None else y.add_(residual)
         return y.relu_() if self.relu else y
 
-    def _is_one_call(self, x: Tensor) -> bool:
+    def _is_one_call(self, x: Tensor, residual: Tensor | None) -> bool:
+        images = (x,) if residual is None else (x, residual)
         return (
             x.device.type == "cpu"
             and x.dtype == self.weight.dtype == torch.float32
             and x.dim() == 4
             and x.numel() > 0
-            and plain(x, self.weight)
+            and plain(*images, self.weight)
             and self.padding_mode == "zeros"
             and not isinstance(self.padding, str)
-            and not (x.requires_grad and torch.is_grad_enabled())
+            and not (torch.is_grad_enabled() and any(t.requires_grad for t in images))
             and not torch.is_autocast_enabled("cpu")
             and torch.backends.mkldnn.is_available()
         )
