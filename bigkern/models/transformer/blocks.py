@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from bigkern.models.transformer.cache import Cache
 from bigkern.models.transformer.config import TransformerConfig
 from bigkern.models.transformer.positions import rotate
-from bigkern.nn import LayerNorm, LayerNormFFN, RMSNorm
+from bigkern.nn import LayerNorm, LayerNormFFN, Linear, RMSNorm
 from bigkern.ops.attention import attention
+from bigkern.ops.linear import linear
 from bigkern.ops.norm import layer_norm, rms_norm
 
 
@@ -35,8 +36,10 @@ class Look(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What a block is made of."""
+    """What a block is made of; ``product`` is a linear layer whose weight is an embedding's."""
 
+    linear: type[nn.Linear]
+    product: Callable[..., Tensor]
     norm: Callable[[TransformerConfig], nn.Module]
     ffn: Callable[[TransformerConfig], nn.Module]
     attend: Callable[[Tensor, Tensor, Tensor, bool, Tensor | None, Tensor | None, float], Tensor]
@@ -86,7 +89,7 @@ def add_norm(norm: nn.Module, x: Tensor, residual: Tensor, dropout_p: float) -> 
     return layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps, **options)[0]  # type: ignore[arg-type]
 
 
-OURS = Parts(make_norm, make_ffn, attend, add_norm)
+OURS = Parts(Linear, linear, make_norm, make_ffn, attend, add_norm)
 
 
 class Branch(nn.Module):
@@ -130,9 +133,9 @@ class CrossAttention(Branch):
         super().__init__(config, parts, layer)
         W, kv = config.width, config.key_heads * config.head_dim
         self.norm = parts.norm(config)
-        self.q = nn.Linear(W, W, config.bias)
-        self.kv = nn.Linear(W, 2 * kv, config.bias)
-        self.proj = nn.Linear(W, W, config.bias)
+        self.q = parts.linear(W, W, config.bias)
+        self.kv = parts.linear(W, 2 * kv, config.bias)
+        self.proj = parts.linear(W, W, config.bias)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, look: Look) -> Tensor:
@@ -156,8 +159,8 @@ class Block(Branch):
         W, kv = config.width, config.key_heads * config.head_dim
         self.widths = (W, kv, kv)
         self.norm = parts.norm(config)
-        self.qkv = nn.Linear(W, W + 2 * kv, config.bias)
-        self.proj = nn.Linear(W, W, config.bias)
+        self.qkv = parts.linear(W, W + 2 * kv, config.bias)
+        self.proj = parts.linear(W, W, config.bias)
         self.drop = nn.Dropout(config.dropout)
         self.ffn = parts.ffn(config)
         self.cross = CrossAttention(config, parts, layer) if cross else None

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bigkern.models.transformer.blocks import OURS, Parts
 from bigkern.models.transformer.cache import Cache
@@ -44,8 +43,9 @@ class GPT(Decoder):
 
     def __init__(self, config: TransformerConfig, parts: Parts = OURS):
         super().__init__(config, parts)
+        self.product = parts.product
         if not config.tied:
-            self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+            self.head = parts.linear(config.width, config.vocab_size, bias=False)
         self.reset_parameters()
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -62,7 +62,7 @@ class GPT(Decoder):
 
     def logits(self, x: Tensor) -> Tensor:
         """``[..., W]`` to ``[..., vocabulary]``."""
-        return F.linear(x, self.token.weight) if self.config.tied else cast(Tensor, self.head(x))
+        return self.product(x, self.token.weight) if self.config.tied else cast(Tensor, self.head(x))
 
     def _states(self, tokens: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
         return self.hidden(self.token(tokens), mask, cache=cache)

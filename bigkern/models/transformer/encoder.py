@@ -124,7 +124,7 @@ class MaskedHead(nn.Module):
     def __init__(self, config: TransformerConfig, parts: Parts):
         super().__init__()
         self.activation = {"swiglu": "silu", "geglu": "gelu"}.get(config.activation, config.activation)
-        self.dense = nn.Linear(config.width, config.width)
+        self.product, self.dense = parts.product, parts.linear(config.width, config.width)
         self.norm = parts.norm(config)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
@@ -134,7 +134,7 @@ class MaskedHead(nn.Module):
             h = F.gelu(h, approximate="tanh")
         else:
             h = getattr(F, self.activation)(h)
-        return F.linear(self.norm(h), token, self.bias)
+        return self.product(self.norm(h), token, self.bias)
 
 
 class BERTForMaskedLM(_Headed):

@@ -68,11 +68,11 @@ class EncoderDecoder(nn.Module):
         super().__init__()
         if config.segments:
             raise ValueError(f"segments must be 0 for an encoder-decoder, not {config.segments}")
-        self.config = config
+        self.config, self.product = config, parts.product
         self.encoder = Encoder(config, parts)
         self.decoder = CrossDecoder(config, parts)
         if not config.tied:
-            self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+            self.head = parts.linear(config.width, config.vocab_size, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -104,7 +104,9 @@ class EncoderDecoder(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """``[..., W]`` to ``[..., vocabulary]``."""
-        return cast(Tensor, self.head(x)) if not self.config.tied else F.linear(x, self.encoder.token.weight)
+        if self.config.tied:
+            return self.product(x, self.encoder.token.weight)
+        return cast(Tensor, self.head(x))
 
     def loss(
         self, source: Tensor, labels: Tensor, mask: Tensor | None = None, ignore_index: int = -100

@@ -70,7 +70,7 @@ def stock_add_norm(norm: nn.Module, x: Tensor, residual: Tensor, dropout_p: floa
     return cast(Tensor, norm(residual + F.dropout(x, dropout_p)))
 
 
-STOCK = Parts(stock_norm, StockFFN, stock_attend, stock_add_norm)
+STOCK = Parts(nn.Linear, F.linear, stock_norm, StockFFN, stock_attend, stock_add_norm)
 
 
 class StockGPT(GPT):
