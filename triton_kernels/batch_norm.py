@@ -8,10 +8,10 @@ A channels_last image [N, C, H, W] is a matrix of M = N H W rows. Every arrow is
                           and dresidual = g, which is dy where y > 0
     g, x       read   ->  dx
 
-A program has a span of rows and 64 columns. M2 is the sum of squares around the span's own mean. Counts,
-means and M2 are merged as in Chan, Golub and LeVeque, Algorithms for Computing the Sample Variance (1983):
-neither a mean far from zero costs digits, nor a first row that is like no other. Each sum has one owner and
-one order: the same bits in every run.
+A program has a span of rows and 64 columns. Statistics are those of x - origin, the mean of the first rows,
+which a mean far from zero leaves small. M2 is the sum of squares around the span's own mean, and is merged
+with others as in Chan, Golub and LeVeque, Algorithms for Computing the Sample Variance (1983), so first rows
+that are like no other do no harm. Each sum has one owner and one order: the same bits in every run.
 
 For the ReLU's backward, the sign is that of y where there was a residual: then that need not be kept. Without
 one it is computed again from x, and y is neither kept nor read.
@@ -113,13 +113,24 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 mean and biased variance of the columns of x ``[M, C]``."""
     M, C = x.shape
     span, P, columns, grid = spans(x, 8)
+    origin, mean, var = (torch.empty(C, dtype=torch.float32, device=x.device) for _ in range(3))
     partial = torch.empty(2, P, C, dtype=torch.float32, device=x.device)
     statistics_kernel[grid](
-        x, partial, M, C, span, BM=BM, BN=columns, num_warps=WARPS, **launch.OPTIONS
+        x, origin, partial, M, C, span, BM=BM, BN=columns, num_warps=WARPS, **launch.OPTIONS
     )  # fmt: skip
-    mean, var = (torch.empty(C, dtype=torch.float32, device=x.device) for _ in range(2))
     merge_kernel[(triton.cdiv(C, MERGED),)](
-        partial, mean, var, M, C, span, P, BP=launch.padded(P), BN=MERGED, num_warps=8, **launch.OPTIONS
+        origin,
+        partial,
+        mean,
+        var,
+        M,
+        C,
+        span,
+        P,
+        BP=launch.padded(P),
+        BN=MERGED,
+        num_warps=8,
+        **launch.OPTIONS,
     )
     return mean, var
 

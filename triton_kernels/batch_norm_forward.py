@@ -14,34 +14,37 @@ from .rows import pointers
 
 @triton.jit
 def merged(count, mean, m2):
-    """Mean and M2 of each column's rows together, from those of its parts: [R, BN] fp32 to [BN].
-
-    m0 is the mean but for rounding, which takes digits from means far from zero: shift brings them back.
-    """
-    total = tl.sum(count, 0)
-    share = count / total[None, :]
-    m0 = tl.sum(share * mean, 0)
-    apart = mean - m0[None, :]
-    shift = tl.sum(share * apart, 0)
-    return m0 + shift, tl.sum(m2 + count * apart * apart, 0) - total * shift * shift
+    """Mean and M2 of each column's rows together, from those of its parts: [R, BN] fp32 to [BN]."""
+    m = tl.sum(count * mean, 0) / tl.sum(count, 0)
+    apart = mean - m[None, :]
+    return m, tl.sum(m2 + count * apart * apart, 0)
 
 
 @triton.jit
-def statistics_kernel(x, partial, M, C, span, BM: tl.constexpr, BN: tl.constexpr):
-    """Mean and M2 of a span of rows: partial [2, P, C] fp32. Each of the BM rows of a tile has its own first
-    (Welford, 1962): mean += (x - mean) / k, M2 += (x - old mean) (x - mean) for its k-th element."""
+def statistics_kernel(x, origin, partial, M, C, span, BM: tl.constexpr, BN: tl.constexpr):
+    """Mean and M2 of d = x - origin in a span of rows: partial [2, P, C] fp32; origin: the first rows' mean.
+
+    Each of the BM rows of a tile has its own first (Welford, 1962): mean += (d - mean) / k and
+    M2 += (d - old mean) (d - mean) for its k-th element.
+    """
     program, P = tl.program_id(0), tl.num_programs(0)
     column = tl.program_id(1) * BN
     columns = column + tl.arange(0, BN)
     first = program.to(tl.int64) * span
     last = tl.minimum(first + span, M)
+    i = tl.arange(0, BM)
+    exists = (i < M)[:, None] & (columns < C)[None, :]
+    top = tl.load(x + i[:, None] * C + columns[None, :], mask=exists, other=0.0).to(tl.float32)
+    middle = tl.sum(top, 0) / tl.minimum(M, BM)
+    if program == 0:
+        tl.store(origin + columns, middle, mask=columns < C)
     mean, m2 = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
     k = 0.0
     for row in range(first, last, BM):
         exists = (row + tl.arange(0, BM) < last)[:, None] & (columns < C)[None, :]
         k += 1.0
-        apart = tl.load(pointers(x, row, column, C, BM, BN), mask=exists, other=0.0).to(tl.float32) - mean
-        apart = tl.where(exists, apart, 0.0)
+        x_tile = tl.load(pointers(x, row, column, C, BM, BN), mask=exists, other=0.0).to(tl.float32)
+        apart = tl.where(exists, x_tile - middle[None, :] - mean, 0.0)
         step = apart * (1.0 / k)
         mean += step
         m2 += apart * (apart - step)
@@ -54,8 +57,8 @@ def statistics_kernel(x, partial, M, C, span, BM: tl.constexpr, BN: tl.constexpr
 
 
 @triton.jit
-def merge_kernel(partial, mean, var, M, C, span, P, BP: tl.constexpr, BN: tl.constexpr):
-    """The spans' means and M2, all at once, to mean and variance [C] fp32."""
+def merge_kernel(origin, partial, mean, var, M, C, span, P, BP: tl.constexpr, BN: tl.constexpr):
+    """The spans' means and M2, all at once, to mean and variance of x: [C] fp32."""
     parts, columns = tl.arange(0, BP), tl.program_id(0) * BN + tl.arange(0, BN)
     exists = (parts < P)[:, None] & (columns < C)[None, :]
     at = partial + parts[:, None] * C + columns[None, :]
@@ -64,7 +67,8 @@ def merge_kernel(partial, mean, var, M, C, span, P, BP: tl.constexpr, BN: tl.con
     first = parts.to(tl.int64) * span
     count = tl.maximum(tl.minimum(first + span, M) - first, 0).to(tl.float32)
     m, m2 = merged(count[:, None] + tl.zeros([BP, BN], tl.float32), means, squares)
-    tl.store(mean + columns, m, mask=columns < C)
+    middle = tl.load(origin + columns, mask=columns < C, other=0.0)
+    tl.store(mean + columns, middle + m, mask=columns < C)
     tl.store(var + columns, m2 / M, mask=columns < C)
 
 
