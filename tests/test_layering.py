@@ -111,6 +111,15 @@ def test_kernels_are_free_of_torch() -> None:
     assert not wrong, f"these must not include torch: {wrong}"
 
 
+def test_every_package_is_installed() -> None:
+    listed = re.search(r"^packages = \[\n(.*?)\n\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
+    assert listed is not None
+    folders = {file.parent.relative_to(ROOT) for file in (ROOT / "bigkern").rglob("*.py")}
+    packages = {folder.as_posix().replace("/", ".") for folder in folders}
+    packages |= {"bigkern.triton_kernels", "bigkern.benchmarks"}
+    assert set(re.findall(r'"([\w.]+)"', listed[1])) == packages
+
+
 def test_emulator_is_never_shipped() -> None:
     """Nothing outside csrc/simt includes it, but for the one header that chooses what CUDA is."""
     including = [

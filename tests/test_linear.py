@@ -142,6 +142,12 @@ def test_which_calls_stock_runs() -> None:
         assert bigkern.linear(x, weight).dtype == torch.bfloat16
 
 
+def test_transforms_of_torch_func() -> None:
+    x, weight = torch.randn(3, 128, 512), torch.randn(256, 512)
+    ours = torch.func.vmap(torch.func.grad(lambda w, x: bigkern.linear(x, w).sum()), (None, 0))(weight, x)
+    torch.testing.assert_close(ours, x.sum(1, keepdim=True).expand(-1, 256, -1), rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("shapes", [((64, 8), (9, 7)), ((64, 8), (9, 8), (7,)), ((64, 8), (2, 9, 8))])
 def test_errors_are_torchs(shapes: tuple[Any, ...]) -> None:
     tensors = [torch.randn(shape) for shape in shapes]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigkern import registry
-from bigkern.ops._library import KERNEL_DTYPES, LIBRARY, define, plain, unavailable
+from bigkern.ops._library import KERNEL_DTYPES, LIBRARY, define, in_functorch, plain, unavailable
 from bigkern.ops.norm import autocast
 from bigkern.reference import linear as reference
 
@@ -172,6 +172,8 @@ def _cpu_refuses(x: Tensor, weight: Tensor, bias: Tensor | None) -> registry.Rea
         return "the shapes are torch's to judge"
     if x.numel() == 0 or weight.numel() == 0:
         return "x or weight is empty"
+    if in_functorch():
+        return "transforms of torch.func know how to batch stock's"
     return autocast(x)
 
 
