@@ -1,5 +1,7 @@
 """Hugging Face transformers models on our attention: ``register()``, ``enable(model)``, ``disable(model)``.
 
+:func:`bigkern.patch` does this, and the rest of the model; these functions are for attention alone.
+
 transformers looks two functions up by the name that ``attn_implementation=`` gives. One makes the mask of a
 whole model: boolean, or None where the causal rule, or a window that every layer hands over itself, says it
 all. The other runs each layer's attention on what that layer hands over: mask, position bias, window,

@@ -83,10 +83,11 @@ def patch(model: nn.Module, ops: Iterable[str] | None = None, strict: bool = Fal
     """
     _check(model)
     chosen = _chosen(ops)
-    tables = _tables(model)
+    blocks = huggingface.blocks(model)
+    tables = _tables(blocks)
     wanted = {stock: cls for op in OPS if op in chosen for stock, cls in tables[op].items()}
     walk = list(_modules(model))
-    attention = huggingface.Attention(walk)
+    attention = huggingface.Attention(walk, known=bool(blocks))
     changed = attention.enable(wanted="attention" in chosen)
     for _, module, sealed in walk:
         stock = type(module)
@@ -94,14 +95,15 @@ def patch(model: nn.Module, ops: Iterable[str] | None = None, strict: bool = Fal
             module.__class__ = wanted[stock]
             setattr(module, PATCHED_MARK, stock.__name__)
             changed.append(module)
-    rows: list[Row] = []
-    for name, module, sealed in walk:
-        rows += _rows(name or "(model)", module, sealed, tables, attention)
-    report = PatchReport(rows, partial(_restore, weakref.WeakSet(changed)))
-    if strict and report.left:
+    try:
+        rows = [row for entry in walk for row in _rows(*entry, tables, attention)]
+        report = PatchReport(rows, partial(_restore, weakref.WeakSet(changed)))
+        if strict and report.left:
+            left = "\n".join(f"  {row.module} ({row.type}): {row.reason}" for row in report.left)
+            raise ValueError(f"{len(report.left)} modules would be left alone:\n{left}")
+    except BaseException:
         _restore(changed)
-        left = "\n".join(f"  {row.module} ({row.type}): {row.reason}" for row in report.left)
-        raise ValueError(f"{len(report.left)} modules would be left alone:\n{left}")
+        raise
     return report
 
 
@@ -122,7 +124,7 @@ def _restore(modules: Iterable[nn.Module]) -> int:
     modules = list(modules)
     count = sum(huggingface.disable(module) for module in modules)
     marked = [module for module in modules if PATCHED_MARK in module.__dict__ and not _frozen(module)]
-    tables = _tables(*marked)
+    tables = _tables(huggingface.blocks(*marked))
     stock_of = {replacement: stock for table in tables.values() for stock, replacement in table.items()}
     for module in marked:
         module.__class__ = stock_of[type(module)]
@@ -151,9 +153,8 @@ def _chosen(ops: Iterable[str] | None) -> tuple[str, ...]:
     return chosen
 
 
-def _tables(*models: nn.Module) -> dict[str, Replacements]:
-    """Torch's layers, and the blocks of transformers if there is a module of transformers in a model."""
-    blocks = huggingface.blocks(*models)
+def _tables(blocks: dict[str, Replacements]) -> dict[str, Replacements]:
+    """Torch's layers, and the blocks of transformers if there are any."""
     return {op: table | blocks.get(op, {}) for op, table in REPLACEMENTS.items()}
 
 
@@ -187,7 +188,7 @@ def _rows(
     attention: huggingface.Attention,
 ) -> Iterator[Row]:
     """What the report says of a module; nothing of those that are neither patched nor attention nor norm."""
-    kind = type(module).__name__
+    name, kind = name or "(model)", type(module).__name__
     if sealed is not None:
         if _sealed(module) or _WORDS.search(kind):
             yield Row(name, kind, "-", "torch", sealed, refused=True)

@@ -26,7 +26,7 @@ def blocks(*models: nn.Module) -> dict[str, dict[type[nn.Module], type[nn.Module
         from bigkern.integrations.transformers_layers import LAYERS
     except (ImportError, AttributeError) as error:
         reason = f"its attention and blocks need transformers 5.17 or later, and run as they are: {error}"
-        warnings.warn(f"{type(models[0]).__name__}: {reason}", stacklevel=4)
+        warnings.warn(f"{type(models[0]).__name__}: {reason}", stacklevel=3)
         return {}
     return {**BLOCKS, "layernorm_ffn": LAYERS | BLOCKS["layernorm_ffn"]}
 
@@ -44,10 +44,10 @@ def disable(module: nn.Module) -> int:
 class Attention:
     """The attention of the transformers models within a model: what runs it, or why that stays as it is."""
 
-    def __init__(self, walk: Walk) -> None:
+    def __init__(self, walk: Walk, known: bool) -> None:
         self._walk = walk
         self._left: dict[nn.Module, tuple[str, bool]] = {}  # module -> why not, and whether that is a refusal
-        self._known = bool(blocks(*(module for _, module, _ in walk[:1])))
+        self._known = known  # whether there are modules of transformers, and a version that we know
 
     def enable(self, wanted: bool) -> list[nn.Module]:
         """Enable each model that can be, if wanted; returns those that were not before."""
