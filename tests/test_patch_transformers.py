@@ -351,6 +351,16 @@ def test_a_model_that_is_asked_for_attention_weights() -> None:
     assert model(**inputs(model)).attentions[0] is not None
 
 
+def test_models_of_one_configuration() -> None:
+    """Patching one leaves the others alone."""
+    config = hf.T5Config(**T5, vocab_size=VOCABULARY)
+    stock, patched = hf.T5Model(config), hf.T5Model(config)
+    assert stock.config is patched.config
+    bigkern.patch(patched)
+    assert patched.decoder.config._attn_implementation == "bigkern"
+    assert {stock.config._attn_implementation, config._attn_implementation} == {"sdpa"}
+
+
 def test_a_part_of_a_model() -> None:
     """Its layers are patched; its attention is chosen by the model around it."""
     model = build("gpt2")

@@ -10,6 +10,7 @@ softcap, sinks, dropout, grouped heads.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 try:
-    from transformers import AttentionInterface, PreTrainedModel
+    from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
     from transformers.masking_utils import (
         AttentionMaskInterface,
         bidirectional_mask_function,
@@ -77,6 +78,8 @@ def register() -> None:
 def enable(model: PreTrainedModel) -> PreTrainedModel:
     """Run the attention of ``model``, and of the models inside it, on ours; returns ``model``.
 
+    The model gets copies of its configurations, as other models may have been built from the same objects.
+
     Raises:
         TypeError: ``model`` is not a transformers model.
         ValueError: a class in it would ignore the choice; the message names it.
@@ -98,6 +101,7 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
     if BEFORE not in model.__dict__:
         names = {name: inner.config._attn_implementation for name, inner in models.items()}
         setattr(model, BEFORE, Before(names))
+        _own_configurations(model)
     for inner in models.values():
         inner.set_attn_implementation(NAME)
     return model
@@ -113,6 +117,13 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
     for name, implementation in model.__dict__.pop(BEFORE, {}).items():
         models[name].set_attn_implementation(implementation)
     return model
+
+
+def _own_configurations(model: PreTrainedModel) -> None:
+    copies: dict[int, Any] = {}  # one for each, whoever else in the model holds it
+    for module in model.modules():
+        if isinstance(module.__dict__.get("config"), PreTrainedConfig):
+            module.config = copy.deepcopy(module.config, copies)
 
 
 class Before(dict[str, str]):
