@@ -103,24 +103,37 @@ void norm_forward(const NormParams& p, const Parallel& parallel) {
 // ---- backward -----------------------------------------------------------------------------------
 
 // Sums over rows are cut in this many blocks whatever the threads, so that results do not depend
-// on them; a partial sum is no longer than 64 rows until M passes 16384.
+// on them; a partial sum is no longer than 64 rows until M passes 16384. Partial sums are added in
+// groups of 16: the rounding errors of rows that are all alike, as behind an average over pixels,
+// point the same way, and grow with the length of the longest chain of additions.
 inline int64_t row_sum_blocks(int64_t M) { return at_most((M + 63) / 64, 256); }
+constexpr int64_t kSumGroup = 16;
+
+// The sum of load(i) over [begin, end), in groups.
+template <class Load>
+inline vf grouped_sum(int64_t begin, int64_t end, const Load& load) {
+  vf total = zero();
+  for (int64_t first = begin; first < end; first += kSumGroup) {
+    vf sum = zero();
+    for (int64_t i = first; i < at_most(end, first + kSumGroup); ++i) sum += load(i);
+    total += sum;
+  }
+  return total;
+}
 
 // out[j] = the sum of `blocks` partial sums; out may be null.
 template <class T>
 void add_partial_sums(const float* partial, int64_t blocks, int64_t stride, int64_t N, T* out,
                       const Parallel& parallel) {
   if (!out) return;
-  parallel.for_range(0, (N + W - 1) / W, 1 + 4096 / (blocks + 1),
-                     [&](int64_t begin, int64_t end) BIGKERN_FN {
-                       for (int64_t j = begin * W; j < at_most(end * W, N); j += W) {
-                         vf sum = zero();
-                         for (int64_t b = 0; b < blocks; ++b) {
-                           sum += load_upto(partial + b * stride + j, N - j);
-                         }
-                         store_upto(out + j, sum, N - j);
-                       }
-                     });
+  parallel.for_range(
+      0, (N + W - 1) / W, 1 + 4096 / (blocks + 1), [&](int64_t begin, int64_t end) BIGKERN_FN {
+        for (int64_t j = begin * W; j < at_most(end * W, N); j += W) {
+          const auto part = [&](int64_t b)
+                                BIGKERN_FN { return load_upto(partial + b * stride + j, N - j); };
+          store_upto(out + j, grouped_sum(0, blocks, part), N - j);
+        }
+      });
 }
 
 // out[j] += x, or = x where nothing is there yet; null out: not wanted.
@@ -198,10 +211,9 @@ void sum_rows(const T* x, int64_t M, int64_t N, T* out, float* partial, const Pa
   parallel.for_range(0, blocks, 1, [&](int64_t begin, int64_t end) BIGKERN_FN {
     for (int64_t b = begin; b < end; ++b) {
       const Slice rows = slice_of(M, 1, b, blocks);
-      for (int64_t i = rows.begin; i < rows.end; ++i) {
-        for (int64_t j = 0; j < N; j += W) {
-          accumulate(partial + b * N, j, load_upto(x + i * N + j, N - j), N - j, i == rows.begin);
-        }
+      for (int64_t j = 0; j < N; j += W) {
+        const auto value = [&](int64_t i) BIGKERN_FN { return load_upto(x + i * N + j, N - j); };
+        store_upto(partial + b * N + j, grouped_sum(rows.begin, rows.end, value), N - j);
       }
     }
   });
