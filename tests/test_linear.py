@@ -51,6 +51,14 @@ def test_parity(backend: str, dtype: torch.dtype) -> None:
         judge(backend, torch.randn(M, K).to(dtype), weight, torch.randn(N).to(dtype) if bias else None)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_vocabulary_of_outputs(dtype: torch.dtype) -> None:
+    """More outputs than the gradient of x sums at a time."""
+    for transposed in (False, True):
+        weight = torch.randn(24, 20011).to(dtype).t() if transposed else torch.randn(20011, 24).to(dtype)
+        judge(RUN_HERE[-1], torch.randn(17, 24).to(dtype), weight, None)
+
+
 @pytest.mark.parametrize("backend", RUN_HERE)
 def test_any_strides(backend: str) -> None:
     x = torch.randn(9, 2, 40, 5)[..., 2].transpose(0, 1)  # [2, 9, 40]

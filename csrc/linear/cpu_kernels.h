@@ -2,6 +2,8 @@
 //
 // Nothing is packed in a pass of its own: each operand becomes panels right before it is used, from
 // either way that it can lie in memory. The bias is added to a tile of y while the tile is in L1.
+// dx sums over all outputs, of which a vocabulary has many: in float32 it takes kDepth at a time,
+// so that its packed rows of dy are no second copy of them.
 //
 // Compiled by cpu.cpp once per instruction set; no include guard.
 
@@ -29,7 +31,11 @@ struct BiasTile {
   }
 };
 
-// The plans of the products, and where the most demanding of them has room.
+constexpr int64_t kDepth = 8192;
+template <class T>
+constexpr bool adds_in_parts = sizeof(T) == sizeof(float);  // others would round in between
+
+// The plans of the products; dx's of its longest part.
 struct Products {
   Plan y, dx, dweight;
 
@@ -38,7 +44,8 @@ struct Products {
     const auto plan = [&](int64_t M, int64_t N, int64_t K)
                           BIGKERN_FN { return make_plan(M, N, K, words_of<T>(K), threads); };
     const bool rows = p.of_weight.column == 1;
-    return {plan(p.M, p.N, p.K), plan(p.M, p.K, p.N),
+    const int64_t depth = adds_in_parts<T> ? at_most(p.N, kDepth) : p.N;
+    return {plan(p.M, p.N, p.K), plan(p.M, p.K, depth),
             rows ? plan(p.N, p.K, p.M) : plan(p.K, p.N, p.M)};
   }
 };
@@ -59,16 +66,27 @@ void linear(const LinearParams& p, const Parallel& parallel) {
           static_cast<float*>(p.workspace), parallel);
 }
 
+// dx = dy W, depth by depth.
+template <class T>
+void input_gradient(const LinearBackwardParams& p, Plan plan, const Parallel& parallel) {
+  const int64_t depth = plan.K;
+  for (int64_t n = 0; n < p.N; n += depth) {
+    plan.K = at_most(depth, p.N - n);
+    plan.words = words_of<T>(plan.K);
+    const Matrix<T> dy = {in<T>(p.dy) + n, p.N, 1};
+    const Matrix<T> w = {in<T>(p.weight) + n * p.of_weight.row, p.of_weight.row,
+                         p.of_weight.column};
+    gemm<T>(plan, dy, w, StoreTile<T>{static_cast<T*>(p.dx), p.K, n > 0},
+            static_cast<float*>(p.workspace), parallel);
+  }
+}
+
 template <class T>
 void linear_backward(const LinearBackwardParams& p, const Parallel& parallel) {
   const Products plans = Products::of(p, parallel.threads, T{});
   float* workspace = static_cast<float*>(p.workspace);
   const T *dy = in<T>(p.dy), *x = in<T>(p.x);
-  if (p.dx) {
-    const Matrix<T> w = {in<T>(p.weight), p.of_weight.row, p.of_weight.column};
-    gemm<T>(plans.dx, {dy, p.N, 1}, w, StoreTile<T>{static_cast<T*>(p.dx), p.K, false}, workspace,
-            parallel);
-  }
+  if (p.dx) input_gradient<T>(p, plans.dx, parallel);
   if (!p.dweight) return;
   T* dweight = static_cast<T*>(p.dweight);
   prefer_large_pages(dweight, size_t(p.N * p.K) * sizeof(T));
