@@ -263,7 +263,7 @@ def unfusable(norm: Any, x: Tensor, dropout: Any) -> str | None:
 
 def add_norm(norm: nn.LayerNorm, x: Tensor, residual: Tensor, dropout: Any) -> Tensor:
     """``norm(dropout(x) + residual)``, in one pass if it can be."""
-    if unfusable(norm, x, dropout) is not None:
+    if unfusable(norm, x, dropout) is not None or x.dtype != residual.dtype:
         return cast(Tensor, norm(F.dropout(x, dropout.p, dropout.training) + residual))
     shape, p = tuple(norm.normalized_shape), active(dropout)
     y, _ = layer_norm(x, shape, norm.weight, norm.bias, norm.eps, residual=residual, dropout_p=p)
