@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
+from bigkern import registry
 from bigkern.ops.batch_norm import Activation, batch_norm
 
 
@@ -49,6 +50,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is None and self.activation is None and input.is_cpu and not registry.forced():
+            return cast(Tensor, super().forward(input))  # no CPU kernel: asking would cost more than the call
         self._check_input_dim(input)
         return batch_norm(
             input,
