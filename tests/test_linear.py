@@ -156,6 +156,37 @@ def test_transforms_of_torch_func() -> None:
     torch.testing.assert_close(ours, x.sum(1, keepdim=True).expand(-1, 256, -1), rtol=1e-4, atol=1e-3)
 
 
+class Quantised(Tensor):
+    """A weight that computes its own products, as torchao's do."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.linear:
+            return "its own"
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_what_takes_over_torchs_functions_is_asked() -> None:
+    x, weight = torch.randn(128, 512), torch.randn(256, 512)
+    assert bigkern.linear(x, weight.as_subclass(Quantised)) == "its own"
+    assert "subclasses" in str(bigkern.explain("linear", x, weight.as_subclass(Quantised)))
+    expected = F.linear(x, weight)
+    torch.testing.assert_close(bigkern.linear(x, weight.to_sparse()), expected, rtol=1e-4, atol=1e-3)
+    graph = torch.fx.symbolic_trace(torch.nn.Sequential(bigkern.nn.Linear(512, 256)))
+    assert graph(x).shape == (128, 256)
+
+
+def test_exported_and_traced_programs_are_of_any_size() -> None:
+    layer, x = torch.nn.Sequential(bigkern.nn.Linear(512, 256)), torch.randn(128, 512)
+    sizes = ({0: torch.export.Dim("rows", min=2, max=4096)},)
+    for program in (
+        torch.export.export(layer, (x,), dynamic_shapes=sizes).module(),
+        torch.jit.trace(layer, x),
+    ):
+        torch.testing.assert_close(program(x[:7]), layer(x[:7]))
+        torch.testing.assert_close(program(x), layer(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("shapes", [((64, 8), (9, 7)), ((64, 8), (9, 8), (7,)), ((64, 8), (2, 9, 8))])
 def test_errors_are_torchs(shapes: tuple[Any, ...]) -> None:
     tensors = [torch.randn(shape) for shape in shapes]

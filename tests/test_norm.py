@@ -424,6 +424,17 @@ def test_bad_arguments(message: str, error: type[Exception], change: dict[str, A
         bigkern.layer_norm(**{**arguments, **change})
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_transforms_of_torch_func(kind: str) -> None:
+    x, weight = torch.randn(3, 64, 512), torch.rand(512)
+
+    def loss(function: Any, x: Tensor) -> Tensor:
+        return function(kind, x, weight, None, None)[0].square().mul(x).sum()
+
+    slopes = [torch.func.vmap(torch.func.grad(partial(loss, f)))(x) for f in (call, stock)]
+    torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-4)
+
+
 # ---- layers ----------------------------------------------------------------------------------------
 
 

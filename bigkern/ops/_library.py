@@ -44,14 +44,29 @@ def plain(*tensors: Tensor | None) -> bool:
     """Whether eager autograd may call a backend directly: no subclass, no tracing, no functorch."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    if in_functorch():
-        return False
+    return not in_functorch() and ordinary(*tensors)
+
+
+def ordinary(*tensors: Tensor | None) -> bool:
+    """Whether these are torch's own tensors: a subclass (DTensor, quantised weights, torch.fx's proxies)
+    knows torch's functions, not our ops."""
     return all(t is None or type(t) is Tensor or type(t) is Parameter for t in tensors)
 
 
 def in_functorch() -> bool:
     """Whether a transform of torch.func (grad, vmap, ...) is in force."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def foreign(*tensors: Tensor | None) -> registry.Reason:
+    """Why only torch's own functions will do for these tensors, here."""
+    if not ordinary(*tensors):
+        return "subclasses of Tensor know torch's functions alone"
+    if torch.compiler.is_compiling():
+        return None
+    if in_functorch():
+        return "transforms of torch.func know how to batch stock's"
+    return "torch.jit.trace records torch's functions alone" if torch.jit.is_tracing() else None
 
 
 # Read once: resolving a call must cost next to nothing, and be plain Python to torch.compile.

@@ -19,6 +19,7 @@ from bigkern.ops._library import (
     LIBRARY,
     define,
     define_native,
+    foreign,
     plain,
     triton_kernel,
     unavailable,
@@ -457,7 +458,7 @@ def stock_activation(p: Tensor, activation: str) -> Tensor:
 
 def _refuses(backend: str) -> Callable[..., registry.Reason]:
     def refuses(x: Tensor, w1: Tensor, *_: Any) -> registry.Reason:
-        if (reason := unavailable(backend, x)) is not None:
+        if (reason := foreign(x, w1) or unavailable(backend, x)) is not None:
             return reason
         if x.dtype not in KERNEL_DTYPES:
             return f"dtype {x.dtype} is not float32, bfloat16 or float16"

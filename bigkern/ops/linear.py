@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigkern import registry
-from bigkern.ops._library import KERNEL_DTYPES, LIBRARY, define, in_functorch, plain, unavailable
+from bigkern.ops._library import KERNEL_DTYPES, LIBRARY, define, foreign, ordinary, plain, unavailable
 from bigkern.ops.norm import autocast
 from bigkern.reference import linear as reference
 
@@ -51,7 +51,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> bigkern.linear(torch.randn(2, 16, 64), torch.randn(256, 64)).shape
         torch.Size([2, 16, 256])
     """
-    if x.dim() == 0 or _left_to_stock(x):
+    if _left_to_stock(x, weight, bias):
         return F.linear(x, weight, bias)
     backend = LINEAR.resolve(x, weight, bias)
     if backend.name == "torch":
@@ -68,10 +68,12 @@ def bind(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Any, ..
     return x, weight, bias
 
 
-def _left_to_stock(x: Tensor) -> bool:
-    """Whether no backend but stock would be chosen whatever the weight is: then asking costs too much."""
+def _left_to_stock(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether no backend but stock would be chosen whatever the weight's sizes are; asking costs too much."""
     if registry.forced():
         return False
+    if not ordinary(x, *others) or x.dim() == 0:
+        return True
     return not x.is_cpu or x.dtype not in FASTER_IN or x.numel() < FASTER_FROM * x.shape[-1]
 
 
@@ -159,21 +161,21 @@ LEAST = 1 << 23  # multiply-adds: below, a call costs more than is gained
 
 
 def _cpu_refuses(x: Tensor, weight: Tensor, bias: Tensor | None) -> registry.Reason:
-    if (reason := unavailable("cpu", x)) is not None:
+    if (reason := foreign(x, weight, bias) or unavailable("cpu", x)) is not None:
         return reason
     if x.dtype not in KERNEL_DTYPES:
         return f"dtype {x.dtype} is not float32, bfloat16 or float16"
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and (tensor.dtype != x.dtype or not tensor.is_cpu):
             return f"{name} is {tensor.dtype} on {tensor.device}, x is {x.dtype}"
+    if any(t is not None and t.layout != torch.strided for t in (x, weight, bias)):
+        return "a tensor is sparse"
     if weight.dim() != 2 or x.dim() < 2 or x.shape[-1] != weight.shape[1]:
         return "the shapes are torch's to judge"
     if bias is not None and bias.shape != weight.shape[:1]:
         return "the shapes are torch's to judge"
     if x.numel() == 0 or weight.numel() == 0:
         return "x or weight is empty"
-    if in_functorch():
-        return "transforms of torch.func know how to batch stock's"
     return autocast(x)
 
 

@@ -13,7 +13,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bigkern import registry
-from bigkern.ops._library import KERNEL_DTYPES, LIBRARY, define, plain, triton_kernel, unavailable, unproven
+from bigkern.ops._library import (
+    KERNEL_DTYPES,
+    LIBRARY,
+    define,
+    foreign,
+    plain,
+    triton_kernel,
+    unavailable,
+    unproven,
+)
 from bigkern.ops.dropout import check_dropout, drawn_key, dropout_key
 from bigkern.reference import norm as reference
 from bigkern.reference.dropout import dropped
@@ -395,7 +404,7 @@ def autocast(x: Tensor) -> registry.Reason:
 
 def _refuses(backend: str) -> Callable[..., registry.Reason]:
     def refuses(x: Tensor, residual: Any, weight: Any, bias: Any, *_: Any) -> registry.Reason:
-        if (reason := unavailable(backend, x)) is not None:
+        if (reason := foreign(x, residual, weight, bias) or unavailable(backend, x)) is not None:
             return reason
         if x.dtype not in KERNEL_DTYPES:
             return f"dtype {x.dtype} is not float32, bfloat16 or float16"
