@@ -405,6 +405,28 @@ class TestTransformerLayers:
             held_to_parity(stock, ours, inputs)
 
     @pytest.mark.parametrize("kind", LAYERS)
+    @pytest.mark.parametrize("norm_first", [True, False])
+    def test_autocast(self, kind: str, norm_first: bool) -> None:
+        stock, ours = twins(kind, E, H, 128, dropout=0.0, batch_first=True, norm_first=norm_first)
+        inputs = layer_inputs(kind, True)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected, out = stock(*inputs), ours(*inputs)
+        assert out.dtype == expected.dtype
+        torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+        out.sum().backward()
+
+    @pytest.mark.parametrize("kind", LAYERS)
+    def test_functional_calls_of_large_layers(self, kind: str) -> None:
+        stock, ours = twins(kind, E, H, 128, dropout=0.0, batch_first=True)
+        inputs = tuple(x.repeat(8, 1, 1) for x in layer_inputs(kind, True))
+        weights = {name: p.detach() for name, p in stock.named_parameters()}
+        slopes = [
+            torch.func.grad(lambda w, m=m: torch.func.functional_call(m, w, inputs).square().sum())(weights)
+            for m in (stock, ours)
+        ]
+        torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-4, atol=1e-3)
+
+    @pytest.mark.parametrize("kind", LAYERS)
     def test_float16(self, kind: str) -> None:
         stock, ours = twins(kind, E, H, 128, dropout=0.0, batch_first=True, dtype=torch.float16)
         held_to_parity(stock, ours, layer_inputs(kind, True, torch.float16))

@@ -50,8 +50,11 @@ def hooked(*modules: nn.Module) -> bool:
 
 
 def add_norm(norm: nn.LayerNorm, x: Tensor, residual: Tensor) -> Tensor:
-    """``norm(x + residual)``, the sum and the norm in one pass where the norm is a plain LayerNorm."""
-    if type(norm) not in (nn.LayerNorm, LayerNorm) or hooked(norm):
+    """``norm(x + residual)``, the sum and the norm in one pass where the norm is a plain LayerNorm.
+
+    Under autocast the two may have different dtypes.
+    """
+    if type(norm) not in (nn.LayerNorm, LayerNorm) or hooked(norm) or x.dtype != residual.dtype:
         return cast(Tensor, norm(x + residual))
     shape = tuple(norm.normalized_shape)
     y, _sum = layer_norm(x, shape, norm.weight, norm.bias, norm.eps, residual=residual)
@@ -81,7 +84,7 @@ def ffn_stock_reason(layer: nn.Module, norm: nn.Module, *dropouts: nn.Module) ->
     parts = norm, layer.linear1, layer.linear2, layer.activation, *dropouts
     if hooked(*(part for part in parts if isinstance(part, nn.Module))):
         return "a hook watches a part of the feed-forward block"
-    if torch.is_autocast_enabled():
+    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
         return "autocast is on"
     return None
 
