@@ -181,6 +181,18 @@ def test_parametrized_weights_are_left_alone() -> None:
     assert "linear1 or linear2 is not a plain nn.Linear" in {row.reason for row in bigkern.patch(layer).left}
 
 
+def test_parametrized_after_patch() -> None:
+    stock, x = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)), torch.randn(2, 64)
+    bigkern.patch(stock)
+    nn.utils.parametrizations.weight_norm(stock[0])
+    expected = stock(x)
+    assert bigkern.unpatch(stock) == 1
+    torch.testing.assert_close(stock(x), expected)
+    nn.utils.parametrize.remove_parametrizations(stock[0], "weight")
+    assert bigkern.unpatch(stock) == 1
+    assert type(stock[0]) is nn.Linear
+
+
 def test_native_layers_survive_unpatch() -> None:
     mixed = nn.Sequential(bigkern.nn.LayerNorm(8), nn.LayerNorm(8))
     bigkern.patch(mixed)

@@ -111,7 +111,8 @@ def unpatch(model: nn.Module) -> int:
     """Give everything that :func:`patch` changed back as it was; returns how many modules that were.
 
     Modules that were built as ``bigkern.nn`` layers stay what they are, and so do those whose weights
-    :func:`bigkern.freeze` has frozen: stock layers could not read them.
+    :func:`bigkern.freeze` has frozen: stock layers could not read them. Modules from whose class torch has
+    derived another since (a parametrization, ``fully_shard``) stay patched while it is theirs.
 
     Raises:
         TypeError: ``model`` is not a :class:`torch.nn.Module`.
@@ -126,10 +127,11 @@ def _restore(modules: Iterable[nn.Module]) -> int:
     marked = [module for module in modules if PATCHED_MARK in module.__dict__ and not _frozen(module)]
     tables = _tables(huggingface.blocks(*marked))
     stock_of = {replacement: stock for table in tables.values() for stock, replacement in table.items()}
-    for module in marked:
+    restored = [module for module in marked if type(module) in stock_of]
+    for module in restored:
         module.__class__ = stock_of[type(module)]
         delattr(module, PATCHED_MARK)
-    return count + len(marked)
+    return count + len(restored)
 
 
 def _frozen(module: nn.Module) -> bool:
