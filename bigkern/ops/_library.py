@@ -66,7 +66,7 @@ def foreign(*tensors: Tensor | None) -> registry.Reason:
         return None
     if in_functorch():
         return "transforms of torch.func know how to batch stock's"
-    return "torch.jit.trace records torch's functions alone" if torch.jit.is_tracing() else None
+    return "torch.jit.trace records torch's functions alone" if torch._C._is_tracing() else None
 
 
 # Read once: resolving a call must cost next to nothing, and be plain Python to torch.compile.
