@@ -204,6 +204,29 @@ def native_ops(backend: str) -> Any:
     return simt_library.ops() if backend == "simt" else torch.ops.bigkern_native
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="no compiled kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_transposed_weights_are_read_where_they_lie(dtype: torch.dtype, activation: Any) -> None:
+    """The same results as of contiguous ones, and gradients that lie as the weights do."""
+    M, D, F_ = 2100, 33, 65  # tokens in two parts
+    rows = 2 * F_ if activation == "swiglu" else F_
+    x, w1, w2 = (torch.randn(s).to(dtype) * 0.1 for s in ((M, D), (D, rows), (F_, D)))
+
+    def results(*weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        leaves = [w.detach().requires_grad_() for w in weights]
+        with bigkern.use("cpu"):
+            y = bigkern.layernorm_ffn(x, leaves[0], None, leaves[1], None, norm="none", activation=activation)
+        return y, *torch.autograd.grad(y, leaves, x)
+
+    y, dw1, dw2 = results(w1.t(), w2.t())
+    want, *gradients = results(w1.t().contiguous(), w2.t().contiguous())
+    assert torch.equal(y, want)
+    torch.testing.assert_close([dw1, dw2], gradients)
+    assert dw2.t().is_contiguous()
+    assert dw1.t().is_contiguous() or activation == "swiglu"
+
+
 # ---- fuzzing ---------------------------------------------------------------------------------------
 
 SEEDS = {"cpu": 400, "torch": 50, "cuda": 100, "triton": 20, "simt": 30}

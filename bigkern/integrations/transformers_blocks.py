@@ -74,8 +74,6 @@ class FFN(FeedForwardBlock, distilbert.FFN):
 
 
 class GPT2MLP(TwoLinears, gpt2.GPT2MLP):
-    copies = True
-
     def _parts(self: Any) -> Parts | str:
         return Parts(self.c_fc, self.act, self.c_proj, dropout=self.dropout)
 
@@ -153,7 +151,7 @@ class T5LayerNorm(RMSNorm, t5.T5LayerNorm):
 class T5LayerFF(FeedForwardBlock, t5.T5LayerFF):
     """``x + drop(wo(drop(act(wi(norm(x))))))``."""
 
-    copies = True  # where it is gated
+    joins = True  # where it is gated
 
     def _parts(self: Any) -> Parts | str:
         inner = self.DenseReluDense

@@ -45,7 +45,7 @@ Explained = tuple[str, registry.Explanation | None, str]  # op, what runs it, or
 class Block(nn.Module):
     """What calls the feed-forward op with its parts."""
 
-    copies = False  # whether its weights must be copied to be what the op takes
+    joins = False  # whether gate and up are two weights, which the op takes as one
 
     def _parts(self: Any) -> Parts | str:
         """The parts of this block as they are now, or why they are not its stock class's."""
@@ -59,7 +59,7 @@ class Block(nn.Module):
 
     def _plan(self, x: Tensor, width: int) -> Parts | str:
         """The parts to call the op with on x, of rows of so many elements, or why the stock forward runs."""
-        parts = few_rows(x, width, self.copies) or self._known_parts()
+        parts = few_rows(x, width, self.joins) or self._known_parts()
         if isinstance(parts, str):
             return parts
         return stock_reason(parts, x) or joining_reason(parts, x) or parts
@@ -147,7 +147,7 @@ class TwoLinears(FeedForwardBlock):
 class Gated(FeedForwardBlock):
     """``down(act(gate(x)) * up(x))``."""
 
-    copies = True
+    joins = True
 
     def _parts(self: Any) -> Parts | str:
         return Parts(self.up_proj, self.act_fn, self.down_proj, gate=self.gate_proj)

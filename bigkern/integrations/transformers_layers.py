@@ -31,7 +31,6 @@ from bigkern.integrations.transformers_parts import FunctionalDropout, Parts
 
 
 class GPT2Block(LayerAround, gpt2.GPT2Block):
-    copies = True
     read = "ln_1 attn hasattr ValueError ln_cross_attn crossattention ln_2 mlp"
 
     def _parts(self: Any) -> Parts | str:
@@ -121,7 +120,7 @@ class DeiTLayer(ViTForm, deit.DeiTLayer):
 
 
 class LlamaForm(LayerAround):
-    copies = True
+    joins = True
     read = "input_layernorm self_attn post_attention_layernorm mlp"
     norms: tuple[type, type]
 

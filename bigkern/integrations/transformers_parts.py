@@ -27,7 +27,7 @@ ACTIVATIONS: dict[type, Activation] = {
     NewGELUActivation: "gelu_tanh",
     SiLUActivation: "silu",
 }
-COPYING_FASTER_FROM = 512  # rows on a CPU: where weights must be transposed or joined first
+JOINING_FASTER_FROM = 512  # rows on a CPU: where gate and up must be joined first
 
 GATED: dict[Activation | None, Activation] = {"silu": "swiglu", "gelu": "geglu"}
 
@@ -151,9 +151,9 @@ def other_block(parts: Parts) -> str | None:
     return None
 
 
-def few_rows(x: Tensor, width: int, copies: bool) -> str | None:
+def few_rows(x: Tensor, width: int, joins: bool) -> str | None:
     """Why the op would not fuse x of so few rows: a cheap question, asked before a look at the block."""
-    least = COPYING_FASTER_FROM if copies else FASTER_FROM
+    least = JOINING_FASTER_FROM if joins else FASTER_FROM
     if x.is_cpu and x.numel() < least * width and not registry.forced():
         return f"stock is faster below {least} rows"
     return None

@@ -329,7 +329,8 @@ def _forward(*arguments: Any) -> Result:
 def _backward(dy: Tensor, *rest: Any) -> Gradients:
     tensors, options = rest[:8], rest[12:-1]  # without what was saved and what is wanted
     backend = LAYERNORM_FFN.resolve(*tensors, *options, "preactivation")
-    return cast(Gradients, cast(Any, backend.backward)(dy, *rest, None, None))
+    gradients = cast(Gradients, cast(Any, backend.backward)(dy, *rest, None, None))
+    return tuple(g if g is None else g.contiguous() for g in gradients)  # of transposed weights, too
 
 
 for _key in ("CPU", "CUDA"):

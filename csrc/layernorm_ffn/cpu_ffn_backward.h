@@ -109,8 +109,12 @@ struct FfnBackward {
     const int64_t parts = (p.M + kTokens - 1) / kTokens;
     tokens = parts > 1 ? ((p.M + parts - 1) / parts + 1) / 2 * 2 : p.M;  // even: bf16 pairs
     da = make_plan(p.M, p.F, p.D, words_of<T>(p.D), threads);
-    dw2 = make_plan(p.D, p.F, tokens, words_of<T>(tokens), threads);
-    dw1 = make_plan(width, p.D, tokens, words_of<T>(tokens), threads);
+    const auto gradient_plan = [&](int64_t rows, int64_t columns, bool transposed) BIGKERN_FN {
+      const int64_t M = transposed ? columns : rows, N = transposed ? rows : columns;
+      return make_plan(M, N, tokens, words_of<T>(tokens), threads);
+    };
+    dw2 = gradient_plan(p.D, p.F, p.w2_transposed);
+    dw1 = gradient_plan(width, p.D, p.w1_transposed);
     dn = make_plan(p.M, p.D, width, words_of<T>(width), threads);
     lay_out();
   }
@@ -174,28 +178,35 @@ struct FfnBackward {
     float* db1 = p.db1 ? floats(db1_at) : nullptr;
     const ActivationBackwardTile<T> tile = {p.F, p.activation, in(p.preactivation), stored(dh_at),
                                             a,   db1,          hidden_drop};
-    const Matrix<T> A = {dz(), p.D, 1}, B = {in(p.w2), p.F, 1};
+    const Matrix<T> A = {dz(), p.D, 1}, B = weight(p.w2, p.D, p.F, p.w2_transposed);
     gemm<T>(da, A, B, tile, floats(gemm_at), parallel);
     add_partial_sums(db1, p.M > 0 ? da.row_blocks : 0, width, width, out(p.db1), parallel);
   }
 
-  // dw = sum over tokens of A^T B, in parts, or added to `sum`: make_a(k0), make_b(k0) pack from
-  // token k0 on.
-  template <class MakeA, class MakeB>
-  void weight_gradient(Plan plan, T* dw, float* sum, const MakeA& make_a, const MakeB& make_b,
-                       const Parallel& parallel) const {
+  // A weight [rows, columns] as it lies.
+  static Matrix<T> weight(const void* w, int64_t rows, int64_t columns, bool transposed) {
+    return transposed ? Matrix<T>{in(w), 1, rows} : Matrix<T>{in(w), columns, 1};
+  }
+
+  // dw = sum over tokens of dy^T x, in parts, or added to `sum`; transposed, of x^T dy. dy and x
+  // are [M, ..], tokens by what a layer writes and reads.
+  void weight_gradient(Plan plan, T* dw, float* sum, const Matrix<T>& dy, const Matrix<T>& x,
+                       bool transposed, const Parallel& parallel) const {
     if (!dw && !sum) return;
+    const Matrix<T> left = transposed ? x : dy, right = transposed ? dy : x;
     float* wide = sum ? sum : widen ? floats(weight_at) : nullptr;
     int64_t k0 = 0;
     do {  // once even for no tokens: the gradient is then 0
       plan.K = at_most(tokens, p.M - k0);
       plan.words = words_of<T>(plan.K);
+      const Matrix<T> a = {left.data + k0 * left.row, 1, left.row};
+      const Matrix<T> b = {right.data + k0 * right.row, right.row, 1};
       if (wide) {
         const StoreTile<float> tile = {wide, plan.N, sum || k0 > 0};
-        gemm<T>(plan, make_a(k0), make_b(k0), tile, floats(gemm_at), parallel);
+        gemm<T>(plan, a, b, tile, floats(gemm_at), parallel);
       } else {
         const StoreTile<T> tile = {dw, plan.N, k0 > 0};
-        gemm<T>(plan, make_a(k0), make_b(k0), tile, floats(gemm_at), parallel);
+        gemm<T>(plan, a, b, tile, floats(gemm_at), parallel);
       }
       k0 += tokens;
     } while (k0 < p.M);
@@ -223,23 +234,16 @@ struct FfnBackward {
     find_dz(parallel);
     sum_rows(dz(), p.M, p.D, out(p.db2), floats(sums_at), parallel);
     through_activation(parallel);
-    weight_gradient(
-        dw2, out(p.dw2), p.w2_sum,
-        [&](int64_t k0) BIGKERN_FN { return PackMatrix<MR, T>{{dz() + k0 * p.D, 1, p.D}}; },
-        [&](int64_t k0) BIGKERN_FN { return PackMatrix<NR, T>{{stored(a_at) + k0 * p.F, 1, p.F}}; },
-        parallel);
+    weight_gradient(dw2, out(p.dw2), p.w2_sum, {dz(), p.D, 1}, {stored(a_at), p.F, 1},
+                    p.w2_transposed, parallel);
     if (pre && want_dw1) find_n(parallel);
-    weight_gradient(
-        dw1, out(p.dw1), p.w1_sum,
-        [&](int64_t k0)
-            BIGKERN_FN { return PackMatrix<MR, T>{{stored(dh_at) + k0 * width, 1, width}}; },
-        [&](int64_t k0) BIGKERN_FN { return PackMatrix<NR, T>{{n() + k0 * p.D, 1, p.D}}; },
-        parallel);
+    weight_gradient(dw1, out(p.dw1), p.w1_sum, {stored(dh_at), width, 1}, {n(), p.D, 1},
+                    p.w1_transposed, parallel);
     if (want_dn) through_w1(parallel);
   }
 
   void through_w1(const Parallel& parallel) const {
-    const Matrix<T> A = {stored(dh_at), width, 1}, B = {in(p.w1), p.D, 1};
+    const Matrix<T> A = {stored(dh_at), width, 1}, B = weight(p.w1, width, p.D, p.w1_transposed);
     if (!pre) {
       const OutputTile<T> tile = {p.D,       nullptr,          nullptr, p.residual ? ds() : nullptr,
                                   out(p.dx), Drop({}, kOutput)};

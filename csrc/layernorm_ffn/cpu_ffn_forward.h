@@ -178,8 +178,13 @@ struct FfnForward {
 
   bool gated() const { return is_gated(p.activation); }
   int64_t w1_rows() const { return gated() ? 2 * p.F : p.F; }
-  Weight w1() const { return {p.w1, p.w1_panels, p.w1_scale != nullptr, w1_rows(), p.D, gated()}; }
-  Weight w2() const { return {p.w2, p.w2_panels, p.w2_scale != nullptr, p.D, p.F, false}; }
+  Weight w1() const {
+    const bool int8 = p.w1_scale != nullptr;
+    return {p.w1, p.w1_panels, int8, w1_rows(), p.D, gated(), p.w1_transposed};
+  }
+  Weight w2() const {
+    return {p.w2, p.w2_panels, p.w2_scale != nullptr, p.D, p.F, false, p.w2_transposed};
+  }
 
   // Post-norm normalises what the second product left here, in place if nobody wants it.
   T* sum() const { return out(is_post(p.placement, p.norm) && p.s ? p.s : p.y); }

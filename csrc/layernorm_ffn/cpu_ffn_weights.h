@@ -99,7 +99,7 @@ struct Weight {
   const void *natural, *panels;  // panels null: not packed yet
   bool int8;
   int64_t rows, K;
-  bool gated;
+  bool gated, transposed;  // in memory: [K, rows]
 };
 
 // Rows of x up to which panels narrower than words are widened tile by tile, in registers: measured
@@ -110,6 +110,10 @@ constexpr int64_t kWidenInRegisters = (paired<T> ? 2 : 8) * MR;
 // Calls f with the weight as B of a product of T with M rows.
 template <class T, class S, class F>
 inline void with_stored(const Weight& w, int64_t M, const F& f) {
+  if constexpr (sizeof(S) == sizeof(T)) {
+    const Matrix<T> natural = {static_cast<const T*>(w.natural), 1, w.rows};
+    if (w.transposed) return f(PackMatrix<NR, T>{natural});
+  }
   if (!w.panels) {
     return f(PackWeight<T, S>{static_cast<const S*>(w.natural), w.rows, w.K, w.gated});
   }

@@ -136,6 +136,8 @@ struct FfnParams {
   const float* w2_scale = nullptr;  // [D], null: w2 is of dtype
   const void* w1_panels = nullptr;  // what pack_weight made of w1, null ok
   const void* w2_panels = nullptr;  // of w2, null ok
+  // Weights that lie in memory as [D, F] and [F, D], as GPT-2's do. Neither gated nor frozen.
+  bool w1_transposed = false, w2_transposed = false;
 };
 
 // How a weight of y = x W^T is stored: a frozen one may be int8, as no activation ever is.
@@ -184,6 +186,8 @@ struct FfnBackwardParams {
   // Each null, or where the gradient is added instead of being stored; dw1, dw2 are null then.
   float* w1_sum;  // like w1
   float* w2_sum;  // [D, F]
+  // As in FfnParams; dw1 and dw2 lie as w1 and w2 do.
+  bool w1_transposed = false, w2_transposed = false;
 };
 
 constexpr bool is_pre(Placement placement, Norm norm) {

@@ -206,7 +206,8 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTenso
   check(norm_weight_, "norm_weight", of.dtype, of.D);
   check(norm_bias_, "norm_bias", of.dtype, of.D);
 
-  const Tensor x = dense(x_), w1 = dense(w1_), w2 = dense(w2_);
+  const Tensor x = dense(x_);
+  const Lying w1(w1_, !is_gated(activation)), w2(w2_, true);
   const OptionalTensor b1 = dense(b1_), b2 = dense(b2_);
   const OptionalTensor norm_weight = dense(norm_weight_), norm_bias = dense(norm_bias_);
   Tensor y = empty(x, sizes_of(x));
@@ -226,9 +227,9 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTenso
               x.const_data_ptr(),
               data_or_null(norm_weight),
               data_or_null(norm_bias),
-              w1.const_data_ptr(),
+              w1.data(),
               data_or_null(b1),
-              w2.const_data_ptr(),
+              w2.data(),
               data_or_null(b2),
               out(y),
               out_f32(mean),
@@ -238,6 +239,7 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTenso
               nullptr,
               dropout_of(dropout_key, dropout_p),
               dropout_of(dropout_key, hidden_dropout_p)};
+  p.w1_transposed = w1.transposed, p.w2_transposed = w2.transposed;
   const Parallel parallel = torch_parallel();
   const Tensor workspace = empty_bytes(x, cpu::ffn_forward_workspace(p, parallel.threads));
   p.workspace = out(workspace);
@@ -283,13 +285,15 @@ Gradients layernorm_ffn_backward(
   STD_TORCH_CHECK(rstd_.has_value() == (norm != Norm::none), "rstd belongs to a norm");
   STD_TORCH_CHECK(wanted.size() == 7, "wanted must have 7 entries, not ", wanted.size());
 
-  const Tensor dy = dense(dy_), x = dense(x_), w1 = dense(w1_), w2 = dense(w2_);
+  const Tensor dy = dense(dy_), x = dense(x_);
+  const Lying w1(w1_, !is_gated(activation) && !w1_sum.has_value());
+  const Lying w2(w2_, !w2_sum.has_value());
   const Tensor preactivation = dense(*preactivation_);
   const OptionalTensor norm_weight = dense(norm_weight_), norm_bias = dense(norm_bias_);
   const OptionalTensor s = dense(s_), mean = dense(mean_), rstd = dense(rstd_);
   OptionalTensor dx = empty_if(wanted[0], x, sizes_of(x));
-  OptionalTensor dw1 = empty_if(wanted[1] && !w1_sum.has_value(), x, {of.rows, of.D});
-  OptionalTensor dw2 = empty_if(wanted[3] && !w2_sum.has_value(), x, {of.D, of.F});
+  OptionalTensor dw1 = w1.gradient_if(wanted[1] && !w1_sum.has_value());
+  OptionalTensor dw2 = w2.gradient_if(wanted[3] && !w2_sum.has_value());
   OptionalTensor db1 = empty_if(wanted[2], x, {of.rows}), db2 = empty_if(wanted[4], x, {of.D});
   OptionalTensor dweight = empty_if(wanted[5], x, {of.D}), dbias = empty_if(wanted[6], x, {of.D});
   FfnBackwardParams p{of.dtype,
@@ -304,8 +308,8 @@ Gradients layernorm_ffn_backward(
                       x.const_data_ptr(),
                       data_or_null(norm_weight),
                       data_or_null(norm_bias),
-                      w1.const_data_ptr(),
-                      w2.const_data_ptr(),
+                      w1.data(),
+                      w2.data(),
                       in_f32(mean),
                       in_f32(rstd),
                       preactivation.const_data_ptr(),
@@ -321,7 +325,9 @@ Gradients layernorm_ffn_backward(
                       dropout_of(dropout_key, dropout_p),
                       dropout_of(dropout_key, hidden_dropout_p),
                       wanted[1] ? sum_of(w1_sum, "w1_sum", of.rows * of.D) : nullptr,
-                      wanted[3] ? sum_of(w2_sum, "w2_sum", of.D * of.F) : nullptr};
+                      wanted[3] ? sum_of(w2_sum, "w2_sum", of.D * of.F) : nullptr,
+                      w1.transposed,
+                      w2.transposed};
   const Parallel parallel = torch_parallel();
   const Tensor workspace = empty_bytes(x, cpu::ffn_backward_workspace(p, parallel.threads));
   p.workspace = out(workspace);

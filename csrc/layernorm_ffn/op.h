@@ -93,6 +93,26 @@ struct Sizes {
   }
 };
 
+// A weight as it lies, or a copy: in rows, or, where it may, transposed, as GPT-2's are.
+struct Lying {
+  bool transposed;
+  Tensor weight;
+
+  Lying(const Tensor& w, bool may_be_transposed)
+      : transposed(may_be_transposed && !w.is_contiguous() && w.stride(0) == 1 &&
+                   w.stride(1) == w.size(0)),
+        weight(transposed ? w : dense(w)) {}
+
+  const void* data() const { return weight.const_data_ptr(); }
+  // Its gradient lies as it does.
+  OptionalTensor gradient_if(bool wanted) const {
+    if (!wanted) return std::nullopt;
+    const int64_t rows = weight.size(0), columns = weight.size(1);
+    if (!transposed) return empty(weight, {rows, columns});
+    return torch::stable::transpose(empty(weight, {columns, rows}), 0, 1);
+  }
+};
+
 // The fp32 matrix that a weight's gradient is added to.
 float* sum_of(const OptionalTensor& x, const char* name, int64_t numel) {
   check_f32(x, name, numel);
