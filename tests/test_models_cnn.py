@@ -324,6 +324,13 @@ def test_folded_convolutions_follow_shapes_weights_and_gradients() -> None:
     torch.testing.assert_close(folded(images), other(images), rtol=1e-4, atol=1e-4)
     for kept in copies:
         torch.testing.assert_close(kept(images), model(images), rtol=1e-4, atol=1e-4)
+    for factor in (0.5, 2.0):  # each into the memory that the ones before have left
+        weights = {name: p * factor for name, p in folded.named_parameters()}
+        expected = copy.deepcopy(folded)
+        expected.load_state_dict(weights)
+        found = torch.func.functional_call(folded, weights, images)
+        torch.testing.assert_close(found, expected(images), rtol=1e-4, atol=1e-4)
+        del weights
     images.requires_grad_()
     gradients = [torch.autograd.grad(network(images).sum(), images)[0] for network in (folded, other)]
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)

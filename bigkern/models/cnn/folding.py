@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import Counter
 from itertools import pairwise
 from typing import Any, cast
@@ -56,7 +57,8 @@ class FoldedConv2d(nn.Conv2d):
         if conv.bias is not None:
             self.bias = nn.Parameter(conv.bias.detach(), requires_grad=False)
         self.relu = relu
-        self._packed: tuple[Any, Tensor] | None = None  # what it was made from, and the weight in that order
+        # What it was made from, the weight itself, which may lie where another lay, and that in the order.
+        self._packed: tuple[Any, weakref.ref[Tensor], Tensor] | None = None
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if self._is_one_call(input, residual):
@@ -94,10 +96,10 @@ class FoldedConv2d(nn.Conv2d):
         weight = self.weight
         source = x.shape, weight.data_ptr(), 0 if weight.is_inference() else weight._version
         packed = self._packed
-        if packed is None or packed[0] != source:
+        if packed is None or packed[0] != source or packed[1]() is not weight:
             made = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, list(x.shape))
-            self._packed = packed = source, made
-        return packed[1]
+            self._packed = packed = source, weakref.ref(weight), made
+        return packed[2]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None}  # copies and pickles make their own
