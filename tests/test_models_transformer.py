@@ -218,6 +218,15 @@ def test_dropout_in_training_alone() -> None:
             assert torch.equal(model(source, target), model(source, target)), name
 
 
+@pytest.mark.parametrize("options", [LLAMA, LAST, {}])
+def test_autocast(options: dict[str, Any]) -> None:
+    model, x = GPT(small(**options)), tokens(2, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    torch.testing.assert_close(y.float(), model(x), rtol=3e-2, atol=3e-2)
+    y.sum().backward()
+
+
 def test_checkpointing_repeats_dropout() -> None:
     t, grads = tokens(2, 8), []
     for again in (False, True):

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from bigkern.models.transformer.cache import Cache
@@ -82,6 +83,9 @@ def attend(
 
 def add_norm(norm: nn.Module, x: Tensor, residual: Tensor, dropout_p: float) -> Tensor:
     """``norm(drop(x) + residual)`` in one pass."""
+    if x.dtype != residual.dtype:  # autocast's linear layers and norms differ: the sum has the wider one
+        wider = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(wider), residual.to(wider)
     options: dict[str, Any] = {"residual": residual, "dropout_p": dropout_p}
     if isinstance(norm, RMSNorm):
         return rms_norm(x, norm.normalized_shape, norm.weight, norm.eps, **options)[0]  # type: ignore[arg-type]
