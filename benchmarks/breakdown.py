@@ -26,8 +26,8 @@ OTHER = "other"  # copies, concatenations, pooling, Python's own bookkeeping
 KINDS = {
     "optimizer": r"^Optimizer\.|::_?fused_adam|::adam",
     "attention": r"scaled_dot_product|::\w*attention|^_(Attention|Transformed)|::(_?softmax|baddbmm|bmm)\b",
-    "linear, FFN": r"layernorm_ffn|frozen_linear|^_(LayernormFfn|Linear)|::(linear(_backward)?|addmm|mm|matmul)\b"
-    r"|mkldnn_?(::_)?linear|evaluate_function: (Addmm|Mm)Backward",
+    "linear, FFN": r"layernorm_ffn|frozen_linear|^_(LayernormFfn|Linear)"
+    r"|::(linear|linear_backward|addmm|mm|matmul)\b|mkldnn_?(::_)?linear|evaluate_function: (Addmm|Mm)Backward",
     "norms": r"(layer|batch|rms|group)_?norm|::norm\b|^_(Batch)?Norm",
     "convolution": r"::(_?convolution|conv[123]d|\w+_convolution)",
     "loss, embedding": r"embedding|cross_entropy|log_softmax|nll_loss",

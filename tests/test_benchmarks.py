@@ -574,6 +574,7 @@ def test_operators_are_told_apart() -> None:
     names = {
         "aten::addmm": "linear, FFN",
         "bigkern_native::layernorm_ffn_backward": "linear, FFN",
+        "bigkern_native::linear_backward": "linear, FFN",
         "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "attention",
         "_AttentionBackward": "attention",
         "aten::native_layer_norm_backward": "norms",
