@@ -27,7 +27,8 @@ KINDS = {
     "optimizer": r"^Optimizer\.|::_?fused_adam|::adam",
     "attention": r"scaled_dot_product|::\w*attention|^_(Attention|Transformed)|::(_?softmax|baddbmm|bmm)\b",
     "linear, FFN": r"layernorm_ffn|frozen_linear|^_(LayernormFfn|Linear)"
-    r"|::(linear|linear_backward|addmm|mm|matmul)\b|mkldnn_?(::_)?linear|evaluate_function: (Addmm|Mm)Backward",
+    r"|::(linear|linear_backward|addmm|mm|matmul)\b|mkldnn_?(::_)?linear"
+    r"|evaluate_function: (Addmm|Mm)Backward",
     "norms": r"(layer|batch|rms|group)_?norm|::norm\b|^_(Batch)?Norm",
     "convolution": r"::(_?convolution|conv[123]d|\w+_convolution)",
     "loss, embedding": r"embedding|cross_entropy|log_softmax|nll_loss",
