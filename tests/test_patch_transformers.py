@@ -735,3 +735,26 @@ def test_freeze(name: str, weights: str) -> None:
 def bigkern_patched(model: nn.Module) -> nn.Module:
     bigkern.patch(model)
     return model
+
+
+def test_other_linear_layers_do_not_stop_the_report() -> None:
+    """Such as torch.ao's quantised ones, whose weight is a method."""
+
+    class Quantised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = [nn.Linear(32, 32)]
+
+        def weight(self) -> Tensor:
+            return self.inner[0].weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner[0](x)
+
+    config = hf.ViTConfig(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1)
+    model = hf.ViTModel(config).eval()
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear:
+                setattr(parent, name, Quantised())
+    assert bigkern.patch(model).patched > 0

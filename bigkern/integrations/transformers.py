@@ -170,7 +170,7 @@ def is_chosen(module: Any) -> bool:
 
 def explain(module: Any, tokens: int) -> registry.Explanation:
     """Which backend runs the attention of a module that attends, for so many tokens."""
-    parameter = next(module.parameters())
+    parameter = next(module.parameters(), torch.empty(0))  # quantised layers have none
     widths = (getattr(module, name, None) for name in HEAD_DIM)
     D = next((width for width in widths if isinstance(width, int)), 64)
     q = torch.empty(1, 1, tokens, D, dtype=parameter.dtype, device=parameter.device)

@@ -25,6 +25,7 @@ from bigkern.integrations.transformers_parts import (
     joining_reason,
     operands,
     options,
+    other_block,
     stock_reason,
     unfit,
     unfused,
@@ -72,6 +73,8 @@ class Block(nn.Module):
         op, parts = "layernorm_ffn", self._known_parts()
         if isinstance(parts, str):
             return op, None, parts
+        if (reason := other_block(parts)) is not None:
+            return op, None, reason
         weight = cast(Tensor, parts.up.weight)
         x = weight.new_empty(tokens, weight.shape[0 if isinstance(parts.up, Conv1D) else -1])
         if (reason := stock_reason(parts, x)) is not None:
