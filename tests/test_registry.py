@@ -90,12 +90,16 @@ def test_bad_input(call, message) -> None:
         call()
 
 
-NO_CUDA = {"frozen_layernorm_ffn", "batch_norm"}  # Triton's alone: what multiplies in 8 bits, and CNNs' norm
+LEFT_OUT = {
+    "frozen_layernorm_ffn": {"cuda"},  # what multiplies in 8 bits is Triton's
+    "batch_norm": {"cuda"},  # Triton's too
+    "linear": {"cuda", "triton"},  # on a GPU stock is cuBLAS
+}
 
 
 def test_every_op_has_the_same_backends() -> None:
     for name, declared in registry.ops().items():
-        left_out = {"cuda"} if name in NO_CUDA else set()
+        left_out = LEFT_OUT.get(name, set())
         assert tuple(declared.backends) == tuple(b for b in registry.ORDER if b not in left_out), name
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -51,7 +51,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if residual is None and self.activation is None and input.is_cpu and not registry.forced():
-            return cast(Tensor, super().forward(input))  # no CPU kernel: asking would cost more than the call
+            return super().forward(input)  # no CPU kernel: asking would cost more than the call
         self._check_input_dim(input)
         return batch_norm(
             input,
