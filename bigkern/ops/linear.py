@@ -156,7 +156,7 @@ LINEAR = registry.declare("linear", bind)
 
 # Where our CPU kernels win on two Zen 4 cores. In bfloat16 torch's products are as fast, and on a GPU faster.
 FASTER_IN = (torch.float32, torch.float16)
-FASTER_FROM = 64  # rows
+FASTER_FROM = 256  # rows
 LEAST = 1 << 23  # multiply-adds: below, a call costs more than is gained
 
 

@@ -89,7 +89,6 @@ void linear_backward(const LinearBackwardParams& p, const Parallel& parallel) {
   if (p.dx) input_gradient<T>(p, plans.dx, parallel);
   if (!p.dweight) return;
   T* dweight = static_cast<T*>(p.dweight);
-  prefer_large_pages(dweight, size_t(p.N * p.K) * sizeof(T));
   if (p.of_weight.column == 1) {
     gemm<T>(plans.dweight, {dy, 1, p.N}, {x, p.K, 1}, StoreTile<T>{dweight, p.K, false}, workspace,
             parallel);
