@@ -29,10 +29,9 @@ from bigkern.integrations.transformers_parts import (
     stock_reason,
     unfit,
     unfused,
-    watched,
 )
 from bigkern.nn import LayerNorm
-from bigkern.nn.transformer import active
+from bigkern.nn.transformer import active, hooked
 from bigkern.ops.frozen_layernorm_ffn import Weights
 from bigkern.ops.layernorm_ffn import layernorm_ffn
 from bigkern.ops.norm import layer_norm, rms_norm
@@ -259,7 +258,7 @@ def unfusable(norm: Any, x: Tensor, dropout: Any) -> str | None:
         return f"the norm is a {type(norm).__name__}"
     if active(dropout) >= 1.0:
         return "a dropout that drops everything"
-    if watched(norm, *([dropout] if isinstance(dropout, nn.Module) else [])):
+    if hooked(norm, *([dropout] if isinstance(dropout, nn.Module) else [])):
         return "a hook watches the norm or the dropout"
     return unfit(x, norm.weight, norm.bias)
 

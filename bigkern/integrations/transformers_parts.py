@@ -96,11 +96,6 @@ class Parts(NamedTuple):
 # ---- whether the op can stand in -------------------------------------------------------------------
 
 
-def watched(*modules: nn.Module) -> bool:
-    """Whether these modules must really be called: for a hook, or a forward set on the instance."""
-    return hooked(*modules) or any("forward" in m.__dict__ for m in modules)
-
-
 def unfit(x: Tensor, *parameters: Tensor | None) -> str | None:
     """Why kernels would not do with x and these parameters, or None if they would."""
     if not (x.is_cpu or x.is_cuda):
@@ -146,7 +141,7 @@ def other_block(parts: Parts) -> str | None:
         return f"the norm is a {type(parts.norm).__name__}"
     activations = (parts.activation,) if isinstance(parts.activation, nn.Module) else ()
     dropouts = [dropout for dropout in parts.dropouts() if isinstance(dropout, nn.Module)]
-    if watched(*parts.linears(), *dropouts, *norms, *activations, *parts.around):
+    if hooked(*parts.linears(), *dropouts, *norms, *activations, *parts.around):
         return "a hook watches a part of the feed-forward block"
     return None
 

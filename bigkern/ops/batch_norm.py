@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from bigkern import registry
 from bigkern.ops._library import KERNEL_DTYPES, LIBRARY, plain, triton_kernel, unavailable, unproven
+from bigkern.ops.norm import check_tensor
 from bigkern.reference import batch_norm as reference
 
 LIBRARY.define(
@@ -164,7 +165,7 @@ def bind(
         elif not training and name.startswith("running"):
             raise RuntimeError(f"{name} must be defined in evaluation mode")
     if residual is not None:
-        _check_tensor("residual", residual, x)
+        check_tensor("residual", residual, x)
         if residual.shape != x.shape:
             raise RuntimeError(f"residual must have x's shape {tuple(x.shape)}, not {tuple(residual.shape)}")
     if training and x.shape[0] * math.prod(x.shape[2:]) == 1:
@@ -180,20 +181,13 @@ def bind(
 
 
 def _check_channels(name: str, tensor: Any, x: Tensor) -> None:
-    _check_tensor(name, tensor, x)
+    check_tensor(name, tensor, x)
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating point, not {tensor.dtype}")
     if tensor.numel() != x.shape[1]:
         raise RuntimeError(f"{name} should contain {x.shape[1]} elements not {tensor.numel()}")
     if tensor.dim() != 1:
         raise RuntimeError(f"{name} must have shape {(x.shape[1],)}, not {tuple(tensor.shape)}")
-
-
-def _check_tensor(name: str, tensor: Any, x: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}")
-    if tensor.device != x.device:
-        raise ValueError(f"{name} must be on x's device {x.device}, not {tensor.device}")
 
 
 # ---- the op: fake, kernel, autograd ----------------------------------------------------------------

@@ -214,13 +214,13 @@ def bind(
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
-        _check_tensor(name, tensor, x)
+        check_tensor(name, tensor, x)
         if tensor.shape != shape:
             raise RuntimeError(f"{name} must have normalized_shape {shape}, not {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be floating point, not {tensor.dtype}")
     if residual is not None:
-        _check_tensor("residual", residual, x)
+        check_tensor("residual", residual, x)
         if residual.dtype != x.dtype:
             raise TypeError(f"residual must have x's dtype {x.dtype}, not {residual.dtype}")
         if residual.shape != x.shape:
@@ -239,7 +239,7 @@ def bind(
     return x, residual, weight, bias, eps, kind, dropout_p, key
 
 
-def _check_tensor(name: str, tensor: Any, x: Tensor) -> None:
+def check_tensor(name: str, tensor: Any, x: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}")
     if tensor.device != x.device:

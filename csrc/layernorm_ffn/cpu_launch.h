@@ -4,23 +4,6 @@
 
 namespace bigkern::layernorm_ffn::BIGKERN_ISA {
 
-namespace {
-
-// Calls f with a value of the storage type, which only names it.
-template <class F>
-inline auto with_dtype(Dtype dtype, const F& f) {
-  switch (dtype) {
-    case Dtype::bf16:
-      return f(bf16{});
-    case Dtype::f16:
-      return f(fp16{});
-    default:
-      return f(float{});
-  }
-}
-
-}  // namespace
-
 void norm_forward(const NormParams& p, const Parallel& parallel) {
   with_dtype(p.dtype, [&](auto t) BIGKERN_FN { norm_forward<decltype(t)>(p, parallel); });
 }

@@ -98,18 +98,6 @@ void linear_backward(const LinearBackwardParams& p, const Parallel& parallel) {
   }
 }
 
-template <class F>
-inline auto with_dtype(Dtype dtype, const F& f) {
-  switch (dtype) {
-    case Dtype::bf16:
-      return f(bf16{});
-    case Dtype::f16:
-      return f(fp16{});
-    default:
-      return f(float{});
-  }
-}
-
 }  // namespace
 
 size_t linear_workspace(const LinearParams& p, int threads) {

@@ -32,6 +32,19 @@ inline vf load_or(const T* p, int64_t offset, int64_t n, float otherwise) {
   return p ? load_upto(p + offset, n) : set1(otherwise);
 }
 
+// Calls f with a value of the storage type, which only names it.
+template <class F>
+inline auto with_dtype(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::bf16:
+      return f(bf16{});
+    case Dtype::f16:
+      return f(fp16{});
+    default:
+      return f(float{});
+  }
+}
+
 // Two values of K in one word?
 template <class T>
 constexpr bool paired = false;
