@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bigkern.benchmarks.table import Row, read
+from bigkern.benchmarks.table import Row, files, read
 
 COLOURS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#64748b", "#0e7490", "#ca8a04", "#be185d", "#4d7c0f")
 
@@ -143,11 +143,16 @@ def _bars_of(rows: list[Row], axis: Any, cases: list[str], contestants: list[str
     axis.grid(axis="x", alpha=0.3)
 
 
-if __name__ == "__main__":
+def main(folders: list[str]) -> None:
+    """Draw what lies in the folders, and print where."""
     from bigkern.benchmarks import breakdown
 
-    for folder in sys.argv[1:] or ["."]:
-        for file in sorted(Path(folder).rglob("*.csv")):
+    for folder in folders:
+        for file in files(Path(folder)):
             print(*plot(file), sep="\n")
         for file in sorted(Path(folder).rglob("*_time.json")):
             print(*breakdown.plot(file), sep="\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or ["."])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 
@@ -69,6 +69,19 @@ def read(path: Path) -> list[Row]:
             return [Row(**{k: kinds[k](v) for k, v in line.items()}) for line in csv.DictReader(file)]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a result of `bigkern bench` ({error!r})") from error
+
+
+def files(path: Path) -> list[Path]:
+    """The file, or of a folder those CSVs that begin as :func:`write` begins them."""
+    if not path.is_dir():
+        return [path]
+    columns = ",".join(f.name for f in fields(Row) if f.default is MISSING)
+    return [file for file in sorted(path.rglob("*.csv")) if _first_line(file).startswith(columns)]
+
+
+def _first_line(path: Path) -> str:
+    with path.open() as file:
+        return file.readline()
 
 
 def merged(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:

@@ -155,7 +155,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """Which backend runs ``op`` on these arguments, and why each other one does not.
 
     Args:
-        op: an op's name: ``"attention"``, ``"norm"``, ``"layernorm_ffn"`` or ``"adam"``.
+        op: a declared op's name, as ``"attention"``: one of ``sorted(registry.ops())``.
         *args, **kwargs: the arguments of the public function of that op.
 
     Returns:

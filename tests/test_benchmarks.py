@@ -337,6 +337,23 @@ def test_files_round_trip(tmp_path: Path) -> None:
         table.read(tmp_path / "other.csv")
 
 
+def test_a_folders_other_tables_stay_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    from bigkern.benchmarks import plot
+    from bigkern.cli.bench import _old_rows
+
+    ours = [row(case="a", mode="forward", dtype="float32", device="cpu")]
+    table.write(tmp_path / "norm.csv", ours)
+    (tmp_path / "parity.csv").write_text("op,backend,dtype,tier,kind,worst_ratio,cases\nadam,cpu,,,,1,2\n")
+    (tmp_path / "empty.csv").write_text("")
+    assert table.files(tmp_path) == [tmp_path / "norm.csv"]
+    assert _old_rows(tmp_path)[0].case == "a"
+    plot.main([str(tmp_path)])
+    assert capsys.readouterr().out == f"{tmp_path / 'norm-cpu-float32.png'}\n"
+    with pytest.raises(Failure, match=r"parity\.csv is not a result of"):
+        _old_rows(tmp_path / "parity.csv")
+
+
 def test_command(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -99,9 +99,8 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 def _old_rows(path: Path) -> list[Row]:
     from bigkern.benchmarks import table
 
-    files = sorted(path.rglob("*.csv")) if path.is_dir() else [path]
     try:
-        rows = [row for file in files for row in table.read(file)]
+        rows = [row for file in table.files(path) for row in table.read(file)]
     except (OSError, ValueError) as error:
         raise Failure(f"--compare: {error}") from error
     if not rows:
