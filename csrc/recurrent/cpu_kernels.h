@@ -1,0 +1,88 @@
+// The scan on the CPU: the weights packed once, then one team of threads for all steps.
+//
+// Compiled by cpu.cpp once per instruction set; no include guard.
+
+#include "recurrent/cpu_plan.h"
+//
+#include "recurrent/cpu_cell.h"
+#include "recurrent/cpu_scan.h"
+#include "recurrent/cpu_scan_backward.h"
+
+namespace bigkern::recurrent::BIGKERN_ISA {
+namespace {
+
+// Calls f with a constant of the mode.
+template <class F>
+void with_mode(Mode mode, const F& f) {
+  switch (mode) {
+    case Mode::lstm:
+      return f(std::integral_constant<Mode, Mode::lstm>{});
+    case Mode::gru:
+      return f(std::integral_constant<Mode, Mode::gru>{});
+    case Mode::rnn_tanh:
+      return f(std::integral_constant<Mode, Mode::rnn_tanh>{});
+    default:
+      return f(std::integral_constant<Mode, Mode::rnn_relu>{});
+  }
+}
+
+// Runs task(member) on every thread of a team. The barriers lie at the workspace's beginning.
+template <class Task>
+void run_team(const Sizes& of, void* workspace, const Parallel& parallel, const Task& task) {
+  Barrier* barriers = static_cast<Barrier*>(workspace);
+  for (int i = 0; i <= parallel.threads; ++i) new (barriers + i) Barrier;
+  Team team(parallel.threads);
+  const auto body = [&](int64_t begin, int64_t end) BIGKERN_FN {
+    const int me = team.join(end - begin);
+    if (me >= 0) task(Member{me, team.size(), share(of, team.size()), barriers});
+  };
+  parallel.for_range(0, parallel.threads, 1, body);
+}
+
+inline void* after_barriers(void* workspace, int threads) {
+  return static_cast<Barrier*>(workspace) + threads + 1;
+}
+template <class Space>
+size_t workspace_of(const Sizes& of, int threads) {
+  return Space(of, threads, nullptr).bytes() + size_t(threads + 1) * sizeof(Barrier);
+}
+
+}  // namespace
+
+size_t scan_workspace(const Scan& p, int threads) {
+  return with_dtype(p.of.dtype, [&](auto t) BIGKERN_FN {
+    return workspace_of<ScanSpace<decltype(t)>>(p.of, threads);
+  });
+}
+
+size_t scan_backward_workspace(const ScanBackward& p, int threads) {
+  return with_dtype(p.of.dtype, [&](auto t) BIGKERN_FN {
+    return workspace_of<BackwardSpace<decltype(t)>>(p.of, threads);
+  });
+}
+
+void scan(const Scan& p, const Parallel& parallel) {
+  with_dtype(p.of.dtype, [&](auto t) BIGKERN_FN {
+    const ScanSpace<decltype(t)> space(p.of, parallel.threads,
+                                       after_barriers(p.workspace, parallel.threads));
+    with_mode(p.of.mode, [&](auto mode) BIGKERN_FN {
+      run_team(p.of, p.workspace, parallel, [&](const Member& member) BIGKERN_FN {
+        scan_by<decltype(mode)::value, decltype(t)>(p, member, space);
+      });
+    });
+  });
+}
+
+void scan_backward(const ScanBackward& p, const Parallel& parallel) {
+  with_dtype(p.of.dtype, [&](auto t) BIGKERN_FN {
+    const BackwardSpace<decltype(t)> space(p.of, parallel.threads,
+                                           after_barriers(p.workspace, parallel.threads));
+    with_mode(p.of.mode, [&](auto mode) BIGKERN_FN {
+      run_team(p.of, p.workspace, parallel, [&](const Member& member) BIGKERN_FN {
+        scan_backward_by<decltype(mode)::value, decltype(t)>(p, member, space);
+      });
+    });
+  });
+}
+
+}  // namespace bigkern::recurrent::BIGKERN_ISA

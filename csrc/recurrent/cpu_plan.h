@@ -1,0 +1,163 @@
+// How the threads share a scan: who walks which sequences, and who makes which hidden units.
+//
+// A chain is a range of sequences of one direction: its steps depend on each other, on nothing
+// else. A chain is walked by `columns` threads, each of which makes the same hidden units at every
+// step, in blocks of NR, and finds their weights in its caches; after each step they wait for each
+// other. More threads than that walk other chains.
+//
+//                    units 0..31   32..63    64..95
+//                   +-----------+---------+---------+
+//   sequences  0..5 |  thread 0 | thread 1           |  chain 0: a barrier a step
+//                   +-----------+---------+---------+
+//              6..9 |  thread 2 | thread 3           |  chain 1
+//                   +-----------+---------+---------+
+//
+// Included once per instruction set; no include guard.
+
+#include "common/cpu/gemm.h"
+
+namespace bigkern::recurrent::BIGKERN_ISA {
+using namespace bigkern::BIGKERN_ISA;
+namespace {
+
+struct Sharing {
+  int64_t row_parts;  // chains of a direction
+  int64_t columns;    // threads of a chain
+};
+
+// In cycles of a step: a tile takes 2 * rows * K of them, weights come 20 bytes a cycle from beyond
+// L2, a barrier takes 400 and longer with more threads.
+inline int64_t cost_of(const Sharing& s, const Sizes& of, int64_t threads) {
+  const int64_t blocks = (of.H + NR - 1) / NR, rows = (of.B + s.row_parts - 1) / s.row_parts;
+  const int64_t rounds = (of.D * s.row_parts * s.columns + threads - 1) / threads;
+  const int64_t multiply = 2 * rows, stream = NR * 4 / 20;
+  const int64_t products = (blocks + s.columns - 1) / s.columns * of.G() * of.H;
+  const int64_t barrier = s.columns == 1 ? 0 : 300 + 100 * s.columns;
+  return rounds * (products * (multiply > stream ? multiply : stream) + barrier);
+}
+
+inline Sharing share(const Sizes& of, int threads) {
+  const int64_t blocks = (of.H + NR - 1) / NR;
+  Sharing best{1, 1};
+  for (int64_t columns = 1; columns <= at_most(threads, blocks); ++columns) {
+    for (int64_t parts = 1; parts <= at_most(threads / columns, of.B); ++parts) {
+      const Sharing other{parts, columns};
+      if (cost_of(other, of, threads) < cost_of(best, of, threads)) best = other;
+    }
+  }
+  return best;
+}
+
+// One step in the order of memory: rows offset .. offset + rows. None where rows is 0.
+struct Step {
+  int64_t t, offset, rows;
+};
+
+inline int64_t rows_at(const Sizes& of, int64_t t) {
+  if (t < 0 || t >= of.T) return 0;
+  return of.batch_sizes ? of.batch_sizes[t] : of.B;
+}
+// The first step of a walk up (0) or down (1), and the one after a step.
+inline Step first_step(const Sizes& of, int64_t direction) {
+  if (direction == 0) return {0, 0, rows_at(of, 0)};
+  const int64_t rows = rows_at(of, of.T - 1);
+  return {of.T - 1, of.N - rows, rows};
+}
+inline Step next_step(const Sizes& of, int64_t direction, const Step& s) {
+  if (direction == 0) return {s.t + 1, s.offset + s.rows, rows_at(of, s.t + 1)};
+  const int64_t rows = rows_at(of, s.t - 1);
+  return {s.t - 1, s.offset - rows, rows};
+}
+
+// Sizes of what forward and backward keep in memory, for T's words.
+template <class T>
+struct Layout {
+  int64_t G, H, blocks, words;  // blocks of NR units; words of H elements
+
+  explicit Layout(const Sizes& of)
+      : G(of.G()), H(of.H), blocks((of.H + NR - 1) / NR), words(words_of<T>(of.H)) {}
+  int64_t units(int64_t block) const { return at_most(H - block * NR, NR); }
+  int64_t width() const { return blocks * NR; }               // of a padded row of units
+  int64_t panels() const { return blocks * G * words * NR; }  // packed weights of a direction
+};
+
+// One chain as one of its threads sees it.
+struct Chain {
+  int64_t direction, begin, rows;   // its sequences
+  int64_t first_panel;              // of its rows, among those of all chains
+  int64_t first_block, last_block;  // the thread's
+
+  // How many of a step's rows are the chain's.
+  int64_t present(int64_t step_rows) const {
+    return step_rows <= begin ? 0 : at_most(step_rows - begin, rows);
+  }
+};
+
+// Row panels of a chain, and at most of all of them.
+inline int64_t row_panels_each(const Sizes& of, int64_t row_parts) {
+  return ((of.B + row_parts - 1) / row_parts + MR - 1) / MR;
+}
+inline int64_t most_row_panels(const Sizes& of, int threads) {
+  return of.D * (of.B / MR + 2 * at_most(threads, of.B) + 1);
+}
+
+// A thread of a team, and how the team shares the scan. barriers[0] is everybody's, then one for
+// each group of threads that walks a chain.
+struct Member {
+  int me, team;
+  Sharing sharing;
+  Barrier* barriers;
+
+  void wait_for_all() const { barriers[0].wait(team); }
+  void wait_for_chain() const { barriers[1 + me / sharing.columns].wait(int(sharing.columns)); }
+};
+
+// Calls walk(chain) for every chain of a thread.
+template <class Walk>
+void for_chains(const Sizes& of, int64_t blocks, const Member& member, const Walk& walk) {
+  const Sharing& sharing = member.sharing;
+  const int64_t parts = sharing.row_parts;
+  const int64_t groups = member.team / sharing.columns, group = member.me / sharing.columns;
+  if (group >= groups) return;
+  const Slice own = slice_of(blocks, 1, member.me % sharing.columns, sharing.columns);
+  for (int64_t index = group; index < of.D * parts; index += groups) {
+    const Slice rows = slice_of(of.B, 1, index % parts, parts);
+    walk(Chain{index / parts, rows.begin, rows.end - rows.begin, index * row_panels_each(of, parts),
+               own.begin, own.end});
+  }
+}
+
+// Packs the weights of all directions, block after block, gate after gate, each over the words of
+// the state (forward) or, transposed, over the words of that gate's gradients (backward).
+template <class T>
+void pack_weights(const Sizes& of, const void* const* w_hh, bool transposed, float* panels,
+                  const Member& member) {
+  const Layout<T> layout(of);
+  const int64_t each = layout.words * NR, all = of.D * layout.blocks * layout.G;
+  const Slice own = slice_of(all, 1, member.me, member.team);
+  for (int64_t i = own.begin; i < own.end; ++i) {
+    const int64_t gate = i % layout.G, block = i / layout.G % layout.blocks;
+    const T* w = static_cast<const T*>(w_hh[i / (layout.G * layout.blocks)]) + gate * of.H * of.H;
+    const Matrix<T> columns = transposed ? Matrix<T>{w, 1, of.H} : Matrix<T>{w, of.H, 1};
+    for (int64_t k = 0; k < of.H; k += kSlab) {
+      pack_panel<NR>(columns, block * NR, layout.units(block), k, at_most(of.H, k + kSlab),
+                     panels + i * each + words_of<T>(k) * NR);
+    }
+  }
+}
+
+// tiles = A B over all words: A as row panels, B one panel, KC words at a time, so that B's part
+// stays in L1 for all rows.
+template <class T>
+void multiply_panels(int64_t rows, int64_t words, const float* a, const float* b, float* tiles) {
+  for (int64_t k = 0; k < words; k += KC) {
+    const int64_t n = at_most(words - k, KC);
+    for (int64_t i = 0; i < rows; i += MR) {
+      multiply_tile<paired<T>>(at_most(rows - i, MR), n, a + (i * words + k * MR), MR, b + k * NR,
+                               tiles + i / MR * kTile, k == 0);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace bigkern::recurrent::BIGKERN_ISA

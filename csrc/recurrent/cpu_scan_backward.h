@@ -1,0 +1,197 @@
+// The scan backward: the same walk the other way.
+//
+//   dh of step t  =  dgates of the step after it  x  W_hh  +  dy  +  what passes by the weights
+//
+// A step makes a block's dh from the dgates that all threads of the chain left after the step
+// before, then the block's dgates of all gates from it: one product, the cell, one barrier. W_hh
+// is packed so that a block's product runs over the words of all gates, one gate after the other.
+//
+// Sequences end where the walk begins: at their last step dh is dhn + dy. They begin where it ends:
+// one more product gives dh0, with the next step's or, at the very end, by itself.
+//
+// Included once per instruction set; no include guard.
+
+namespace bigkern::recurrent::BIGKERN_ISA {
+namespace {
+
+template <class T>
+struct BackwardSpace {
+  Layout<T> layout;
+  int64_t row_panels;
+  int threads;
+  float* base;
+
+  BackwardSpace(const Sizes& of, int threads, void* workspace)
+      : layout(of),
+        row_panels(most_row_panels(of, threads)),
+        threads(threads),
+        base(static_cast<float*>(workspace)) {
+    panels = base;
+    operands = panels + of.D * layout.panels();
+    dh = operands + 2 * row_panels * panel_each();
+    dc = dh + of.D * of.B * layout.width();
+    tiles = dc + of.D * of.B * layout.width();
+    end = tiles + threads * tiles_each();
+  }
+  int64_t panel_each() const { return layout.G * layout.words * MR; }
+  int64_t tiles_each() const { return (kRowPanels + layout.G) * kTile; }
+  size_t bytes() const { return size_t(end - base) * sizeof(float); }
+
+  float* panels;    // [D][blocks][G][words][NR]: the weights, transposed
+  float* operands;  // [2] x row panels x [G][words][MR]: dgates of a step, as words of T
+  float *dh, *dc;   // [D, B, width]: what passes by the weights
+  float* tiles;     // a thread: of dh [kRowPanels][MR][NR], of dgates [G][MR][NR]
+  float* end;
+};
+
+template <Mode mode, class T>
+struct Backward {
+  const ScanBackward& p;
+  const Chain& chain;
+  const Layout<T>& layout;
+  const float* panels;
+  float* operands[2];
+  float *dh_state, *dc_state;
+  float *dh_tiles, *dgates_tiles;
+
+  static const T* in(const void* x) { return static_cast<const T*>(x); }
+  static T* out(void* x) { return static_cast<T*>(x); }
+
+  // The gradients of `now`, whose rows are gone on with in `done`, and came from `before`. Either
+  // may have no rows: at the first step and after the last.
+  void step(const Step& done, const Step& now, const Step& before, int parity) const {
+    const int64_t done_rows = chain.present(done.rows), now_rows = chain.present(now.rows);
+    const int64_t rows = done_rows > now_rows ? done_rows : now_rows;
+    const int64_t K = layout.G * layout.words;
+    for (int64_t block = chain.first_block; block < chain.last_block; ++block) {
+      for (int64_t first = 0; first < rows; first += kRowPanels * MR) {
+        const int64_t last = at_most(rows, first + kRowPanels * MR);
+        if (first < done_rows) {
+          multiply_panels<T>(at_most(last, done_rows) - first, K, operands[parity] + first * K,
+                             panels + block * K * NR, dh_tiles);
+        }
+        for (int64_t i = first; i < last; i += MR) {
+          const float* tile = dh_tiles + (i - first) / MR * kTile;
+          for (int64_t r = 0; r < at_most(last - i, MR); ++r) {
+            const float* of_h = i + r < done_rows ? tile + r * NR : nullptr;
+            if (i + r < now_rows) {
+              row_of_cells(now, before, block, i + r, of_h, dgates_tiles + r * NR);
+            } else {
+              leave(block, i + r, of_h);
+            }
+          }
+          if (i < now_rows) publish(block, i, now_rows, operands[1 - parity]);
+        }
+      }
+    }
+  }
+
+  // The dgates of a row panel into the panels of the next product.
+  void publish(int64_t block, int64_t i, int64_t rows, float* operand) const {
+    for (int64_t g = 0; g < layout.G; ++g) {
+      const float* tile = dgates_tiles + g * kTile;
+      float* panel =
+          operand + i * layout.G * layout.words + (g * layout.words + words_of<T>(block * NR)) * MR;
+      pack_rows<MR, T>(at_most(rows - i, MR), 0, layout.units(block), panel,
+                       [&](int64_t r, int64_t k, int64_t n) BIGKERN_FN {
+                         return words_along<T>(k, n, [&](int64_t at, int64_t) BIGKERN_FN {
+                           return load(tile + r * NR + at);
+                         });
+                       });
+    }
+  }
+
+  int64_t at(const Step& step, int64_t row, int64_t block, int64_t per_unit) const {
+    const int64_t n = step.offset + chain.begin + row;
+    return (n * p.of.D + chain.direction) * per_unit * p.of.H + block * NR;
+  }
+  int64_t of_state(int64_t block, int64_t row) const {
+    return (chain.direction * p.of.B + chain.begin + row) * p.of.H + block * NR;
+  }
+
+  // A block of one sequence's units. `product` is its part of dh that comes through the weights,
+  // null at its last step; the gradients that go through them are left at `operand`.
+  void row_of_cells(const Step& now, const Step& before, int64_t block, int64_t row,
+                    const float* product, float* operand) const {
+    const int64_t H = p.of.H, here = at(now, row, block, 1), gates = at(now, row, block, layout.G);
+    const bool begins = chain.begin + row >= before.rows;
+    const int64_t earlier = begins ? of_state(block, row) : at(before, row, block, 1);
+    for (int64_t v = 0; v < layout.units(block); v += W) {
+      const int64_t n = layout.units(block) - v, state = row * layout.width() + block * NR + v;
+      vf dh = zero(), dc = zero();
+      if (product) {
+        dh = load(product + v) + load(dh_state + state);
+        if (mode == Mode::lstm) dc = load(dc_state + state);
+      } else {
+        dh = load_or(in(p.dhn), of_state(block, row) + v, n, 0.0f);
+        if (mode == Mode::lstm) dc = load_or(in(p.dcn), of_state(block, row) + v, n, 0.0f);
+      }
+      dh += load_or(in(p.dy), here + v, n, 0.0f);
+
+      vf gate[G<mode>], past_zoneout = zero(), hidden_n = zero(), of_before = zero();
+      for (int g = 0; g < G<mode>; ++g) gate[g] = load_upto(in(p.gates) + gates + g * H + v, n);
+      const vf reserve = reserves<mode> ? load_upto(p.reserve + here + v, n) : zero();
+      if (mode == Mode::lstm && !begins) of_before = load_upto(p.reserve + earlier + v, n);
+      if (mode == Mode::lstm && begins) of_before = load_upto(in(p.c0) + earlier + v, n);
+      if (mode == Mode::gru) of_before = load_upto(in(begins ? p.h0 : p.y) + earlier + v, n);
+      if (p.zoneout) {
+        past_zoneout = dh * load_upto(in(p.zoneout) + here + v, n);
+        dh -= past_zoneout;
+      }
+      cell_backward<mode>(gate, reserve, of_before, dh, dc, hidden_n);
+      store(dh_state + state, dh + past_zoneout);
+      if (mode == Mode::lstm) store(dc_state + state, dc);
+      for (int g = 0; g < G<mode>; ++g) {
+        store_upto(out(p.dgates) + gates + g * H + v, gate[g], n);
+        store(operand + g * kTile + v, mode == Mode::gru && g == 2 ? hidden_n : gate[g]);
+      }
+      if (mode == Mode::gru) store_upto(out(p.dhidden_n) + here + v, hidden_n, n);
+    }
+  }
+
+  // A sequence whose first step is done.
+  void leave(int64_t block, int64_t row, const float* product) const {
+    for (int64_t v = 0; v < layout.units(block); v += W) {
+      const int64_t n = layout.units(block) - v, state = row * layout.width() + block * NR + v;
+      store_upto(out(p.dh0) + of_state(block, row) + v, load(product + v) + load(dh_state + state),
+                 n);
+      if (mode == Mode::lstm) {
+        store_upto(out(p.dc0) + of_state(block, row) + v, load(dc_state + state), n);
+      }
+    }
+  }
+};
+
+template <Mode mode, class T>
+void scan_backward_by(const ScanBackward& p, const Member& member, const BackwardSpace<T>& space) {
+  const Layout<T>& layout = space.layout;
+  const Sizes& of = p.of;
+  pack_weights<T>(of, p.w_hh, true, space.panels, member);
+  member.wait_for_all();
+  for_chains(of, layout.blocks, member, [&](const Chain& chain) BIGKERN_FN {
+    float* operand = space.operands + chain.first_panel * space.panel_each();
+    float* tiles = space.tiles + member.me * space.tiles_each();
+    const int64_t row = (chain.direction * of.B + chain.begin) * layout.width();
+    const Backward<mode, T> backward = {p,
+                                        chain,
+                                        layout,
+                                        space.panels + chain.direction * layout.panels(),
+                                        {operand, operand + space.row_panels * space.panel_each()},
+                                        space.dh + row,
+                                        space.dc + row,
+                                        tiles,
+                                        tiles + kRowPanels * kTile};
+    const int64_t way = 1 - chain.direction;
+    Step done{-1, 0, 0}, now = first_step(of, way);
+    for (int parity = 0; now.rows > 0 || done.rows > 0; parity = 1 - parity) {
+      const Step before = next_step(of, way, now);
+      backward.step(done, now, before, parity);
+      member.wait_for_chain();
+      done = now;
+      now = before;
+    }
+  });
+}
+
+}  // namespace
+}  // namespace bigkern::recurrent::BIGKERN_ISA
