@@ -24,23 +24,36 @@ namespace bigkern {
 
 #if defined(BIGKERN_SIMT)
 
+namespace detail {
 template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes,
+cudaError_t launch(bool cooperative, void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes,
                    cudaStream_t /*stream*/, A... args) {
   static_assert(sizeof...(P) == sizeof...(A), "launch: the kernel takes other arguments");
   const std::tuple<P...> params(static_cast<P>(args)...);
   const auto body = [&] { std::apply(kernel, params); };
-  return simt::run_grid(reinterpret_cast<const void*>(kernel), grid, block, smem_bytes, body);
+  const auto call = [](const void* context) { (*static_cast<decltype(&body)>(context))(); };
+  return simt::run_grid(
+      {reinterpret_cast<const void*>(kernel), grid, block, smem_bytes, cooperative, call, &body});
 }
+}  // namespace detail
 
 template <class... P>
 KernelInfo kernel_info(const char* name, void (*)(P...), size_t dynamic_smem) {
   return KernelInfo{name, 0, 0, 0, int(dynamic_smem), simt::kMaxThreads};
 }
 
-// Small on purpose: persistent kernels go round their loops several times.
 inline cudaError_t multiprocessor_count(int* count) {
-  *count = 4;
+  *count = simt::kMultiprocessors;
+  return cudaSuccess;
+}
+
+inline cudaError_t max_dynamic_smem(int* bytes) {
+  *bytes = int(simt::kMaxDynamicSmem);
+  return cudaSuccess;
+}
+
+inline cudaError_t clear(void* memory, size_t bytes, cudaStream_t /*stream*/) {
+  memset(memory, 0, bytes);
   return cudaSuccess;
 }
 
@@ -68,14 +81,12 @@ inline cudaError_t reserve_dynamic_smem(const void* kernel, size_t bytes) {
   return error;
 }
 
-}  // namespace detail
-
 template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes,
+cudaError_t launch(bool cooperative, void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes,
                    cudaStream_t stream, A... args) {
   static_assert(sizeof...(P) == sizeof...(A), "launch: the kernel takes other arguments");
   const void* function = reinterpret_cast<const void*>(kernel);
-  const cudaError_t error = detail::reserve_dynamic_smem(function, smem_bytes);
+  const cudaError_t error = reserve_dynamic_smem(function, smem_bytes);
   if (error != cudaSuccess) return error;
 
   cudaLaunchConfig_t config = {};
@@ -83,6 +94,11 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_byte
   config.blockDim = block;
   config.dynamicSmemBytes = smem_bytes;
   config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  config.attrs = &attribute;
+  config.numAttrs = cooperative ? 1 : 0;
   std::tuple<P...> params(static_cast<P>(args)...);
   return std::apply(
       [&](P&... param) {
@@ -94,6 +110,8 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_byte
       },
       params);
 }
+
+}  // namespace detail
 
 template <class... P>
 KernelInfo kernel_info(const char* name, void (*kernel)(P...), size_t dynamic_smem) {
@@ -109,14 +127,43 @@ KernelInfo kernel_info(const char* name, void (*kernel)(P...), size_t dynamic_sm
                     attributes.maxThreadsPerBlock};
 }
 
-// The current device's number of multiprocessors, for kernels that size their grid by it.
-inline cudaError_t multiprocessor_count(int* count) {
+namespace detail {
+inline cudaError_t device_attribute(cudaDeviceAttr attribute, int* value) {
   int device = 0;
   const cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+  return error == cudaSuccess ? cudaDeviceGetAttribute(value, attribute, device) : error;
+}
+}  // namespace detail
+
+// The current device's number of multiprocessors, for kernels that size their grid by it.
+inline cudaError_t multiprocessor_count(int* count) {
+  return detail::device_attribute(cudaDevAttrMultiProcessorCount, count);
+}
+
+// The most dynamic shared memory, in bytes, that a block can have on the current device.
+inline cudaError_t max_dynamic_smem(int* bytes) {
+  return detail::device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, bytes);
+}
+
+// Sets memory to zero, in the order of the stream.
+inline cudaError_t clear(void* memory, size_t bytes, cudaStream_t stream) {
+  return cudaMemsetAsync(memory, 0, bytes, stream);
 }
 
 #endif
+
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes,
+                   cudaStream_t stream, A... args) {
+  return detail::launch(false, kernel, grid, block, smem_bytes, stream, args...);
+}
+
+// The same for a kernel whose blocks wait for each other: all of them run at once, or the launch
+// fails.
+template <class... P, class... A>
+cudaError_t launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes,
+                               cudaStream_t stream, A... args) {
+  return detail::launch(true, kernel, grid, block, smem_bytes, stream, args...);
+}
 
 }  // namespace bigkern

@@ -180,6 +180,23 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// ---- between blocks ----------------------------------------------------------------------------
+
+// Adds to a counter in global memory, after everything that this thread wrote, and everything that
+// it has seen written, is visible to the whole GPU.
+__device__ __forceinline__ void add_release(unsigned* counter, unsigned value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" : : "l"(counter), "r"(value) : "memory");
+}
+
+// Spins until the counter is value or more; what was written before the counter rose can then be
+// read. Only a cooperative launch promises that the blocks which raise it run.
+__device__ __forceinline__ void wait_at_least(const unsigned* counter, unsigned value) {
+  unsigned seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+  } while (seen < value);
+}
+
 // ---- fast math and packing ---------------------------------------------------------------------
 
 // 2^x within 2 ulp; subnormals are flushed to zero.

@@ -25,7 +25,8 @@
 #define BIGKERN_SIMT_ASAN 1
 #endif
 
-// One block runs at a time, so one copy of a __shared__ variable is enough. As a thread_local it
+// One block runs at a time, but for cooperative launches, whose kernels must not have any: so one
+// copy of a __shared__ variable is enough. As a thread_local it
 // lies in a segment that the emulator can find and fill with NaN before each block; under
 // AddressSanitizer it is an ordinary static instead, because only those get red zones.
 #if defined(BIGKERN_SIMT_ASAN)
@@ -82,6 +83,7 @@ enum cudaError_t {
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorLaunchFailure = 719,
+  cudaErrorCooperativeLaunchTooLarge = 720,
 };
 
 // ---- math --------------------------------------------------------------------------------------

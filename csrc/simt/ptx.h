@@ -191,6 +191,13 @@ inline void named_barrier_arrive(int id, int threads, Site site = Site::here()) 
   simt::named_barrier(id, threads, false, site);
 }
 
+// ---- between blocks ----------------------------------------------------------------------------
+
+inline void add_release(unsigned* counter, unsigned value) { *counter += value; }
+inline void wait_at_least(const unsigned* counter, unsigned value, Site site = Site::here()) {
+  simt::wait_at_least(counter, value, site);
+}
+
 // ---- fast math and packing ---------------------------------------------------------------------
 
 namespace detail {

@@ -3,7 +3,6 @@
 
 #include <cxxabi.h>
 #include <dlfcn.h>
-#include <link.h>
 
 #include <algorithm>
 #include <bitset>
@@ -19,10 +18,7 @@
 #include <vector>
 
 #include "simt/fiber.h"
-
-#if defined(BIGKERN_SIMT_ASAN)
-#include <sanitizer/asan_interface.h>
-#endif
+#include "simt/shared_memory.h"
 
 uint3 threadIdx;
 uint3 blockIdx;
@@ -60,7 +56,7 @@ class Random {
 };
 
 // What a thread that does not run is waiting for.
-enum class Wait { nothing, warp_op, block_barrier, named_barrier, exited };
+enum class Wait { nothing, warp_op, block_barrier, named_barrier, counter, exited };
 
 struct Copy {
   void* destination;
@@ -70,16 +66,20 @@ struct Copy {
   int group;  // how many groups the thread had committed before this copy was issued
 };
 
+struct Block;
+
 struct Thread {
   Fiber fiber;
+  Block* block = nullptr;
   uint3 index = {};
   int warp = 0;
   int lane = 0;
 
   Wait wait = Wait::nothing;
-  const char* wait_name = "";  // for reports: the operation, its mask or barrier, its place
+  const char* wait_name = "";  // for reports: the operation, its mask or number, its place
   uint32_t wait_argument = 0;
   Site wait_site = {};
+  const unsigned* counter = nullptr;  // what Wait::counter waits for, until it is wait_argument
 
   std::vector<Copy> copies;  // in flight, oldest first
   int committed_groups = 0;
@@ -117,6 +117,18 @@ struct NamedBarrier {
   uint32_t waiting[kMaxWarps] = {};  // the lanes among them that wait
 };
 
+// A block that runs, or, in a cooperative launch, one of those that are alive at once.
+struct Block {
+  uint3 index = {};
+  int first_thread = 0;      // of the machine's threads
+  int live = 0;              // threads that have not exited
+  uint32_t ready_warps = 0;  // warps with a lane that can run
+  Warp warps[kMaxWarps];
+  BlockBarrier barrier;
+  NamedBarrier named_barriers[kNamedBarriers];
+  SharedMemory dynamic_smem;
+};
+
 std::string to_string(uint3 index) {
   return "(" + std::to_string(index.x) + "," + std::to_string(index.y) + "," +
          std::to_string(index.z) + ")";
@@ -143,114 +155,38 @@ std::string kernel_name(const void* kernel) {
   return name;
 }
 
-// ---- shared memory -----------------------------------------------------------------------------
-
-// Dynamic shared memory, between two fences that nobody may write to. AddressSanitizer guards them
-// to the byte and at once; without it, a pattern in them is looked at when the block is done.
-class SharedMemory {
- public:
-  void prepare(size_t bytes) {
-    bytes_ = bytes;
-#if defined(BIGKERN_SIMT_ASAN)
-    __asan_unpoison_memory_region(storage_, sizeof storage_);
-    __asan_poison_memory_region(storage_, kFence);
-    __asan_poison_memory_region(data() + bytes, kMaxDynamicSmem - bytes + kFence);
-#else
-    memset(storage_, kPattern, kFence);
-    memset(data() + bytes, kPattern, kFence);
-#endif
-    memset(data(), 0xff, bytes);
-  }
-
-  bool fences_hold() const {
-#if defined(BIGKERN_SIMT_ASAN)
-    return true;
-#else
-    const auto holds = [](const unsigned char* fence) {
-      return std::all_of(fence, fence + kFence, [](unsigned char c) { return c == kPattern; });
-    };
-    return holds(storage_) && holds(storage_ + kFence + bytes_);
-#endif
-  }
-
-  unsigned char* data() { return storage_ + kFence; }
-
- private:
-  static constexpr size_t kFence = 1024;
-  static constexpr unsigned char kPattern = 0xa5;
-  alignas(1024) unsigned char storage_[kFence + kMaxDynamicSmem + kFence];
-  size_t bytes_ = 0;
-};
-
-// Static shared memory is thread_local (see names.h), so it is this module's part of the running
-// thread's local storage, and this fills it with NaN.
-class StaticSharedMemory {
- public:
-  void find() {
-#if !defined(BIGKERN_SIMT_ASAN)
-    static thread_local char anchor = 0;  // touching it makes the loader allocate the storage
-    *static_cast<volatile char*>(&anchor) = 0;
-    begin_ = nullptr;
-    bytes_ = 0;
-    dl_iterate_phdr(&StaticSharedMemory::visit, this);
-#endif
-  }
-
-  void poison() {
-    if (bytes_ != 0) memset(begin_, 0xff, bytes_);
-  }
-
- private:
-  static int visit(dl_phdr_info* module, size_t, void* context) {
-    auto* self = static_cast<StaticSharedMemory*>(context);
-    const auto here = reinterpret_cast<uintptr_t>(&StaticSharedMemory::visit);
-    bool ours = false;
-    size_t bytes = 0;
-    for (int i = 0; i < module->dlpi_phnum; ++i) {
-      const auto& segment = module->dlpi_phdr[i];
-      const uintptr_t start = module->dlpi_addr + segment.p_vaddr;
-      if (segment.p_type == PT_LOAD && here >= start && here < start + segment.p_memsz) ours = true;
-      if (segment.p_type == PT_TLS) bytes = segment.p_memsz;
-    }
-    if (!ours) return 0;
-    self->begin_ = module->dlpi_tls_data;
-    self->bytes_ = module->dlpi_tls_data == nullptr ? 0 : bytes;
-    return 1;
-  }
-
-  void* begin_ = nullptr;
-  size_t bytes_ = 0;
-};
-
 // ---- the machine -------------------------------------------------------------------------------
 
-// One multiprocessor that runs one block at a time.
+// One processor that runs one thread at a time: of one block after the other, or, in a cooperative
+// launch, of any block of the grid.
 class Machine {
  public:
   void set_seed(uint64_t seed) { seed_ = seed; }
 
-  void run_grid(const void* kernel, dim3 grid, dim3 block, size_t smem_bytes,
-                void (*body)(const void*), const void* context) {
-    kernel_ = kernel;
-    body_ = body;
-    context_ = context;
-    gridDim = grid;
-    blockDim = block;
+  void run_grid(const Launch& launch) {
+    launch_ = &launch;
+    gridDim = launch.grid;
+    blockDim = launch.block;
     random_ = Random(seed_);
     static_smem_.find();
-    thread_count_ = int(block.x * block.y * block.z);
-    while (int(threads_.size()) < thread_count_) threads_.push_back(std::make_unique<Thread>());
+    thread_count_ = int(blockDim.x * blockDim.y * blockDim.z);
+    warp_count_ = (thread_count_ + warpSize - 1) / warpSize;
+    const uint64_t blocks = uint64_t(gridDim.x) * gridDim.y * gridDim.z;
+    allocate(launch.cooperative ? size_t(blocks) : 1);
 
     // Every block once, in an order that no kernel may rely on: a step that has no divisor in
     // common with the number of blocks visits them all.
-    const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
     uint64_t step = blocks > 2 ? 1 + random_.next() % (blocks - 1) : 1;
     while (std::gcd(step, blocks) != 1) ++step;
     uint64_t at = random_.next() % blocks;
+    alive_ = 0;
     for (uint64_t i = 0; i < blocks; ++i, at = (at + step) % blocks) {
-      blockIdx = {unsigned(at % grid.x), unsigned(at / grid.x % grid.y),
-                  unsigned(at / grid.x / grid.y)};
-      run_block(smem_bytes);
+      start_block(*blocks_[alive_++],
+                  {unsigned(at % gridDim.x), unsigned(at / gridDim.x % gridDim.y),
+                   unsigned(at / gridDim.x / gridDim.y)});
+      if (launch.cooperative && i + 1 < blocks) continue;
+      run_blocks();
+      alive_ = 0;
     }
   }
 
@@ -265,7 +201,7 @@ class Machine {
 
   void warp_op(const char* name, uint32_t mask, void* operands, ExecuteWarp execute, Site site) {
     Thread& self = *current_;
-    Warp& warp = warps_[self.warp];
+    Warp& warp = block_->warps[self.warp];
     const uint32_t bit = 1u << self.lane;
     if ((mask & bit) == 0) {
       fault(std::string(name) + " at " + to_string(site) + ": the mask " + hex(mask) +
@@ -297,11 +233,11 @@ class Machine {
     execute(meeting.operands, mask);
     meeting.arrived = 0;
     warp.ready |= mask & ~bit;
-    ready_warps_ |= 1u << self.warp;
+    block_->ready_warps |= 1u << self.warp;
   }
 
   BarrierResult block_barrier(const char* name, bool predicate, Site site) {
-    BlockBarrier& barrier = block_barrier_;
+    BlockBarrier& barrier = block_->barrier;
     if (barrier.waiting == 0) {
       barrier.predicates = 0;
       barrier.name = name;
@@ -313,7 +249,7 @@ class Machine {
     }
     barrier.predicates += predicate;
     barrier.waiting += 1;
-    warps_[current_->warp].at_block_barrier |= 1u << current_->lane;
+    block_->warps[current_->warp].at_block_barrier |= 1u << current_->lane;
     if (!open_block_barrier_if_complete()) wait(Wait::block_barrier, name, 0, site);
     return barrier.result;
   }
@@ -326,7 +262,7 @@ class Machine {
             ") at " + to_string(site) + ": the id is 1 to 15, the threads a multiple of 32 and " +
             "no more than the block has");
     }
-    NamedBarrier& barrier = named_barriers_[id];
+    NamedBarrier& barrier = block_->named_barriers[id];
     const int rank = current_->warp * warpSize + current_->lane;
     if (barrier.arrived == 0) barrier.expected = threads;
     if (barrier.expected != threads || barrier.who[rank]) {
@@ -338,7 +274,8 @@ class Machine {
     barrier.who.set(rank);
     barrier.arrived += 1;
     if (barrier.arrived == barrier.expected) {
-      for (int i = 0; i < warp_count_; ++i) make_ready(i, std::exchange(barrier.waiting[i], 0));
+      for (int i = 0; i < warp_count_; ++i)
+        make_ready(*block_, i, std::exchange(barrier.waiting[i], 0));
       barrier.arrived = 0;
       barrier.who.reset();
     } else if (waits) {
@@ -370,7 +307,16 @@ class Machine {
     copies.erase(copies.begin(), copy);
   }
 
-  void* dynamic_smem() { return dynamic_smem_.data(); }
+  // Where one block waits for others: they only run while it does where the launch is cooperative.
+  void wait_at_least(const unsigned* counter, unsigned value, Site site) {
+    while (*counter < value) {
+      current_->counter = counter;
+      counter_waiters_.push_back(current_);
+      wait(Wait::counter, "a counter", value, site);
+    }
+  }
+
+  void* dynamic_smem() { return block_->dynamic_smem.data(); }
   int lane() const { return current_->lane; }
 
  private:
@@ -381,40 +327,84 @@ class Machine {
   }
 
   std::string describe_kernel() const {
-    const std::string name = kernel_name(kernel_);
+    const std::string name = kernel_name(launch_->kernel);
     return name.empty() ? "(without a symbol)" : name;
   }
 
-  // ---- running a block -------------------------------------------------------------------------
+  // ---- running blocks --------------------------------------------------------------------------
 
-  void run_block(size_t smem_bytes) {
-    dynamic_smem_.prepare(smem_bytes);
+  void allocate(size_t blocks) {
+    while (blocks_.size() < blocks) blocks_.push_back(std::make_unique<Block>());
+    const size_t threads = blocks * size_t(thread_count_);
+    while (threads_.size() < threads) threads_.push_back(std::make_unique<Thread>());
+  }
+
+  void start_block(Block& block, uint3 index) {
+    block.index = index;
+    block.first_thread = int(alive_ - 1) * thread_count_;
+    block.live = thread_count_;
+    block.ready_warps = 0;
+    block.dynamic_smem.prepare(launch_->smem_bytes);
     static_smem_.poison();
-    warp_count_ = (thread_count_ + warpSize - 1) / warpSize;
-    live_ = thread_count_;
-    ready_warps_ = 0;
     for (int i = 0; i < warp_count_; ++i) {
-      warps_[i].ready = 0;
-      warps_[i].exited = 0xffffffffu;
-      warps_[i].at_block_barrier = 0;
-      for (Rendezvous& meeting : warps_[i].pending) meeting.arrived = 0;
+      Warp& warp = block.warps[i];
+      warp.ready = 0;
+      warp.exited = 0xffffffffu;
+      warp.at_block_barrier = 0;
+      for (Rendezvous& meeting : warp.pending) meeting.arrived = 0;
     }
-    block_barrier_ = {};
-    for (NamedBarrier& barrier : named_barriers_) barrier = {};
-    fault_.clear();
-    for (int i = 0; i < thread_count_; ++i) start_thread(i);
+    block.barrier = {};
+    for (NamedBarrier& barrier : block.named_barriers) barrier = {};
+    for (int i = 0; i < thread_count_; ++i) start_thread(block, i);
+  }
 
-    while (ready_warps_ != 0) run_warp(random_.bit_of(ready_warps_));
-    if (live_ != 0) report_stuck();
-    if (!dynamic_smem_.fences_hold()) {
-      fault("a write outside the dynamic shared memory of " + std::to_string(smem_bytes) +
-            " bytes");
+  // Runs the blocks that have been started, to their end.
+  void run_blocks() {
+    fault_.clear();
+    counter_waiters_.clear();
+    while (Block* block = any_ready_block()) {
+      block_ = block;
+      blockIdx = block->index;
+      run_warp(random_.bit_of(block->ready_warps));
+    }
+    for (size_t i = 0; i < alive_; ++i) {
+      if (blocks_[i]->live != 0) report_stuck();
+    }
+    for (size_t i = 0; i < alive_; ++i) {
+      if (!blocks_[i]->dynamic_smem.fences_hold()) {
+        fault("a write outside the dynamic shared memory of " +
+              std::to_string(launch_->smem_bytes) + " bytes");
+      }
+    }
+    if (launch_->cooperative && !static_smem_.untouched()) {
+      fault(
+          "a cooperative kernel with __shared__ variables: here they are one for all blocks; "
+          "use dynamic_smem()");
     }
   }
 
-  void start_thread(int rank) {
-    Thread& thread = *threads_[size_t(rank)];
+  // One of those that can go on, drawn at random; null if there is none.
+  Block* any_ready_block() {
+    const auto reached = [](Thread* thread) {
+      if (*thread->counter < thread->wait_argument) return false;
+      make_ready(*thread->block, thread->warp, 1u << thread->lane);
+      return true;
+    };
+    counter_waiters_.erase(
+        std::remove_if(counter_waiters_.begin(), counter_waiters_.end(), reached),
+        counter_waiters_.end());
+    const size_t first = alive_ > 1 ? random_.next() % alive_ : 0;
+    for (size_t i = 0; i < alive_; ++i) {
+      Block* const block = blocks_[(first + i) % alive_].get();
+      if (block->ready_warps != 0) return block;
+    }
+    return nullptr;
+  }
+
+  void start_thread(Block& block, int rank) {
+    Thread& thread = *threads_[size_t(block.first_thread + rank)];
     const unsigned i = unsigned(rank);
+    thread.block = &block;
     thread.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
     thread.warp = rank / warpSize;
     thread.lane = rank % warpSize;
@@ -422,19 +412,19 @@ class Machine {
     thread.copies.clear();
     thread.committed_groups = 0;
     thread.fiber.start(&Machine::thread_main);
-    warps_[thread.warp].exited &= ~(1u << thread.lane);
-    make_ready(thread.warp, 1u << thread.lane);
+    block.warps[thread.warp].exited &= ~(1u << thread.lane);
+    make_ready(block, thread.warp, 1u << thread.lane);
   }
 
   // Runs the warp's lanes in random order until all of them wait, or until chance moves on to
   // another warp, so that warps interleave between barriers too.
   void run_warp(int index) {
-    Warp& warp = warps_[index];
+    Warp& warp = block_->warps[index];
     do {
       const int lane = random_.bit_of(warp.ready);
       warp.ready &= ~(1u << lane);
-      if (warp.ready == 0) ready_warps_ &= ~(1u << index);
-      run_thread(*threads_[size_t(index * warpSize + lane)]);
+      if (warp.ready == 0) block_->ready_warps &= ~(1u << index);
+      run_thread(*threads_[size_t(block_->first_thread + index * warpSize + lane)]);
     } while (warp.ready != 0 && (random_.next() & 63u) != 0);
   }
 
@@ -452,7 +442,7 @@ class Machine {
 
   void thread_exits() {
     Thread& self = *current_;
-    Warp& warp = warps_[self.warp];
+    Warp& warp = block_->warps[self.warp];
     const uint32_t bit = 1u << self.lane;
     for (const Rendezvous& meeting : warp.pending) {
       if (meeting.arrived != 0 && (meeting.mask & bit) != 0) {
@@ -461,7 +451,7 @@ class Machine {
       }
     }
     warp.exited |= bit;
-    live_ -= 1;
+    block_->live -= 1;
     self.wait = Wait::exited;
     open_block_barrier_if_complete();
   }
@@ -474,10 +464,10 @@ class Machine {
     current_->fiber.suspend();
   }
 
-  void make_ready(int warp, uint32_t lanes) {
+  static void make_ready(Block& block, int warp, uint32_t lanes) {
     if (lanes == 0) return;
-    warps_[warp].ready |= lanes;
-    ready_warps_ |= 1u << warp;
+    block.warps[warp].ready |= lanes;
+    block.ready_warps |= 1u << warp;
   }
 
   Rendezvous& find_rendezvous(Warp& warp, uint32_t mask) {
@@ -491,33 +481,37 @@ class Machine {
 
   // True when this was the arrival, or the exit, that the barrier was waiting for.
   bool open_block_barrier_if_complete() {
-    BlockBarrier& barrier = block_barrier_;
-    if (barrier.waiting == 0 || barrier.waiting != live_) return false;
+    BlockBarrier& barrier = block_->barrier;
+    if (barrier.waiting == 0 || barrier.waiting != block_->live) return false;
     barrier.result = {barrier.waiting, barrier.predicates};
     barrier.waiting = 0;
     for (int i = 0; i < warp_count_; ++i) {
-      make_ready(i, std::exchange(warps_[i].at_block_barrier, 0));
+      make_ready(*block_, i, std::exchange(block_->warps[i].at_block_barrier, 0));
     }
     // The thread that completes the barrier by arriving simply goes on.
-    if (current_->wait != Wait::exited) warps_[current_->warp].ready &= ~(1u << current_->lane);
+    if (current_->wait != Wait::exited) {
+      block_->warps[current_->warp].ready &= ~(1u << current_->lane);
+    }
     return true;
   }
 
   [[noreturn]] void report_stuck() const {
     struct Group {
       int count = 0;
-      uint3 first = {};
+      std::string first;
     };
     std::map<std::string, Group> groups;
-    for (int i = 0; i < thread_count_; ++i) {
-      const Thread& thread = *threads_[size_t(i)];
+    for (size_t i = 0; i < alive_ * size_t(thread_count_); ++i) {
+      const Thread& thread = *threads_[i];
       Group& group = groups[describe_wait(thread)];
-      if (group.count++ == 0) group.first = thread.index;
+      if (group.count++ != 0) continue;
+      group.first = to_string(thread.index);
+      if (alive_ > 1) group.first += " of block " + to_string(thread.block->index);
     }
     std::string report = "divergence or deadlock, no thread can go on";
     for (const auto& [what, group] : groups) {
-      report += "\n  " + std::to_string(group.count) + " threads, the first " +
-                to_string(group.first) + ", " + what;
+      report +=
+          "\n  " + std::to_string(group.count) + " threads, the first " + group.first + ", " + what;
     }
     fault(report);
   }
@@ -527,10 +521,14 @@ class Machine {
     std::string what = std::string("wait at ") + thread.wait_name;
     if (thread.wait == Wait::warp_op) what += " with mask " + hex(thread.wait_argument);
     if (thread.wait == Wait::named_barrier) {
-      const NamedBarrier& barrier = named_barriers_[thread.wait_argument];
+      const NamedBarrier& barrier = thread.block->named_barriers[thread.wait_argument];
       what += " of barrier " + std::to_string(thread.wait_argument) + " (" +
               std::to_string(barrier.arrived) + " of " + std::to_string(barrier.expected) +
               " arrived)";
+    }
+    if (thread.wait == Wait::counter) {
+      what += " to be " + std::to_string(thread.wait_argument) + ", which is " +
+              std::to_string(*thread.counter);
     }
     return what + " at " + to_string(thread.wait_site);
   }
@@ -538,21 +536,16 @@ class Machine {
   uint64_t seed_ = 1;
   Random random_{1};
 
-  const void* kernel_ = nullptr;
-  void (*body_)(const void*) = nullptr;
-  const void* context_ = nullptr;
-
-  int thread_count_ = 0;  // in the block
+  const Launch* launch_ = nullptr;
+  int thread_count_ = 0;  // in a block
   int warp_count_ = 0;
-  int live_ = 0;                                  // threads that have not exited
-  uint32_t ready_warps_ = 0;                      // warps with a lane that can run
+  size_t alive_ = 0;                              // blocks that have been started
+  Block* block_ = nullptr;                        // the one that runs, or ran last
   Thread* current_ = nullptr;                     // null while the scheduler itself runs
   std::string fault_;                             // of the thread that ran last, if it ended in one
   std::vector<std::unique_ptr<Thread>> threads_;  // kept from launch to launch, with their stacks
-  Warp warps_[kMaxWarps];
-  BlockBarrier block_barrier_;
-  NamedBarrier named_barriers_[kNamedBarriers];
-  SharedMemory dynamic_smem_;
+  std::vector<std::unique_ptr<Block>> blocks_;    // kept too
+  std::vector<Thread*> counter_waiters_;
   StaticSharedMemory static_smem_;
 };
 
@@ -570,7 +563,7 @@ Machine& machine() {
 void Machine::thread_main() {
   Machine& self = machine();
   try {
-    self.body_(self.context_);
+    self.launch_->body(self.launch_->context);
     self.thread_exits();
   } catch (const Fault& fault) {
     self.fault_ = fault.what();
@@ -586,18 +579,21 @@ std::string last_fault;
 void set_seed(uint64_t seed) { machine().set_seed(seed); }
 const char* last_error() { return last_fault.c_str(); }
 
-cudaError_t run_grid(const void* kernel, dim3 grid, dim3 block, size_t smem_bytes,
-                     void (*body)(const void*), const void* context) {
+cudaError_t run_grid(const Launch& launch) {
+  const dim3 grid = launch.grid, block = launch.block;
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
   if (threads == 0 || threads > kMaxThreads || block.z > 64 || grid.x == 0 || grid.y == 0 ||
       grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
-  if (smem_bytes > kMaxDynamicSmem) return cudaErrorInvalidValue;
+  if (launch.smem_bytes > kMaxDynamicSmem) return cudaErrorInvalidValue;
+  if (launch.cooperative && uint64_t(grid.x) * grid.y * grid.z > kMultiprocessors) {
+    return cudaErrorCooperativeLaunchTooLarge;
+  }
 
   const std::lock_guard<std::mutex> lock(launch_mutex);
   try {
-    machine().run_grid(kernel, grid, block, smem_bytes, body, context);
+    machine().run_grid(launch);
   } catch (const Fault& fault) {
     last_fault = fault.what();
     return cudaErrorLaunchFailure;
@@ -643,6 +639,10 @@ void named_barrier(int id, int threads, bool wait, Site site) {
   machine().named_barrier(id, threads, wait, site);
 }
 
+void wait_at_least(const unsigned* counter, unsigned value, Site site) {
+  machine().wait_at_least(counter, value, site);
+}
+
 void async_copy(void* destination, const void* source, int bytes, bool valid, Site site) {
   machine().async_copy(destination, source, bytes, valid, site);
 }
@@ -659,6 +659,8 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "invalid argument";
     case cudaErrorInvalidConfiguration:
       return "invalid configuration argument";
+    case cudaErrorCooperativeLaunchTooLarge:
+      return "too many blocks in cooperative launch";
     case cudaErrorLaunchFailure:
       return bigkern::simt::last_error();
   }

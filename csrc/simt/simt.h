@@ -1,8 +1,9 @@
 // The CUDA execution model on the host, for tests: see README.md in this folder.
 //
-// Every CUDA thread of a block is a fiber; the blocks of a grid run one after the other. A fiber
-// runs until it has to wait for other threads, in a barrier or in a warp operation such as a
-// shuffle, and then another one is chosen at random. What cannot go on is reported as a fault.
+// Every CUDA thread of a block is a fiber; the blocks of a grid run one after the other, or, in a
+// cooperative launch, all at once. A fiber runs until it has to wait for other threads, in a
+// barrier or in a warp operation such as a shuffle, and then another one is chosen at random. What
+// cannot go on is reported as a fault.
 #pragma once
 
 #include "simt/names.h"
@@ -19,6 +20,10 @@ namespace bigkern::simt {
 constexpr int kMaxThreads = 1024;               // in a block
 constexpr int kMaxWarps = kMaxThreads / 32;     // in a block
 constexpr size_t kMaxDynamicSmem = 227 * 1024;  // bytes, what sm_90 grants
+
+// Small on purpose: persistent kernels go round their loops several times. A multiprocessor holds
+// one block of a cooperative launch.
+constexpr int kMultiprocessors = 4;
 
 // Where in the kernel's source an operation stands. As a default argument, here() is the caller.
 struct Site {
@@ -40,15 +45,15 @@ const char* last_error();
 
 // ---- for launch.cuh and the device headers -----------------------------------------------------
 
-// Runs body(context) once for each thread of the grid.
-cudaError_t run_grid(const void* kernel, dim3 grid, dim3 block, size_t smem_bytes,
-                     void (*body)(const void* context), const void* context);
-
-template <class F>
-cudaError_t run_grid(const void* kernel, dim3 grid, dim3 block, size_t smem_bytes, const F& body) {
-  const auto call = [](const void* context) { (*static_cast<const F*>(context))(); };
-  return run_grid(kernel, grid, block, smem_bytes, call, &body);
-}
+struct Launch {
+  const void* kernel;
+  dim3 grid, block;
+  size_t smem_bytes;
+  bool cooperative;                   // all blocks are alive at once, and may wait for each other
+  void (*body)(const void* context);  // called once for each thread of the grid
+  const void* context;
+};
+cudaError_t run_grid(const Launch& launch);
 
 // Ends the launch with an error; the thread that calls it never runs again.
 [[noreturn]] void fault(const char* what, Site site);
@@ -74,6 +79,9 @@ struct BarrierResult {
 BarrierResult block_barrier(const char* name, bool predicate, Site site);
 
 void named_barrier(int id, int threads, bool wait, Site site);
+
+// Waits until *counter is value or more.
+void wait_at_least(const unsigned* counter, unsigned value, Site site);
 
 // A copy that is issued poisons its destination; it lands when its group is waited for.
 void async_copy(void* destination, const void* source, int bytes, bool valid, Site site);

@@ -57,13 +57,21 @@ class Buffer {
   T* data_;
 };
 
-// Launches, waits, and fails the test on any error.
-template <class... P, class... A>
-void run(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes, A... args) {
-  cudaError_t error = launch(kernel, grid, block, smem_bytes, nullptr, args...);
+// Waits for a launch, and fails the test on any error.
+inline void finish(cudaError_t error) {
   if (error == cudaSuccess) error = synchronize();
   if (error != cudaSuccess) std::cerr << cudaGetErrorString(error) << "\n";
   CHECK(error == cudaSuccess);
+}
+
+template <class... P, class... A>
+void run(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes, A... args) {
+  finish(launch(kernel, grid, block, smem_bytes, nullptr, args...));
+}
+
+template <class... P, class... A>
+void run_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes, A... args) {
+  finish(launch_cooperative(kernel, grid, block, smem_bytes, nullptr, args...));
 }
 
 }  // namespace bigkern

@@ -8,6 +8,7 @@
 
 #include "check.h"
 #include "common/cuda.cuh"
+#include "common/grid_barrier.cuh"
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
@@ -552,6 +553,31 @@ TEST(special_values) {
   CHECK_EQ(out[2], INFINITY);
   CHECK_EQ(out[3], INFINITY);
   CHECK(out[4] == 0.0f && std::signbit(out[4]));
+}
+
+// ---- between blocks ----------------------------------------------------------------------------
+
+// Four blocks add up what all of them wrote in the round before.
+__global__ void rounds_kernel(float* values, unsigned* counter, int rounds) {
+  const int blocks = int(gridDim.x), threads = int(blockDim.x), i = int(threadIdx.x);
+  for (int round = 0; round < rounds; ++round) {
+    const float* const before = values + round % 2 * blocks * threads;
+    float* const after = values + (round + 1) % 2 * blocks * threads;
+    grid_wait(counter, unsigned(blocks * round));
+    float sum = 0;
+    for (int block = 0; block < blocks; ++block) sum += before[block * threads + i];
+    after[int(blockIdx.x) * threads + i] = sum;
+    grid_arrive(counter);
+  }
+}
+
+TEST(blocks_wait_for_each_other) {
+  Buffer<float> values(2 * 4 * 64);
+  Buffer<unsigned> counter(1);
+  counter[0] = 0;
+  for (int i = 0; i < values.size(); ++i) values[i] = float(i / 64 + 1);
+  run_cooperative(rounds_kernel, 4, 64, 0, values.data(), counter.data(), 4);
+  for (int i = 0; i < 256; ++i) CHECK_EQ(values[i], 640.0f);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "common/cuda.cuh"
+#include "common/grid_barrier.cuh"
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
 #include "common/reduce.cuh"
@@ -230,6 +231,61 @@ TEST(named_barrier_mistakes) {
   expect_fault({"1 to 15"}, barrier_zero_kernel, 32, 0);
 }
 
+// ---- blocks that wait for each other -----------------------------------------------------------
+
+// In each round, every block takes over what its left neighbour had, and adds one.
+template <bool WAIT>
+__global__ void ring_kernel(float* values, unsigned* counter) {
+  const int blocks = int(gridDim.x), left = (int(blockIdx.x) + blocks - 1) % blocks;
+  for (int round = 0; round < 6; ++round) {
+    if (WAIT) grid_wait(counter, unsigned(blocks * round));
+    const float* before = values + round % 2 * blocks;
+    float* after = values + (round + 1) % 2 * blocks;
+    if (threadIdx.x == 0) after[blockIdx.x] = before[left] + 1;
+    grid_arrive(counter);
+  }
+}
+
+bool ring_is_right(void (*kernel)(float*, unsigned*)) {
+  Buffer<float> values(8);
+  Buffer<unsigned> counter(1);
+  counter[0] = 0;
+  for (int i = 0; i < 8; ++i) values[i] = float(10 * i);
+  run_cooperative(kernel, 4, 64, 0, values.data(), counter.data());
+  for (int i = 0; i < 4; ++i) {
+    if (values[i] != float(10 * ((i + 2) % 4) + 6)) return false;
+  }
+  return true;
+}
+
+TEST(missing_grid_wait) {
+  CHECK_EQ(wrong_results([] { return ring_is_right(ring_kernel<true>); }), 0);
+  CHECK(wrong_results([] { return ring_is_right(ring_kernel<false>); }) > kSeeds / 2);
+}
+
+__global__ void absent_block_kernel(unsigned* counter) {
+  if (blockIdx.x == 1) return;
+  grid_arrive(counter);
+  grid_wait(counter, gridDim.x);
+}
+
+TEST(grid_barrier_mistakes) {
+  Buffer<unsigned> counter(1);
+  const auto fails = [&](auto launch_kernel, const char* word) {
+    counter[0] = 0;
+    CHECK_EQ(int(launch_kernel()), int(cudaErrorLaunchFailure));
+    CHECK(std::string(cudaGetErrorString(cudaErrorLaunchFailure)).find(word) != std::string::npos);
+  };
+  const auto absent = absent_block_kernel;
+  fails([&] { return launch_cooperative(absent, 4, 64, 0, nullptr, counter.data()); },
+        "wait at a counter to be 4, which is 3");
+  // Blocks that do not have to run at once must not wait for each other.
+  Buffer<float> values(8);
+  const auto ring = ring_kernel<true>;
+  fails([&] { return launch(ring, 4, 64, 0, nullptr, values.data(), counter.data()); },
+        "wait at a counter to be 4, which is 1");
+}
+
 // ---- addresses ---------------------------------------------------------------------------------
 
 __global__ void misaligned_vector_kernel(float* out) {
@@ -287,6 +343,8 @@ TEST(impossible_launches) {
   CHECK_EQ(launch_nothing(0, 32, 0), int(cudaErrorInvalidConfiguration));
   CHECK_EQ(launch_nothing(dim3(1, 65536), 32, 0), int(cudaErrorInvalidConfiguration));
   CHECK_EQ(launch_nothing(1, 32, simt::kMaxDynamicSmem + 1), int(cudaErrorInvalidValue));
+  CHECK_EQ(int(launch_cooperative(nothing_kernel, 5, 32, 0, nullptr)),
+           int(cudaErrorCooperativeLaunchTooLarge));
 }
 
 // Every thread takes the next ticket: the schedule itself, as a result.

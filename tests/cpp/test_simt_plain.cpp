@@ -24,6 +24,15 @@ TEST(unwritten_static_smem_is_nan) {
   for (int i = 0; i < 64; ++i) CHECK(std::isnan(out[i]));
 }
 
+TEST(cooperative_blocks_share_no_static_smem) {
+  Buffer<float> out(64);
+  const auto kernel = unwritten_static_kernel<float>;
+  CHECK_EQ(int(launch_cooperative(kernel, 2, 32, 0, nullptr, out.data())),
+           int(cudaErrorLaunchFailure));
+  const std::string report = cudaGetErrorString(cudaErrorLaunchFailure);
+  CHECK(report.find("cooperative kernel with __shared__") != std::string::npos);
+}
+
 __global__ void write_dynamic_kernel(int index) { dynamic_smem<float>()[index] = 0; }
 
 TEST(write_outside_dynamic_smem) {
