@@ -1,6 +1,12 @@
 """Models built from bigkern's layers, each beside its twin in plain PyTorch."""
 
 from bigkern.models.cnn import VGG, CNNConfig, ConvNeXt, InceptionV3, ResNet, SmallCNN
+from bigkern.models.recurrent import (
+    RecurrentClassifier,
+    RecurrentConfig,
+    RecurrentEncoderDecoder,
+    RecurrentLM,
+)
 from bigkern.models.transformer import (
     BERT,
     GPT,
@@ -26,6 +32,10 @@ __all__ = [
     "ConvNeXt",
     "EncoderDecoder",
     "InceptionV3",
+    "RecurrentClassifier",
+    "RecurrentConfig",
+    "RecurrentEncoderDecoder",
+    "RecurrentLM",
     "ResNet",
     "SmallCNN",
     "StockGPT",

@@ -14,7 +14,7 @@ from torch import Tensor
 from bigkern.models.transformer.blocks import OURS, Parts
 from bigkern.models.transformer.cache import Cache
 from bigkern.models.transformer.config import TransformerConfig
-from bigkern.models.transformer.generation import generated
+from bigkern.models.transformer.generation import generated, sequences
 from bigkern.models.transformer.trunk import Decoder, check_tokens, checked_mask
 
 
@@ -89,4 +89,4 @@ class GPT(Decoder):
             >>> model.generate(prompt, 8, temperature=0.8, top_p=0.9, seed=1).shape
             torch.Size([2, 12])
         """
-        return generated(self, tokens, mask, count, tuple, cache, how)
+        return generated(self, tokens, count, lambda: sequences(self, tokens, mask, count, cache), how)

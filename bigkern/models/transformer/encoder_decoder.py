@@ -19,7 +19,7 @@ from bigkern.models.transformer.blocks import OURS, Parts
 from bigkern.models.transformer.cache import Cache
 from bigkern.models.transformer.config import TransformerConfig
 from bigkern.models.transformer.encoder import Encoder
-from bigkern.models.transformer.generation import generated
+from bigkern.models.transformer.generation import Sequences, generated, sequences
 from bigkern.models.transformer.trunk import Decoder, check_tokens, checked_mask, initialise
 
 
@@ -162,7 +162,9 @@ class EncoderDecoder(nn.Module):
         if target is None:
             target = torch.full((len(source), 1), self._start(), device=source.device)
 
-        def memory() -> tuple[Tensor, Tensor | None]:
-            return self.encode(source, mask)
+        begun = target
 
-        return generated(self, target, None, count, memory, cache, how, "target")
+        def start() -> Sequences:
+            return sequences(self, begun, None, count, cache, lambda: self.encode(source, mask))
+
+        return generated(self, target, count, start, how, "target")

@@ -1,7 +1,7 @@
 """Text from a model: greedy, sampled, or by beam search, over anything that gives the next token's logits.
 
-A :class:`Continuation` holds a batch of sequences and gives the logits of each one's next token. It is
-called with the tokens chosen, and, for beam search, with the rows that they continue.
+:class:`Sequences` are a batch and give the logits of each one's next token. They are called with the tokens
+chosen, and, for beam search, with the rows that they continue.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -70,12 +70,25 @@ class Decoding:
         return self.pad if self.pad is not None else self.end if self.end is not None else 0
 
 
+class Sequences(Protocol):
+    """A batch of sequences that can go on."""
+
+    @property
+    def logits(self) -> Tensor:
+        """``[B, vocabulary]`` of each one's first new token."""
+        ...
+
+    def __call__(self, tokens: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The logits after one more token of each, ``[B]``; row i first goes on as ``rows[i]`` did so far."""
+        ...
+
+
 Hidden = Callable[..., Tensor]  # (tokens, mask, cache, *memory) -> hidden states [B, S, W]
 Logits = Callable[[Tensor], Tensor]  # [B, W] -> [B, vocabulary]
 
 
 class Cached:
-    """A continuation that computes each token once."""
+    """Sequences that compute each token once."""
 
     def __init__(
         self,
@@ -103,7 +116,7 @@ class Cached:
 
 
 class Recomputed:
-    """A continuation that computes everything anew for each token, over a window of the last ``context``."""
+    """Sequences that compute everything anew for each token, over a window of the last ``context``."""
 
     def __init__(
         self,
@@ -132,43 +145,50 @@ class Recomputed:
         return self._logits()
 
 
-@torch.no_grad()
-def generated(
+def sequences(
     model: Any,
     tokens: Tensor,
     mask: Tensor | None,
     count: int,
-    memory: Callable[[], tuple[Tensor | None, ...]],
     cache: bool,
+    memory: Callable[[], tuple[Tensor | None, ...]] = tuple,
+    name: str = "tokens",
+) -> Sequences:
+    """Sequences that begin with ``tokens [B, S]``, of a model with ``config``, ``_states`` and ``logits``."""
+    mask = checked_mask("mask", mask, name, tokens)
+    if mask is not None and not bool(mask.any(1).all()):
+        raise ValueError("mask must leave at least one token in each row")
+    context, functions, read = model.config.context, (model._states, model.logits), memory()
+    if cache and tokens.shape[1] + count <= context:
+        return Cached(*functions, tokens, mask, count, *read)
+    return Recomputed(*functions, tokens, mask, context, *read)
+
+
+@torch.no_grad()
+def generated(
+    model: Any,
+    tokens: Tensor,
+    count: int,
+    start: Callable[[], Sequences],
     how: dict[str, Any],
     name: str = "tokens",
 ) -> Tensor:
-    """``tokens [B, S]`` and the new ones, by a model with ``config``, ``_states`` and ``logits``."""
+    """``tokens [B, S]`` and the new ones, by a model in eval mode; ``start()`` has read the tokens."""
     check_tokens(name, tokens, 2**62)
     if tokens.shape[1] == 0:
         raise ValueError(f"{name} must hold at least one token a row, not shape {tuple(tokens.shape)}")
     if count < 1:
         raise ValueError(f"count must be at least 1, not {count}")
-    mask = checked_mask("mask", mask, name, tokens)
-    if mask is not None and not bool(mask.any(1).all()):
-        raise ValueError("mask must leave at least one token in each row")
-    config = model.config
-    decoding = Decoding(**{"end": config.end_token, "pad": config.pad_token, **how})
+    decoding = Decoding(**{"end": model.config.end_token, "pad": model.config.pad_token, **how})
     training = model.training
     model.eval()
     try:
-        functions, read = (model._states, model.logits), memory()
-        sequences = (
-            Cached(*functions, tokens, mask, count, *read)
-            if cache and tokens.shape[1] + count <= config.context
-            else Recomputed(*functions, tokens, mask, config.context, *read)
-        )
-        return torch.cat((tokens, continued(sequences, count, decoding).to(tokens.dtype)), dim=1)
+        return torch.cat((tokens, continued(start(), count, decoding).to(tokens.dtype)), dim=1)
     finally:
         model.train(training)
 
 
-def continued(sequences: Cached | Recomputed, count: int, how: Decoding) -> Tensor:
+def continued(sequences: Sequences, count: int, how: Decoding) -> Tensor:
     """At most ``count`` new tokens of every sequence, int64 [B, n]; n < count if all have ended."""
     vocabulary = sequences.logits.shape[1]
     for name in ("end", "pad"):
@@ -185,7 +205,7 @@ def continued(sequences: Cached | Recomputed, count: int, how: Decoding) -> Tens
 # ---- one sequence each -----------------------------------------------------------------------------
 
 
-def _sampled(sequences: Cached | Recomputed, count: int, how: Decoding) -> Tensor:
+def _sampled(sequences: Sequences, count: int, how: Decoding) -> Tensor:
     logits = sequences.logits
     generator = None if how.seed is None else torch.Generator(logits.device).manual_seed(how.seed)
     ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
@@ -220,7 +240,7 @@ def draw(logits: Tensor, how: Decoding, generator: torch.Generator | None = None
 # ---- beam search -----------------------------------------------------------------------------------
 
 
-def _searched(sequences: Cached | Recomputed, count: int, how: Decoding) -> Tensor:
+def _searched(sequences: Sequences, count: int, how: Decoding) -> Tensor:
     """The best of ``K = how.beams`` finished sequences of every row."""
     (B, V), K = sequences.logits.shape, how.beams
     logits = sequences.logits
