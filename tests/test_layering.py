@@ -17,7 +17,7 @@ ALLOWED = {
     "registry": {"evidence", "info"},
     "reference": set(),
     "ops": {"registry", "info", "reference", "triton_kernels"},
-    "nn": {"ops", "registry"},
+    "nn": {"ops", "reference", "registry"},
     "optim": {"ops", "reference", "registry"},
     "patch": {"nn", "ops", "registry", "optim", "integrations"},
     "freeze": {"nn", "ops", "patch", "registry"},

@@ -109,9 +109,8 @@ def test_ops_choose() -> None:
     assert reasons == {"attention is not among ops", "layernorm_ffn is not among ops"}
     assert type(patched[1]) is nn.TransformerEncoderLayer
     assert bigkern.patch(patched).patched == bigkern.unpatch(patched) == 9
-    with pytest.raises(
-        ValueError, match="ops must be of attention, norm, layernorm_ffn, batch_norm, linear, not 'ffn'"
-    ):
+    known = "attention, norm, layernorm_ffn, batch_norm, recurrent, linear"
+    with pytest.raises(ValueError, match=f"ops must be of {known}, not 'ffn'"):
         bigkern.patch(patched, ops=("norm", "ffn"))
 
 

@@ -38,6 +38,14 @@ REPLACEMENTS: dict[str, Replacements] = {
         nn.TransformerDecoderLayer: ours.TransformerDecoderLayer,
     },
     "batch_norm": {nn.BatchNorm2d: ours.BatchNorm2d},
+    "recurrent": {
+        nn.LSTM: ours.LSTM,
+        nn.GRU: ours.GRU,
+        nn.RNN: ours.RNN,
+        nn.LSTMCell: ours.LSTMCell,
+        nn.GRUCell: ours.GRUCell,
+        nn.RNNCell: ours.RNNCell,
+    },
     "linear": {nn.Linear: ours.Linear},
 }
 OPS = tuple(REPLACEMENTS)
@@ -48,18 +56,18 @@ REPORTED = tuple(op for op in OPS if op != "linear")  # also where they are left
 
 
 def patch(model: nn.Module, ops: Iterable[str] | None = None, strict: bool = False) -> PatchReport:
-    """Run the model's attention, norms and feed-forward blocks on our ops, in place, until :func:`unpatch`.
+    """Run the model's attention, norms, feed-forward blocks and recurrent layers on our ops, in place.
 
-    Patching twice is the same as once. Outputs stay the same within rounding; parameters, state_dict keys
-    and hooks are untouched. What is patched: torch's Linear, LayerNorm, RMSNorm, BatchNorm2d,
-    MultiheadAttention and Transformer layers, and of Hugging Face models attention, norms, feed-forward
-    blocks, and dropout and residual where they stand between these. What is left alone, and why, is in the
-    report, in which each attention and each norm has a row.
+    :func:`unpatch` takes it back. Patching twice is the same as once. Outputs stay the same within rounding;
+    parameters, state_dict keys and hooks are untouched. What is patched: torch's Linear, LayerNorm, RMSNorm,
+    BatchNorm2d, MultiheadAttention, Transformer layers, LSTM, GRU, RNN and their cells, and of Hugging Face
+    models attention, norms, feed-forward blocks, and dropout and residual where they stand between these.
+    What is left alone, and why, is in the report, in which each attention and each norm has a row.
 
     Args:
         model: any module; modules inside it are found by exact type.
-        ops: which ops to use, of ``"attention"``, ``"norm"``, ``"layernorm_ffn"``, ``"batch_norm"`` and
-            ``"linear"``; None for all.
+        ops: which ops to use, of ``"attention"``, ``"norm"``, ``"layernorm_ffn"``, ``"batch_norm"``,
+            ``"recurrent"`` and ``"linear"``; None for all.
         strict: whether to raise, rather than report, when something must be left alone.
 
     Returns:

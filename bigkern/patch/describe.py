@@ -16,6 +16,7 @@ from bigkern.patch.report import Row
 
 TOKENS = 512  # the size at which the report asks which backend runs
 IMAGE = (8, 28, 28)  # the same for images: how many, height and width
+SEQUENCES = (64, 8)  # and for sequences: steps and how many
 
 Description = Iterator[tuple[str, registry.Explanation | None, str]]  # op, what runs it, or why stock does
 
@@ -58,6 +59,22 @@ def _batch_norm(module: nn.Module) -> Description:
     statistics = (module.running_mean, module.running_var, module.weight, module.bias)
     training = module.training or module.running_mean is None
     yield "batch_norm", registry.explain("batch_norm", x, *statistics, training), ""
+
+
+def _recurrent(module: nn.Module) -> Description:
+    assert isinstance(module, nn.RNNBase)
+    if getattr(module, "layer_norm", False):
+        yield "recurrent", None, "layer_norm is a loop of torch's operations"
+        return
+    first = module._flat_weights[: len(module._flat_weights) // module.num_layers]
+    x = _example(module, *SEQUENCES, module.input_size)
+    yield "recurrent", registry.explain("recurrent", x, None, first, module.mode), ""
+
+
+def _cell(module: nn.Module) -> Description:
+    assert isinstance(module, ours.LSTMCell | ours.GRUCell | ours.RNNCell)
+    x = _example(module, TOKENS, module.input_size)
+    yield "recurrent", registry.explain("recurrent", *module.step(x, ())), ""
 
 
 def _linear(module: nn.Module) -> Description:
@@ -105,6 +122,8 @@ DESCRIPTIONS: dict[type[nn.Module], Callable[[nn.Module], Description]] = {
     nn.LayerNorm: _norm,
     nn.RMSNorm: _norm,
     nn.BatchNorm2d: _batch_norm,
+    nn.RNNBase: _recurrent,
+    nn.RNNCellBase: _cell,
     nn.Linear: _linear,
     nn.MultiheadAttention: _attention,
     nn.TransformerEncoderLayer: _layer,
