@@ -3,11 +3,13 @@
 #include "attention/kernels.h"
 #include "common/exports.h"
 #include "layernorm_ffn/kernels.h"
+#include "recurrent/kernels.h"
 
 int bigkern_kernels(bigkern::KernelInfo* out, int capacity) {
   int count = 0;
   count += bigkern::attention::cuda::kernels(out + count, capacity - count);
   count += bigkern::layernorm_ffn::cuda::kernels(out + count, capacity - count);
   count += bigkern::adam::cuda::kernels(out + count, capacity - count);
+  count += bigkern::recurrent::cuda::kernels(out + count, capacity - count);
   return count;
 }
