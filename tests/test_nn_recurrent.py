@@ -21,7 +21,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import bigkern
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning"),
+]
 
 KINDS = ["LSTM", "GRU", "RNN"]
 CELLS = ["LSTMCell", "GRUCell", "RNNCell"]
