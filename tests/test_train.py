@@ -16,11 +16,13 @@ import torch
 from bigkern.cli import checkpoint, compare, corpus
 from bigkern.cli.console import Failure
 from bigkern.cli.main import main
-from bigkern.cli.trainer import Recipe
+from bigkern.cli.trainer import Recipe, Streaming
+from bigkern.models import RecurrentConfig, RecurrentLM
 
 safetensors = pytest.importorskip("safetensors.torch")
 
-SIZE = ["--batch", "2", "--context", "16", "--layers", "1", "--heads", "2", "--width", "16"]
+SIZE = ["--batch", "2", "--context", "16", "--layers", "1", "--width", "16"]
+OWN = {"gpt": ["--heads", "2"], "lstm": ["--embedding", "8"]}
 QUICK = [*SIZE, "--warmup", "2", "--eval-every", "10", "--sample", "0"]
 
 
@@ -34,27 +36,31 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def train(text: Path, out: Path, *options: str, size: list[str] = QUICK) -> int:
-    return main(["train", "gpt", "--data", str(text), "--out", str(out), *size, *options])
+def train(text: Path, out: Path, *options: str, model: str = "gpt") -> int:
+    return main(["train", model, "--data", str(text), "--out", str(out), *QUICK, *OWN[model], *options])
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(safetensors.load_file(folder / "model.safetensors"))
 
 
-@pytest.mark.parametrize("dropout", ["0.0", "0.1"])
-def test_resuming_gives_the_same_bits(text: Path, tmp_path: Path, dropout: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [("gpt", ()), ("gpt", ("--dropout", "0.1")), ("lstm", ("--dropout", "0.1")), ("lstm", ("--cell", "gru"))],
+)
+def test_resuming_gives_the_same_bits(
+    text: Path, tmp_path: Path, model: str, options: tuple[str, ...]
+) -> None:
     straight, halved = tmp_path / "straight", tmp_path / "halved"
-    assert train(text, straight, "--steps", "20", "--dropout", dropout) == 0
-    assert train(text, halved, "--steps", "20", "--save-every", "10", "--dropout", dropout) == 0
+    assert train(text, straight, "--steps", "20", *options, model=model) == 0
+    assert train(text, halved, "--steps", "20", "--save-every", "10", *options, model=model) == 0
     for name in checkpoint.FILES:
         (halved / "step-000020" / name).unlink()
     (halved / "step-000020").joinpath("state.json").unlink()
     (halved / "step-000020").rmdir()
     torch.randn(7)  # the state of the process must not matter
-    assert (
-        main(["train", "gpt", "--out", str(halved), "--resume", "--sample", "0", "--eval-every", "10"]) == 0
-    )
+    again = ["train", model, "--out", str(halved), "--resume", "--sample", "0", "--eval-every", "10"]
+    assert main(again) == 0
     ours, theirs = weights(straight / "step-000020"), weights(halved / "step-000020")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -82,7 +88,9 @@ def test_interrupting_saves_a_checkpoint(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "bigkern", "train", "gpt", "--data", str(text), "--out", str(out)]
     run = subprocess.Popen(
-        [*command, *QUICK, "--steps", "100000", "--save-every", "5"], stdout=subprocess.PIPE, text=True
+        [*command, *QUICK, *OWN["gpt"], "--steps", "100000", "--save-every", "5"],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 60
     while not checkpoint.folders(out) and time.monotonic() < deadline and run.poll() is None:
@@ -136,11 +144,14 @@ def test_resuming_with_other_settings_is_refused(
     assert "the data or its tokenizer has changed" in capsys.readouterr().err
     assert train(text, tmp_path / "none", "--resume") == 2
     assert "there is no checkpoint in" in capsys.readouterr().err
+    assert train(text, out, "--resume", model="lstm") == 2
+    assert "the checkpoint is of gpt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--cell", "gru"], "--cell is a setting of lstm, not of gpt"),
         (["--data", "no/such/file"], "cannot read no/such/file"),
         (["--context", "100000"], "the data is too short"),
         (["--width", "15"], "width 15 must be a multiple of heads 2"),
@@ -191,6 +202,44 @@ def test_batches_depend_on_seed_and_step_alone() -> None:
     assert starts == {0}  # 200 tokens hold one sequence of 199 and its targets
 
 
+def test_streams_read_the_text_one_stretch_after_another() -> None:
+    tokens = torch.arange(203, dtype=torch.uint8)
+    data = corpus.Corpus(corpus.Bytes(), tokens, tokens[:41], "")
+    assert data.stretches("train", 4, 8) == 6  # 50 tokens a stream: 6 stretches and the last target
+    x, y = (
+        torch.cat(rows, 1) for rows in zip(*(data.stretch("train", i, 4, 8) for i in range(6)), strict=True)
+    )
+    assert torch.equal(x, torch.arange(48) + 50 * torch.arange(4)[:, None])
+    assert torch.equal(y, x + 1)
+    recipe = Recipe(9, 4, 8, lr=0.1, warmup=0, weight_decay=0.0, clip=0.0, seed=0, eval_every=9)
+    model = RecurrentLM(RecurrentConfig(cell="gru", layers=1, width=8))
+    trainer = Streaming(model, torch.optim.SGD(model.parameters()), data, recipe, torch.device("cpu"))
+    states = []
+    for _ in range(7):
+        trainer.train_step()
+        states.append(trainer.state)
+    trainer.evaluate()
+    assert trainer.state is states[-1]
+    stepped = Streaming(model, trainer.optimizer, data, recipe, torch.device("cpu"))
+    stepped.step = 5
+    stepped.carry({name: tensor.clone() for name, tensor in trainer.carried().items()})
+    assert torch.equal(stepped.state, states[-1])
+    stepped.batch("train", 5)
+    assert stepped.state is not None
+    stepped.batch("train", 6)  # the streams begin anew
+    assert stepped.state is None
+
+
+def test_a_short_text_for_many_streams(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(text, tmp_path / "run", "--batch", "100", model="lstm") == 2
+    assert "a step needs 1700" in capsys.readouterr().err
+    assert train(text, tmp_path / "run", "--positions", "rotary", model="lstm") == 2
+    assert "--positions is a setting of gpt, not of lstm" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_bpe_is_trained_once_and_kept(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tokenizers")
     options = ([text], "bpe", 300, 16, tmp_path / "cache")
@@ -232,10 +281,14 @@ def test_compare_fits_its_steps_into_the_time(
 ) -> None:
     monkeypatch.setattr(compare, "LEAST_STEPS", 3)
     options = ("--compare", "--steps", "12", "--seconds", "1e-6", "--json")
-    assert train(text, tmp_path / "run", *options) == 0
+    assert train(text, tmp_path / "run", *options, model="lstm") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["settings"]["steps"] == 3
-    assert all(len(variant["train"]) == 3 for variant in report["variants"].values())
+    assert report["model"] == "lstm"
+    for variant in report["variants"].values():
+        assert len(variant["train"]) == 3
+        assert variant["relative_validation_gap"] < 5e-3
+        assert variant["largest_gap_to_bigkern"] < 1e-2
 
 
 def test_seconds_without_compare_is_refused(

@@ -1,7 +1,8 @@
 """Checkpoints of ``bigkern train``: a folder a step, complete or absent.
 
     <out>/step-000500/model.safetensors       the model's state dict
-                      optimizer.safetensors   the tensors of the optimizer's state dict, and torch's RNG
+                      optimizer.safetensors   the tensors of the optimizer's state dict, torch's RNG, and
+                                              what a recurrent model carries from step to step
                       state.json              all else, and the digests of the two files above
 
 The folder is filled under another name and renamed when it is whole, so that an interrupted write leaves
@@ -23,6 +24,7 @@ from torch import Tensor
 from bigkern.cli.console import Failure
 
 KEPT = 2
+CARRIED = "carried."
 FILES = ("model.safetensors", "optimizer.safetensors")
 
 
@@ -41,14 +43,23 @@ def folders(out: Path) -> list[Path]:
 
 
 def save(
-    out: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Any], extra: dict[str, Any]
+    out: Path,
+    step: int,
+    model: dict[str, Tensor],
+    optimizer: dict[str, Any],
+    extra: dict[str, Any],
+    carried: dict[str, Tensor],
 ) -> Path:
-    """Write the checkpoint of ``step`` and drop all but the newest ``KEPT``."""
+    """Write the checkpoint of ``step`` and drop all but the newest ``KEPT``.
+
+    ``extra`` goes into state.json; ``carried`` is what one step hands to the next, a recurrent model's state.
+    """
     target = out / f"step-{step:06d}"
     scratch = out / f".{target.name}.{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     tensors, groups = _flatten(optimizer)
+    tensors |= {f"{CARRIED}{name}": tensor for name, tensor in carried.items()}
     tensors["rng"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng_cuda"] = torch.cuda.get_rng_state()
@@ -90,6 +101,8 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any
         raise Failure(f"cannot resume: {path} is damaged ({reason}); {_way_out(folder)}") from error
     model, tensors = contents
     state["rng"] = {name: tensors.pop(name) for name in ("rng", "rng_cuda") if name in tensors}
+    names = [name for name in tensors if name.startswith(CARRIED)]
+    state["carried"] = {name.removeprefix(CARRIED): tensors.pop(name) for name in names}
     return model, _unflatten(tensors, groups), state
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,38 +27,20 @@ from bigkern.cli.train import (
     build,
     caption,
     describe,
-    model_config,
     sample,
     write_json,
 )
-from bigkern.cli.trainer import BETAS, Interruptible, Recipe, Trainer, parameter_groups
+from bigkern.cli.trainer import Interruptible, Recipe, Trainer
 
 BLOCK = 5  # steps a turn
 WARM_UP = 5  # first steps that do not count in the timings
 TRIAL_STEPS = 5  # of each variant, to see how many steps fit into --seconds
 LEAST_STEPS = 40  # however slow the machine is: fewer show nothing
 
-Optimizer = Callable[..., torch.optim.Optimizer]
-
-
-def _stock(this: Run, optimizer: Optimizer) -> Trainer:
-    from bigkern.models import StockGPT
-
-    torch.manual_seed(this.recipe.seed)
-    model = StockGPT(model_config(this.settings, this.corpus.tokenizer.vocab_size)).to(
-        this.device, this.dtype
-    )
-    groups = parameter_groups(model, this.recipe.weight_decay)
-    stepper = optimizer(groups, lr=this.recipe.lr, betas=BETAS)
-    return Trainer(model, stepper, this.corpus, this.recipe, this.device, this.settings["compile"])
-
-
 VARIANTS: dict[str, Callable[[Run], Trainer]] = {
     "bigkern": build,
-    "pytorch, AdamW": lambda this: _stock(this, torch.optim.AdamW),
-    "pytorch, AdamW(fused)": lambda this: _stock(
-        this, lambda *a, **k: torch.optim.AdamW(*a, fused=True, **k)
-    ),
+    "pytorch, AdamW": lambda this: build(this, torch.optim.AdamW),
+    "pytorch, AdamW(fused)": lambda this: build(this, partial(torch.optim.AdamW, fused=True)),
 }
 
 
@@ -145,13 +128,15 @@ def summarise(this: Run, trainers: dict[str, Trainer], memory: dict[str, Any]) -
         history = trainer.history
         # The same step of both, a turn apart: a slow minute of the machine cancels.
         ratios = [theirs / ours for ours, theirs in zip(seconds["bigkern"], seconds[name], strict=True)]
+        validation, first = (t.history.validation[-1][1] for t in (trainer, trainers["bigkern"]))
         gaps = [abs(a - b) for a, b in zip(history.train, trainers["bigkern"].history.train, strict=True)]
         variants[name] = {
             "loss": {
                 "first": history.train[0],
                 "train": history.train[-1],
-                "validation": history.validation[-1][1],
+                "validation": validation,
             },
+            "relative_validation_gap": abs(validation / first - 1),
             "largest_gap_to_bigkern": max(gaps),
             "step_ms": [1e3 * s for s in spread(seconds[name])],
             "tokens_per_second": [tokens / s for s in reversed(spread(seconds[name]))],
@@ -162,6 +147,7 @@ def summarise(this: Run, trainers: dict[str, Trainer], memory: dict[str, Any]) -
         }
     return {
         "machine": machine(),
+        "model": this.model,
         "settings": this.settings,
         "device": str(this.device),
         "spread": "p20, median, p80",
@@ -190,6 +176,8 @@ def _show(report: dict[str, Any], console: Console) -> None:
     columns = ("", "loss", "validation", "tokens/s", "ms a step", "bigkern's speed-up", "saved MB", "peak MB")
     console.say()
     console.table(columns, rows)
+    apart = max(v["relative_validation_gap"] for v in report["variants"].values())
+    console.say(f"validation losses lie within {apart:.2%} of bigkern's.")
     console.say("median (p20 to p80). saved: what autograd keeps for backward. peak: " + _peak_words(report))
 
 
@@ -219,6 +207,7 @@ def _curves(trainers: dict[str, Trainer]) -> figures.Curves:
 def measure_memory(this: Run) -> dict[str, dict[str, int | None]]:
     """Two steps of each variant in a fresh process, all at once; see :func:`probe`."""
     command = [sys.executable, "-c", "from bigkern.cli.compare import probe; probe()"]
+    request = {"model": this.model, "settings": this.settings, "device": str(this.device)}
     children = {
         name: subprocess.Popen(
             command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -227,8 +216,7 @@ def measure_memory(this: Run) -> dict[str, dict[str, int | None]]:
     }
     found = {}
     for name, child in children.items():
-        request = {"variant": name, "settings": this.settings, "device": str(this.device)}
-        output, errors = child.communicate(json.dumps(request))
+        output, errors = child.communicate(json.dumps({"variant": name, **request}))
         if child.returncode != 0:
             last = (errors.strip().splitlines() or ["no message"])[-1]
             raise Failure(f"the memory measurement of {name} failed: {last}")
@@ -246,8 +234,8 @@ def probe() -> None:
     recipe = Recipe(steps=4, warmup=1, eval_every=4, **{name: settings[name] for name in names})
     tokenizer = Bytes()
     tokenizer.vocab_size = 256 if settings["tokenizer"] == "bytes" else settings["vocab_size"]
-    tokens = torch.randint(0, tokenizer.vocab_size, (4 * recipe.context,), dtype=torch.int32)
-    this = Run(settings, Path(), device, Corpus(tokenizer, tokens, tokens, ""), recipe)
+    tokens = torch.randint(0, tokenizer.vocab_size, (recipe.batch, 4 * recipe.context)).int().flatten()
+    this = Run(request["model"], settings, Path(), device, Corpus(tokenizer, tokens, tokens, ""), recipe)
     trainer = VARIANTS[request["variant"]](this)
     saved = saved_bytes(trainer)
     trainer.train_step()  # the optimizer's state and torch's own buffers exist from here on

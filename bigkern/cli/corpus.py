@@ -157,12 +157,24 @@ class Corpus:
         rows = torch.stack([tokens[s : s + context + 1] for s in starts.tolist()]).long()
         return rows[:, :-1], rows[:, 1:].contiguous()
 
+    def stretches(self, part: str, batch: int, context: int) -> int:
+        """How many stretches of ``context`` tokens each of ``batch`` streams has."""
+        tokens = self.train if part == "train" else self.validation
+        return (len(tokens) // batch - 1) // context
 
-def load(paths: list[Path], tokenizer: str, vocab_size: int, context: int, cache: Path) -> Corpus:
+    def stretch(self, part: str, place: int, batch: int, context: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets ``[batch, context]`` int64: a stretch of the text cut into ``batch`` streams."""
+        tokens = self.train if part == "train" else self.validation
+        streams = tokens[: len(tokens) // batch * batch].view(batch, -1)
+        rows = streams[:, place * context : (place + 1) * context + 1].long()
+        return rows[:, :-1], rows[:, 1:].contiguous()
+
+
+def load(paths: list[Path], tokenizer: str, vocab_size: int, least: int, cache: Path) -> Corpus:
     """Read, tokenise and split; a BPE tokenizer and its tokens are kept in ``cache`` and found again there.
 
     Raises:
-        Failure: the data cannot be read, or is too short for one sequence of ``context`` tokens.
+        Failure: the data cannot be read, or one of its parts has less than ``least`` tokens.
     """
     text = read(paths)
     digest = hashlib.sha256(text).hexdigest()[:16]
@@ -173,10 +185,10 @@ def load(paths: list[Path], tokenizer: str, vocab_size: int, context: int, cache
         chosen, tokens = _bpe(text, vocab_size, digest, cache)
     split = int(len(tokens) * (1 - VALIDATION_SHARE))
     shortest = min(split, len(tokens) - split)
-    if shortest < context + 1:
+    if shortest < least:
         raise Failure(
-            f"the data is too short: its smaller part has {shortest} tokens, and a context of {context} "
-            f"needs {context + 1}; give more text or a smaller --context"
+            f"the data is too short: its smaller part has {shortest} tokens, and a step needs {least}; "
+            "give more text or a smaller --context"
         )
     whole = torch.from_numpy(tokens.astype(np.uint8 if chosen.vocab_size <= 256 else np.int32))
     return Corpus(chosen, whole[:split], whole[split:], f"{tokenizer}-{chosen.vocab_size}-{digest}")

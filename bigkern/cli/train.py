@@ -1,10 +1,11 @@
-"""``bigkern train gpt``: train a small language model on any text, from data to checkpoint to sample."""
+"""``bigkern train``: train a small language model on any text, from data to checkpoint to sample."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,59 +15,27 @@ from torch import nn
 
 from bigkern.cli import checkpoint, corpus, figures
 from bigkern.cli.console import Console, Failure, machine
+from bigkern.cli.families import CHOICES, FAMILIES, all_settings, flag, merged
 from bigkern.cli.trainer import BETAS, Interruptible, Recipe, Trainer, parameter_groups
 
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# What makes a run what it is. A checkpoint remembers these; --resume takes them from it.
-SETTINGS: dict[str, tuple[Any, str]] = {
-    "data": ([], "files or folders of text (default: the source of Python's standard library)"),
-    "tokenizer": ("bytes", "bytes, or bpe: byte-pair encoding trained on the data"),
-    "vocab_size": (4096, "size of the bpe vocabulary"),
-    "steps": (600, "optimizer steps"),
-    "batch": (2, "sequences a step"),
-    "context": (512, "tokens a sequence"),
-    "layers": (4, "blocks"),
-    "heads": (4, "attention heads"),
-    "width": (128, "width of the residual stream"),
-    "positions": ("learned", "learned, sinusoidal, rotary or alibi"),
-    "activation": ("gelu", "relu, gelu, gelu_tanh, silu, swiglu or geglu"),
-    "dropout": (0.0, "dropout of the embedding and of both branches"),
-    "lr": (1e-3, "highest learning rate; a cosine takes it down to a tenth"),
-    "warmup": (20, "steps of linear warm-up"),
-    "weight_decay": (0.1, "of matrices and embeddings"),
-    "clip": (1.0, "largest gradient norm; 0: no clipping"),
-    "seed": (0, "of weights, batches and sample"),
-    "dtype": ("float32", "of parameters, activations and optimizer state: float32 or bfloat16"),
-    "compile": (False, "run the model through torch.compile"),
-}
-CHOICES = {
-    "tokenizer": ("bytes", "bpe"),
-    "positions": ("learned", "sinusoidal", "rotary", "alibi"),
-    "activation": ("relu", "gelu", "gelu_tanh", "silu", "swiglu", "geglu"),
-    "dtype": tuple(DTYPES),
-}
-MAY_CHANGE = ("steps", "compile")  # when resuming
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", choices=["gpt"], help="gpt: a decoder-only Transformer")
-    for name, (default, text) in SETTINGS.items():
-        flag = f"--{name.replace('_', '-')}"
+    kinds = "; ".join(f"{name}: {family.help}" for name, family in FAMILIES.items())
+    parser.add_argument("model", choices=list(FAMILIES), help=kinds)
+    for name, (value, text) in all_settings().items():
         if name == "data":
-            parser.add_argument(flag, nargs="+", metavar="PATH", help=text)
-        elif isinstance(default, bool):
-            parser.add_argument(flag, action="store_true", default=None, help=text)
+            parser.add_argument(flag(name), nargs="+", metavar="PATH", help=text)
+        elif isinstance(value, bool):
+            parser.add_argument(flag(name), action="store_true", default=None, help=text)
         else:
-            shown = f"{text} (default: {default})"
-            parser.add_argument(flag, type=type(default), choices=CHOICES.get(name), help=shown)
+            parser.add_argument(flag(name), type=type(value), choices=CHOICES.get(name), help=text)
     parser.add_argument(
         "--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)"
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/gpt"), help="folder of the run (default: runs/gpt)"
-    )
+    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/<model>)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     parser.add_argument("--compare", action="store_true", help="train stock PyTorch beside it, and time both")
     parser.add_argument(
@@ -88,8 +57,9 @@ def _positive(text: str) -> float:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: its settings, its folder, its data."""
+    """One training run: what it trains, its settings, its folder, its data."""
 
+    model: str  # of FAMILIES
     settings: dict[str, Any]
     out: Path
     device: torch.device
@@ -104,9 +74,14 @@ class Run:
 def run(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.seconds is not None and not arguments.compare:
         raise Failure("--seconds goes with --compare; say --steps instead")
+    if arguments.out is None:
+        arguments.out = Path("runs") / arguments.model
     folder = _newest(arguments) if arguments.resume else None
     restored = checkpoint.load(folder) if folder is not None else None
-    settings = merge_settings(arguments, restored[2]["settings"] if restored else {})
+    if restored and (of := restored[2].get("model", "gpt")) != arguments.model:
+        raise Failure(f"cannot resume {arguments.model} from {folder}: the checkpoint is of {of}")
+    given = {name: value for name in all_settings() if (value := getattr(arguments, name)) is not None}
+    settings = merged(arguments.model, given, restored[2]["settings"] if restored else {})
     this = prepare(settings, arguments)
     if arguments.compare:
         from bigkern.cli import compare
@@ -132,23 +107,6 @@ def _newest(arguments: argparse.Namespace) -> Path:
     return found[-1]
 
 
-def merge_settings(arguments: argparse.Namespace, saved: dict[str, Any]) -> dict[str, Any]:
-    """Defaults, under the checkpoint's settings, under what was asked for; the last two must not clash."""
-    given = {name: getattr(arguments, name) for name in SETTINGS if getattr(arguments, name) is not None}
-    for name, value in given.items():
-        if name in saved and saved[name] != value and name not in MAY_CHANGE:
-            flag = f"--{name.replace('_', '-')}"
-            raise Failure(f"cannot resume with {flag} {value}: the checkpoint was made with {saved[name]}")
-    settings = {**{name: default for name, (default, _) in SETTINGS.items()}, **saved, **given}
-    for name in ("steps", "batch", "context", "layers", "heads", "width", "vocab_size"):
-        if settings[name] < 1:
-            raise Failure(f"--{name.replace('_', '-')} must be at least 1, not {settings[name]}")
-    for name in ("lr", "weight_decay", "clip", "warmup", "seed"):
-        if not 0 <= settings[name] < float("inf"):
-            raise Failure(f"--{name.replace('_', '-')} must be finite and not negative, not {settings[name]}")
-    return settings
-
-
 def prepare(settings: dict[str, Any], arguments: argparse.Namespace) -> Run:
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -156,33 +114,27 @@ def prepare(settings: dict[str, Any], arguments: argparse.Namespace) -> Run:
     if arguments.eval_every < 1:
         raise Failure(f"--eval-every must be at least 1, not {arguments.eval_every}")
     paths = [Path(path) for path in settings["data"]]
-    data = corpus.load(
-        paths, settings["tokenizer"], settings["vocab_size"], settings["context"], arguments.out
-    )
+    least = FAMILIES[arguments.model].trainer.least(settings["batch"], settings["context"])
+    data = corpus.load(paths, settings["tokenizer"], settings["vocab_size"], least, arguments.out)
     names = ("steps", "batch", "context", "lr", "warmup", "weight_decay", "clip", "seed")
     recipe = Recipe(**{name: settings[name] for name in names}, eval_every=arguments.eval_every)
-    return Run(settings, arguments.out, device, data, recipe)
+    return Run(arguments.model, settings, arguments.out, device, data, recipe)
 
 
-def model_config(settings: dict[str, Any], vocab_size: int) -> Any:
-    from bigkern.models import TransformerConfig
-
-    names = ("context", "layers", "heads", "width", "positions", "activation", "dropout", "seed")
-    try:
-        return TransformerConfig(vocab_size=vocab_size, **{name: settings[name] for name in names})
-    except ValueError as error:
-        raise Failure(str(error)) from error
-
-
-def build(this: Run) -> Trainer:
-    """bigkern's GPT with bigkern's AdamW."""
-    from bigkern.models import GPT
+def build(this: Run, stock: Callable[..., torch.optim.Optimizer] | None = None) -> Trainer:
+    """bigkern's model with bigkern's AdamW; or the twin in plain PyTorch with an optimizer of torch's."""
     from bigkern.optim import AdamW
 
-    torch.manual_seed(this.recipe.seed)  # of dropout
-    model = GPT(model_config(this.settings, this.corpus.tokenizer.vocab_size)).to(this.device, this.dtype)
-    optimizer = AdamW(parameter_groups(model, this.recipe.weight_decay), lr=this.recipe.lr, betas=BETAS)
-    return Trainer(model, optimizer, this.corpus, this.recipe, this.device, this.settings["compile"])
+    family, recipe = FAMILIES[this.model], this.recipe
+    torch.manual_seed(recipe.seed)  # of dropout
+    try:
+        model = family.model(this.settings, this.corpus.tokenizer.vocab_size, stock is not None)
+    except ValueError as error:
+        raise Failure(str(error)) from error
+    model = model.to(this.device, this.dtype)
+    groups = parameter_groups(model, recipe.weight_decay)
+    optimizer = (stock or AdamW)(groups, lr=recipe.lr, betas=BETAS)
+    return family.trainer(model, optimizer, this.corpus, recipe, this.device, this.settings["compile"])
 
 
 def _restore(trainer: Trainer, this: Run, restored: tuple[dict[str, Any], ...], folder: Path) -> None:
@@ -198,6 +150,7 @@ def _restore(trainer: Trainer, this: Run, restored: tuple[dict[str, Any], ...], 
         raise Failure(f"cannot resume: {folder} does not fit this model ({error})") from error
     checkpoint.restore_rng(state["rng"])  # last: building the model drew random numbers
     trainer.step = state["step"]
+    trainer.carry(state["carried"])
     trainer.history.train = state["history"]["train"]
     trainer.history.validation = [(step, loss) for step, loss in state["history"]["validation"]]
 
@@ -238,10 +191,12 @@ def caption(trainer: Trainer, loss: float) -> str:
 
 def save(this: Run, trainer: Trainer) -> int:
     history = {"train": trainer.history.train, "validation": trainer.history.validation}
-    extra = {"settings": this.settings, "corpus": this.corpus.digest, "history": history}
+    extra = {"model": this.model, "settings": this.settings, "corpus": this.corpus.digest, "history": history}
     optimizer = trainer.optimizer.state_dict()
     try:
-        checkpoint.save(this.out, trainer.step, trainer.model.state_dict(), optimizer, extra)
+        checkpoint.save(
+            this.out, trainer.step, trainer.model.state_dict(), optimizer, extra, trainer.carried()
+        )
     except OSError as error:
         raise Failure(f"cannot write a checkpoint into {this.out}: {error}") from error
     return trainer.step
@@ -262,6 +217,7 @@ def _finish(this: Run, trainer: Trainer, arguments: argparse.Namespace, console:
     console.say(f"validation loss {losses['validation']:.3f}, perplexity {perplexity:.2f}")
     summary: dict[str, Any] = {
         "machine": machine(),
+        "model": this.model,
         "settings": this.settings,
         "device": str(this.device),
         "step": trainer.step,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,10 @@ class History:
 
 
 class Trainer:
-    """Takes one optimizer step after another; ``step`` counts them, and names the batch."""
+    """Takes one optimizer step after another; ``step`` counts them, and names the batch.
+
+    The model gives the logits of a batch ``[batch, context]``, drawn anywhere from the text.
+    """
 
     def __init__(
         self,
@@ -80,7 +83,19 @@ class Trainer:
         self.device = device
         self.step = 0
         self.history = History()
-        self._call: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
+        self._call: Callable[..., Any] = torch.compile(model) if compiled else model
+
+    @staticmethod
+    def least(batch: int, context: int) -> int:
+        """How many tokens each part of the text must have."""
+        return context + 1
+
+    def carried(self) -> dict[str, Tensor]:
+        """What a checkpoint must keep besides the model and the optimizer."""
+        return {}
+
+    def carry(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from what was carried when the checkpoint was written."""
 
     def batch(self, part: str, step: int) -> tuple[Tensor, Tensor]:
         r = self.recipe
@@ -129,6 +144,47 @@ class Trainer:
         """By the median of the last steps: a pause does not count."""
         recent = sorted(self.history.seconds[-last:])
         return self.recipe.batch * self.recipe.context / recent[len(recent) // 2] if recent else 0.0
+
+
+class Streaming(Trainer):
+    """Reads the text as ``batch`` streams side by side, a stretch of each a step: truncated back-propagation.
+
+    The model takes (inputs, state, targets) and gives its loss, and the state that the next stretch begins
+    with. Where the streams end they begin anew, without a state.
+    """
+
+    state: Any = None
+
+    @staticmethod
+    def least(batch: int, context: int) -> int:
+        return batch * (context + 1)
+
+    def carried(self) -> dict[str, Tensor]:
+        states = (self.state,) if isinstance(self.state, Tensor) else self.state or ()
+        return dict(zip(("h", "c"), states, strict=False))
+
+    def carry(self, tensors: dict[str, Tensor]) -> None:
+        # Copied into memory of torch's own alignment: on a file's, a product may round otherwise.
+        states = tuple(tensors[name].to(self.device, copy=True) for name in ("h", "c") if name in tensors)
+        self.state = states if len(states) == 2 else next(iter(states), None)
+
+    def batch(self, part: str, step: int) -> tuple[Tensor, Tensor]:
+        r = self.recipe
+        place = step % self.corpus.stretches(part, r.batch, r.context)
+        if place == 0:
+            self.state = None
+        inputs, targets = self.corpus.stretch(part, place, r.batch, r.context)
+        return inputs.to(self.device), targets.to(self.device)
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        loss, self.state = self._call(inputs, self.state, targets)
+        return cast(Tensor, loss)
+
+    def evaluate(self) -> float:
+        kept = self.state  # of the training text
+        value = super().evaluate()
+        self.state = kept
+        return value
 
 
 class Interruptible:
