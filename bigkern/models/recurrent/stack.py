@@ -43,7 +43,7 @@ def _cells(room: Any) -> dict[str, Callable[..., nn.RNNBase]]:
     return {"lstm": room.LSTM, "gru": room.GRU, **plain}
 
 
-OURS = Parts(bnn.Linear, linear, attend, _cells(nn))
+OURS = Parts(bnn.Linear, linear, attend, _cells(bnn))
 STOCK = Parts(nn.Linear, F.linear, stock_attend, _cells(nn))
 
 
