@@ -20,6 +20,10 @@ namespace bigkern::recurrent::BIGKERN_ISA {
 using namespace bigkern::BIGKERN_ISA;
 namespace {
 
+// A product makes so many panels of columns at once, for so many row panels: their tiles and the
+// weights stay in L2.
+constexpr int64_t kPanels = 4, kRowPanels = 16;
+
 struct Sharing {
   int64_t row_parts;  // chains of a direction
   int64_t columns;    // threads of a chain
@@ -81,10 +85,12 @@ struct Layout {
   int64_t panels() const { return blocks * G * words * NR; }  // packed weights of a direction
 };
 
-// One chain as one of its threads sees it.
+// One chain as one of its threads sees it. Its rows are cut into panels of about the same height: a
+// last one of few rows would cost nearly as much as a full one.
 struct Chain {
   int64_t direction, begin, rows;   // its sequences
-  int64_t first_panel;              // of its rows, among those of all chains
+  int64_t height;                   // of its row panels
+  int64_t first_panel;              // among those of all chains
   int64_t first_block, last_block;  // the thread's
 
   // How many of a step's rows are the chain's.
@@ -96,6 +102,10 @@ struct Chain {
 // Row panels of a chain, and at most of all of them.
 inline int64_t row_panels_each(const Sizes& of, int64_t row_parts) {
   return ((of.B + row_parts - 1) / row_parts + MR - 1) / MR;
+}
+inline int64_t even_height(int64_t rows) {
+  const int64_t panels = (rows + MR - 1) / MR;
+  return fitting_height((rows + panels - 1) / panels);
 }
 inline int64_t most_row_panels(const Sizes& of, int threads) {
   return of.D * (of.B / MR + 2 * at_most(threads, of.B) + 1);
@@ -122,8 +132,9 @@ void for_chains(const Sizes& of, int64_t blocks, const Member& member, const Wal
   const Slice own = slice_of(blocks, 1, member.me % sharing.columns, sharing.columns);
   for (int64_t index = group; index < of.D * parts; index += groups) {
     const Slice rows = slice_of(of.B, 1, index % parts, parts);
-    walk(Chain{index / parts, rows.begin, rows.end - rows.begin, index * row_panels_each(of, parts),
-               own.begin, own.end});
+    const int64_t count = rows.end - rows.begin;
+    walk(Chain{index / parts, rows.begin, count, even_height(count),
+               index * row_panels_each(of, parts), own.begin, own.end});
   }
 }
 
@@ -146,15 +157,33 @@ void pack_weights(const Sizes& of, const void* const* w_hh, bool transposed, flo
   }
 }
 
-// tiles = A B over all words: A as row panels, B one panel, KC words at a time, so that B's part
-// stays in L1 for all rows.
+// fp32 rows, `stride` apart, into the words of a row panel.
 template <class T>
-void multiply_panels(int64_t rows, int64_t words, const float* a, const float* b, float* tiles) {
+void pack_state(const float* x, int64_t stride, int64_t rows, int64_t height, int64_t units,
+                float* panel) {
+  const auto row = [&](int64_t r, int64_t k, int64_t n) BIGKERN_FN {
+    return words_along<T>(
+        k, n, [&](int64_t at, int64_t) BIGKERN_FN { return load(x + r * stride + at); });
+  };
+  with_height(height, [&](auto constant) BIGKERN_FN {
+    pack_rows<decltype(constant)::value, T>(at_most(rows, height), 0, units, panel, row);
+  });
+}
+
+// tiles[panel][row panel] = A B over all words: A as row panels, B as `count` panels one after the
+// other. KC words at a time: A's part of a row panel stays in L1 for all panels, B's in L2 for all
+// row panels.
+template <class T>
+void multiply_panels(int64_t rows, int64_t height, int64_t words, const float* a, const float* b,
+                     int64_t count, float* tiles) {
   for (int64_t k = 0; k < words; k += KC) {
     const int64_t n = at_most(words - k, KC);
-    for (int64_t i = 0; i < rows; i += MR) {
-      multiply_tile<paired<T>>(at_most(rows - i, MR), n, a + (i * words + k * MR), MR, b + k * NR,
-                               tiles + i / MR * kTile, k == 0);
+    for (int64_t i = 0; i < rows; i += height) {
+      for (int64_t j = 0; j < count; ++j) {
+        multiply_tile<paired<T>>(at_most(rows - i, height), n, a + i * words + k * height, height,
+                                 b + (j * words + k) * NR,
+                                 tiles + (j * kRowPanels + i / height) * kTile, k == 0);
+      }
     }
   }
 }

@@ -1,7 +1,7 @@
 // The scan forward: at each step one product with the packed weights, and the cell on its tiles.
 //
 //   h' as panels      weights of a block of units       tiles, in L1
-//   [K][MR]           [K][NR] a gate, from L2 or L3     gates: [MR][NR] each
+//   [K][height]       [K][NR] a gate, from L2 or L3     gates: [height][NR] each
 //   +-----------+     +---+ +---+ +---+ +---+           +---+ +---+ +---+ +---+
 //   | sequences |  x  | i | | f | | g | | o |     =     | i | | f | | g | | o |  -> cell -> h, c
 //   +-----------+     +---+ +---+ +---+ +---+           +---+ +---+ +---+ +---+        |
@@ -13,9 +13,6 @@
 
 namespace bigkern::recurrent::BIGKERN_ISA {
 namespace {
-
-// Row panels whose tiles are made at once: they stay in L2 with the block's weights.
-constexpr int64_t kRowPanels = 16;
 
 // The workspace of a scan, as floats from one address on.
 template <class T>
@@ -37,13 +34,13 @@ struct ScanSpace {
     tiles = c + of.D * of.B * layout.width();
     end = tiles + threads * tiles_each();
   }
-  int64_t tiles_each() const { return layout.G * kRowPanels * kTile; }
+  int64_t tiles_each() const { return kPanels * kRowPanels * kTile; }
   size_t bytes() const { return size_t(end - base) * sizeof(float); }
 
   float* panels;  // [D][blocks][G][words][NR]: the weights
-  float* states;  // [2] x row panels x [words][MR]: h' and h, as words of T
+  float* states;  // [2] x row panels x [words][height]: h' and h, as words of T
   float *h, *c;   // [D, B, width]
-  float* tiles;   // a thread: [G][kRowPanels][MR][NR]
+  float* tiles;   // a thread: [kPanels][kRowPanels][MR][NR]
   float* end;
 };
 
@@ -53,7 +50,7 @@ struct Forward {
   const Chain& chain;
   const Layout<T>& layout;
   const float* panels;       // of the chain's direction
-  float* states[2];          // [row panels][words][MR]
+  float* states[2];          // [row panels][words][height]
   float *h_state, *c_state;  // of the chain's first sequence: [rows, width]
   float* tiles;
 
@@ -75,7 +72,7 @@ struct Forward {
         }
       }
       for (float* state : states) {
-        for (int64_t i = 0; i < chain.rows; i += MR) publish(block, i, state);
+        for (int64_t i = 0; i < chain.rows; i += chain.height) publish(block, i, state);
       }
     }
   }
@@ -84,34 +81,35 @@ struct Forward {
   // have not joined yet, too.
   void publish(int64_t block, int64_t i, float* state) const {
     const float* h = h_state + i * layout.width() + block * NR;
-    float* panel = state + i * layout.words + words_of<T>(block * NR) * MR;
-    pack_rows<MR, T>(at_most(chain.rows - i, MR), 0, layout.units(block), panel,
-                     [&](int64_t r, int64_t k, int64_t n) BIGKERN_FN {
-                       const float* row = h + r * layout.width();
-                       return words_along<T>(
-                           k, n, [&](int64_t at, int64_t) BIGKERN_FN { return load(row + at); });
-                     });
+    pack_state<T>(h, layout.width(), chain.rows - i, chain.height, layout.units(block),
+                  state + i * layout.words + words_of<T>(block * NR) * chain.height);
   }
 
   void step(const Step& now, const Step& next, int parity) const {
-    const int64_t rows = chain.present(now.rows);
-    for (int64_t block = chain.first_block; block < chain.last_block; ++block) {
-      for (int64_t first = 0; first < rows; first += kRowPanels * MR) {
-        const int64_t last = at_most(rows, first + kRowPanels * MR);
-        for (int64_t g = 0; g < layout.G; ++g) {
-          prefetch_gates(now, block, g, first, last);
-          multiply_panels<T>(last - first, layout.words, states[parity] + first * layout.words,
-                             panels + (block * layout.G + g) * layout.words * NR,
-                             tiles + g * kRowPanels * kTile);
-        }
-        for (int64_t i = first; i < last; i += MR) {
-          const float* tile = tiles + (i - first) / MR * kTile;
-          for (int64_t r = 0; r < at_most(last - i, MR); ++r) {
-            row_of_cells(now, next, block, i + r, tile + r * NR);
-          }
-          publish(block, i, states[1 - parity]);
+    const int64_t rows = chain.present(now.rows), at_once = kPanels / layout.G;
+    for (int64_t block = chain.first_block; block < chain.last_block; block += at_once) {
+      const int64_t blocks = at_most(chain.last_block - block, at_once);
+      for (int64_t first = 0; first < rows; first += kRowPanels * chain.height) {
+        const int64_t last = at_most(rows, first + kRowPanels * chain.height);
+        prefetch_gates(now, block, blocks, first, last);
+        multiply_panels<T>(last - first, chain.height, layout.words,
+                           states[parity] + first * layout.words,
+                           panels + block * layout.G * layout.words * NR, blocks * layout.G, tiles);
+        for (int64_t b = 0; b < blocks; ++b) {
+          cells(now, next, block + b, first, last, tiles + b * layout.G * kRowPanels * kTile,
+                states[1 - parity]);
         }
       }
+    }
+  }
+
+  void cells(const Step& now, const Step& next, int64_t block, int64_t first, int64_t last,
+             const float* tile, float* state) const {
+    for (int64_t i = first; i < last; i += chain.height, tile += kTile) {
+      for (int64_t r = 0; r < at_most(last - i, chain.height); ++r) {
+        row_of_cells(now, next, block, i + r, tile + r * NR);
+      }
+      publish(block, i, state);
     }
   }
 
@@ -121,12 +119,14 @@ struct Forward {
     return (n * p.of.D + chain.direction) * per_unit * p.of.H + block * NR;
   }
 
-  void prefetch_gates(const Step& now, int64_t block, int64_t g, int64_t first,
+  void prefetch_gates(const Step& now, int64_t block, int64_t blocks, int64_t first,
                       int64_t last) const {
     for (int64_t row = first; row < last; ++row) {
-      const T* gates = in(p.gates) + at(now, row, block, layout.G) + g * p.of.H;
-      for (int64_t line = 0; line < NR; line += 64 / int64_t(sizeof(T))) {
-        __builtin_prefetch(gates + line);
+      const T* gates = in(p.gates) + at(now, row, block, layout.G);
+      for (int64_t g = 0; g < layout.G; ++g) {
+        for (int64_t line = 0; line < blocks * NR; line += 64 / int64_t(sizeof(T))) {
+          __builtin_prefetch(gates + g * p.of.H + line, 0, 2);
+        }
       }
     }
   }

@@ -34,13 +34,13 @@ struct BackwardSpace {
     end = tiles + threads * tiles_each();
   }
   int64_t panel_each() const { return layout.G * layout.words * MR; }
-  int64_t tiles_each() const { return (kRowPanels + layout.G) * kTile; }
+  int64_t tiles_each() const { return (kPanels * kRowPanels + layout.G) * kTile; }
   size_t bytes() const { return size_t(end - base) * sizeof(float); }
 
   float* panels;    // [D][blocks][G][words][NR]: the weights, transposed
-  float* operands;  // [2] x row panels x [G][words][MR]: dgates of a step, as words of T
+  float* operands;  // [2] x row panels x [G][words][height]: dgates of a step, as words of T
   float *dh, *dc;   // [D, B, width]: what passes by the weights
-  float* tiles;     // a thread: of dh [kRowPanels][MR][NR], of dgates [G][MR][NR]
+  float* tiles;     // a thread: of dh [kPanels][kRowPanels][MR][NR], of dgates [G][MR][NR]
   float* end;
 };
 
@@ -63,41 +63,44 @@ struct Backward {
     const int64_t done_rows = chain.present(done.rows), now_rows = chain.present(now.rows);
     const int64_t rows = done_rows > now_rows ? done_rows : now_rows;
     const int64_t K = layout.G * layout.words;
-    for (int64_t block = chain.first_block; block < chain.last_block; ++block) {
-      for (int64_t first = 0; first < rows; first += kRowPanels * MR) {
-        const int64_t last = at_most(rows, first + kRowPanels * MR);
+    for (int64_t block = chain.first_block; block < chain.last_block; block += kPanels) {
+      const int64_t blocks = at_most(chain.last_block - block, kPanels);
+      for (int64_t first = 0; first < rows; first += kRowPanels * chain.height) {
+        const int64_t last = at_most(rows, first + kRowPanels * chain.height);
         if (first < done_rows) {
-          multiply_panels<T>(at_most(last, done_rows) - first, K, operands[parity] + first * K,
-                             panels + block * K * NR, dh_tiles);
+          multiply_panels<T>(at_most(last, done_rows) - first, chain.height, K,
+                             operands[parity] + first * K, panels + block * K * NR, blocks,
+                             dh_tiles);
         }
-        for (int64_t i = first; i < last; i += MR) {
-          const float* tile = dh_tiles + (i - first) / MR * kTile;
-          for (int64_t r = 0; r < at_most(last - i, MR); ++r) {
-            const float* of_h = i + r < done_rows ? tile + r * NR : nullptr;
-            if (i + r < now_rows) {
-              row_of_cells(now, before, block, i + r, of_h, dgates_tiles + r * NR);
-            } else {
-              leave(block, i + r, of_h);
-            }
-          }
-          if (i < now_rows) publish(block, i, now_rows, operands[1 - parity]);
+        for (int64_t b = 0; b < blocks; ++b) {
+          cells(done_rows, now_rows, now, before, block + b, first, last,
+                dh_tiles + b * kRowPanels * kTile, operands[1 - parity]);
         }
       }
+    }
+  }
+
+  void cells(int64_t done_rows, int64_t now_rows, const Step& now, const Step& before,
+             int64_t block, int64_t first, int64_t last, const float* tile, float* operand) const {
+    for (int64_t i = first; i < last; i += chain.height, tile += kTile) {
+      for (int64_t r = 0; r < at_most(last - i, chain.height); ++r) {
+        const float* product = i + r < done_rows ? tile + r * NR : nullptr;
+        if (i + r < now_rows) {
+          row_of_cells(now, before, block, i + r, product, dgates_tiles + r * NR);
+        } else {
+          leave(block, i + r, product);
+        }
+      }
+      if (i < now_rows) publish(block, i, now_rows, operand);
     }
   }
 
   // The dgates of a row panel into the panels of the next product.
   void publish(int64_t block, int64_t i, int64_t rows, float* operand) const {
     for (int64_t g = 0; g < layout.G; ++g) {
-      const float* tile = dgates_tiles + g * kTile;
-      float* panel =
-          operand + i * layout.G * layout.words + (g * layout.words + words_of<T>(block * NR)) * MR;
-      pack_rows<MR, T>(at_most(rows - i, MR), 0, layout.units(block), panel,
-                       [&](int64_t r, int64_t k, int64_t n) BIGKERN_FN {
-                         return words_along<T>(k, n, [&](int64_t at, int64_t) BIGKERN_FN {
-                           return load(tile + r * NR + at);
-                         });
-                       });
+      const int64_t word = g * layout.words + words_of<T>(block * NR);
+      pack_state<T>(dgates_tiles + g * kTile, NR, rows - i, chain.height, layout.units(block),
+                    operand + i * layout.G * layout.words + word * chain.height);
     }
   }
 
@@ -180,7 +183,7 @@ void scan_backward_by(const ScanBackward& p, const Member& member, const Backwar
                                         space.dh + row,
                                         space.dc + row,
                                         tiles,
-                                        tiles + kRowPanels * kTile};
+                                        tiles + kPanels * kRowPanels * kTile};
     const int64_t way = 1 - chain.direction;
     Step done{-1, 0, 0}, now = first_step(of, way);
     for (int parity = 0; now.rows > 0 || done.rows > 0; parity = 1 - parity) {

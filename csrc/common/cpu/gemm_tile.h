@@ -43,12 +43,16 @@ inline void with_height(int64_t height, const F& f) {
   if (height == 1) return f(Rows<1>{});
   if (height == 2) return f(Rows<2>{});
   if (height == 4) return f(Rows<4>{});
+  if (MR > 6 && height == 6) return f(Rows<6>{});
   if (MR > 8 && height == 8) return f(Rows<at_most(MR, 8)>{});
+  if (MR > 11 && height == 11) return f(Rows<at_most(MR, 11)>{});
   f(Rows<MR>{});
 }
 inline int64_t fitting_height(int64_t rows) {
-  if (rows <= 2) return rows < 2 ? 1 : 2;
-  return rows <= 4 ? 4 : rows <= 8 ? at_most(8, MR) : MR;
+  for (const int64_t height : {1, 2, 4, 6, 8, 11}) {
+    if (rows <= height) return at_most(height, MR);
+  }
+  return MR;
 }
 
 // Elements of a panel of B in one step. The two of a word stand NR apart where they are int8.
