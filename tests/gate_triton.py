@@ -50,6 +50,7 @@ from bigkern.triton_kernels import (
     frozen_ffn,
     launch,
     layernorm_ffn,
+    recurrent,
 )
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -388,6 +389,35 @@ def grad_norm_call(dtype: torch.dtype) -> Callable[[], object]:
     return lambda: adam.grad_norm([meta(100_000, dtype=dtype)])
 
 
+def recurrent_cases() -> Iterator[Case]:
+    """Few sequences without a backward; many, of which some end early, in whole tiles and ragged ones."""
+    for name, dtype in DTYPES.items():
+        for mode in recurrent.GATES:
+            yield f"{name} {mode} few", recurrent_call(dtype, mode, [16], 512, few=True), False
+            yield f"{name} {mode} packed", recurrent_call(dtype, mode, [512, 511, 2], 1024), False
+            yield f"{name} {mode} ragged", recurrent_call(dtype, mode, [512, 511, 2], 1023), False
+
+
+def recurrent_call(
+    dtype: torch.dtype, mode: str, counts: list[int], H: int, few: bool = False
+) -> Callable[[], object]:
+    """Forward and backward, in both directions and with zoneout; few: one direction's forward, no more."""
+
+    def call() -> None:
+        N, D, B, width = sum(counts), 1 if few else 2, counts[0], recurrent.GATES[mode] * H
+        gates, w_hh = meta(N, D * width, dtype=dtype), meta(width, H, dtype=dtype)
+        h0, y = meta(D, B, H, dtype=dtype), meta(N, D * H, dtype=dtype)
+        c0, reverse = h0 if mode == "LSTM" else None, None if few else w_hh
+        bias_n = meta(D, H, dtype=dtype) if mode == "GRU" else None
+        rest = (None, None) if few else (torch.tensor(counts), y)
+        recurrent.recurrent_scan(gates, h0, c0, w_hh, reverse, bias_n, *rest, mode, not few)
+        if not few:
+            saved = (*rest, y, None if mode.startswith("RNN") else meta(N, D * H), mode)
+            recurrent.recurrent_scan_backward(y, h0, c0, gates, h0, c0, w_hh, reverse, *saved)
+
+    return call
+
+
 ROOMS: dict[str, Callable[[int], Iterator[Case]]] = {
     "attention": attention_cases,
     "decode": lambda arch: decode_cases(),
@@ -397,6 +427,7 @@ ROOMS: dict[str, Callable[[int], Iterator[Case]]] = {
     "products": lambda arch: product_cases(),
     "frozen": frozen_cases,
     "adam": lambda arch: adam_cases(),
+    "recurrent": lambda arch: recurrent_cases(),
 }
 
 
@@ -411,6 +442,7 @@ QUICK = {
     "products": r"bfloat16 (gelu|swiglu)$",
     "frozen": r"(bfloat16 int8|e4m3) (gelu|swiglu)( 1 rows.*)?$",
     "adam": r"bfloat16 (bfloat16 Adam|uint8 int16 Adam|norm)",
+    "recurrent": r"bfloat16 (LSTM|GRU) ragged",
 }
 
 
