@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 from torch.utils._pytree import tree_leaves, tree_map
 
 import bigkern
+from bigkern.nn.recurrent_base import RecurrentBase
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -37,7 +38,7 @@ native = pytest.mark.parametrize("backend", [name for name in BACKENDS if name i
 @contextlib.contextmanager
 def loop(backend: str) -> Iterator[None]:
     """Our loop over the layers on a backend of the op, even on stock, which is given torch's whole stack."""
-    stack = mock.patch.object(bigkern.nn.LSTM.__mro__[1], "_is_stocks", return_value=False)
+    stack = mock.patch.object(RecurrentBase, "_is_stocks", return_value=False)
     with stack, run_backend("recurrent", backend):
         yield
 
@@ -197,6 +198,17 @@ def test_nothing_to_run(kind: str, extra: dict[str, Any]) -> None:
     for layer in (stock, ours):
         with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0 in RNN"):
             layer(torch.zeros(0, B, I))
+
+
+@kinds
+def test_what_sizes_decide_is_not_bound(kind: str) -> None:
+    """A call that no kernel wants, as of a single step, costs next to nothing more than torch's own."""
+    stock, ours = twins(kind, I, H)
+    with mock.patch.object(RecurrentBase, "_is_stocks", side_effect=AssertionError):
+        for x in (torch.randn(1, B, I), packed([1, 1, 1])):
+            assert_same(ours(x), stock(x), 0.0)
+        with pytest.raises(AssertionError):
+            ours(torch.randn(T, B, I))
 
 
 @kinds

@@ -325,9 +325,24 @@ def _refuses(backend: str) -> Callable[..., registry.Reason]:
     return refuses
 
 
-def _cpu_declines(x: Tensor, h0: Tensor, c0: Any, weights: Any, batch_sizes: Any, *_: Any) -> registry.Reason:
+def _cpu_declines(
+    x: Tensor, h0: Any, c0: Any, weights: Any, batch_sizes: Any, zoneout: Any, *_: Any
+) -> registry.Reason:
+    if not x.is_cpu:
+        return f"tensors are on {x.device.type}"
+    if zoneout is not None:
+        return None  # stock knows none, and the reference walks from step to step in Python
     T = x.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     return "stock is as fast for a single step" if T == 1 else None
+
+
+def declined(*arguments: Any) -> bool:
+    """Whether every backend but stock declines a call, which costs less to ask than to bind and resolve it.
+
+    The arguments are the op's, but for h0 and c0: what declines looks at neither.
+    """
+    kernels = (backend for backend in RECURRENT.backends.values() if backend.name != "torch")
+    return all(backend.declines(*arguments) is not None for backend in kernels)
 
 
 def _backend_of(name: str, scan: Any, scan_backward: Any, refuses: Any, declines: Any) -> registry.Backend:
