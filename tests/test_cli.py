@@ -206,6 +206,14 @@ def test_doctor_asks_for_every_feature_of_attention() -> None:
         assert all(feature in labels for feature in ("kv heads", "window", "softcap", "sinks", "pages of"))
 
 
+def test_doctor_asks_for_every_form_of_a_recurrent_layer() -> None:
+    forms = ("LSTM", "GRU", "RNN_TANH", "RNN_RELU", "bidirectional", "packed", "zoneout")
+    for asked in (problems.small("recurrent"), problems.thorough("recurrent")):
+        labels = " | ".join(problem.label for problem in asked)
+        assert all(form in labels for form in forms), labels
+        assert len({problem.label for problem in asked}) == len(asked)
+
+
 def test_a_wrong_lse_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     op = registry.get("attention")
     right = op.backends["torch"]

@@ -59,9 +59,9 @@ class Problem:
         made: Inputs = {}
         for name, shape in self.shapes.items():
             value = torch.randn(shape, generator=generator, device=source)
-            if name.startswith(("w1", "w2")):
+            if name.startswith(("w1", "w2", "weight_")):
                 value /= shape[-1] ** 0.5
-            if name.endswith("weight"):
+            if name.endswith("weight") or name.startswith("norm_weight"):
                 value = 1 + 0.1 * value
             if name.startswith("v_"):
                 value = value.square()  # Adam's second moment

@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bigkern.cli import batch_norm_problems, linear_problems
+from bigkern.cli import batch_norm_problems, linear_problems, recurrent_problems
 from bigkern.cli.adam_problems import STORAGE, adam, adam_storage, grad_norm
 from bigkern.cli.attention_problems import attention, decode, varlen
 from bigkern.cli.batch_norm_problems import batch_norm
 from bigkern.cli.frozen_problems import frozen
 from bigkern.cli.linear_problems import linear
 from bigkern.cli.problem import Call, Inputs, Problem
+from bigkern.cli.recurrent_problems import recurrent
 from bigkern.ops import layernorm_ffn as ffn_room
 from bigkern.ops import norm as norm_room
 
@@ -116,7 +117,7 @@ def _activate(h: Tensor, activation: str) -> Tensor:
 
 OPS = (
     "attention", "decode_attention", "norm", "batch_norm", "linear", "layernorm_ffn", "frozen_layernorm_ffn",
-    "adam", "grad_norm",
+    "recurrent", "adam", "grad_norm",
 )  # fmt: skip
 
 
@@ -128,6 +129,7 @@ def small(op: str) -> list[Problem]:
         "norm": [norm(65, 768), norm(7, 1023, residual=True), norm(33, 512, "rms")],
         "batch_norm": batch_norm_problems.small(),
         "linear": linear_problems.small(),
+        "recurrent": recurrent_problems.small(),
         "layernorm_ffn": [
             layernorm_ffn(33, 64, 256),
             layernorm_ffn(63, 96, 160, "swiglu"),
@@ -166,6 +168,8 @@ def thorough(op: str) -> list[Problem]:
         return batch_norm_problems.thorough()
     if op == "linear":
         return linear_problems.thorough()
+    if op == "recurrent":
+        return recurrent_problems.thorough()
     if op == "layernorm_ffn":
         activations = ("gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu")
         return [
@@ -191,6 +195,7 @@ def typical(op: str) -> Problem:
         "norm": norm(2048, 768),
         "batch_norm": batch_norm(8, 64, 56, 56, residual=True),
         "linear": linear(512, 768, 768),
+        "recurrent": recurrent("LSTM", 128, 32, 256, 512),
         "layernorm_ffn": layernorm_ffn(512, 768, 3072),
         "frozen_layernorm_ffn": frozen(16, 768, 3072, "int8"),
         "adam": adam([(768, 768), (768,)], "2 tensors"),
