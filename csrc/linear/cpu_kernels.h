@@ -2,8 +2,8 @@
 //
 // Nothing is packed in a pass of its own: each operand becomes panels right before it is used, from
 // either way that it can lie in memory. The bias is added to a tile of y while the tile is in L1.
-// dx sums over all outputs, of which a vocabulary has many: in float32 it takes kDepth at a time,
-// so that its packed rows of dy are no second copy of them.
+// The backward's sums can be long, over a vocabulary's outputs or a batch's rows: in float32 they
+// are taken in parts, whose packed operands stay in the caches instead of being a second copy.
 //
 // Compiled by cpu.cpp once per instruction set; no include guard.
 
@@ -31,11 +31,13 @@ struct BiasTile {
   }
 };
 
-constexpr int64_t kDepth = 8192;
+constexpr int64_t kOutputs = 8192, kRows = 1024;  // of a part: of dx's sums, of dweight's
 template <class T>
-constexpr bool adds_in_parts = sizeof(T) == sizeof(float);  // others would round in between
+constexpr int64_t part_of(int64_t K, int64_t most) {
+  return sizeof(T) == sizeof(float) ? at_most(K, most) : K;  // others would round in between
+}
 
-// The plans of the products; dx's of its longest part.
+// The plans of the products, of the longest part of each.
 struct Products {
   Plan y, dx, dweight;
 
@@ -43,10 +45,9 @@ struct Products {
   static Products of(const Params& p, int threads, T) {
     const auto plan = [&](int64_t M, int64_t N, int64_t K)
                           BIGKERN_FN { return make_plan(M, N, K, words_of<T>(K), threads); };
-    const bool rows = p.of_weight.column == 1;
-    const int64_t depth = adds_in_parts<T> ? at_most(p.N, kDepth) : p.N;
-    return {plan(p.M, p.N, p.K), plan(p.M, p.K, depth),
-            rows ? plan(p.N, p.K, p.M) : plan(p.K, p.N, p.M)};
+    const int64_t outputs = part_of<T>(p.N, kOutputs), rows = part_of<T>(p.M, kRows);
+    return {plan(p.M, p.N, p.K), plan(p.M, p.K, outputs),
+            p.of_weight.column == 1 ? plan(p.N, p.K, rows) : plan(p.K, p.N, rows)};
   }
 };
 
@@ -66,18 +67,17 @@ void linear(const LinearParams& p, const Parallel& parallel) {
           static_cast<float*>(p.workspace), parallel);
 }
 
-// dx = dy W, depth by depth.
+// C = A B over all of K, the plan's part of it at a time.
 template <class T>
-void input_gradient(const LinearBackwardParams& p, Plan plan, const Parallel& parallel) {
-  const int64_t depth = plan.K;
-  for (int64_t n = 0; n < p.N; n += depth) {
-    plan.K = at_most(depth, p.N - n);
+void sum_in_parts(Plan plan, int64_t K, Matrix<T> A, Matrix<T> B, T* C, float* workspace,
+                  const Parallel& parallel) {
+  const int64_t part = plan.K;
+  for (int64_t k = 0; k < K; k += part) {
+    plan.K = at_most(part, K - k);
     plan.words = words_of<T>(plan.K);
-    const Matrix<T> dy = {in<T>(p.dy) + n, p.N, 1};
-    const Matrix<T> w = {in<T>(p.weight) + n * p.of_weight.row, p.of_weight.row,
-                         p.of_weight.column};
-    gemm<T>(plan, dy, w, StoreTile<T>{static_cast<T*>(p.dx), p.K, n > 0},
-            static_cast<float*>(p.workspace), parallel);
+    gemm<T>(plan, A, B, StoreTile<T>{C, plan.N, k > 0}, workspace, parallel);
+    A.data += part * A.column;
+    B.data += part * B.row;
   }
 }
 
@@ -86,16 +86,15 @@ void linear_backward(const LinearBackwardParams& p, const Parallel& parallel) {
   const Products plans = Products::of(p, parallel.threads, T{});
   float* workspace = static_cast<float*>(p.workspace);
   const T *dy = in<T>(p.dy), *x = in<T>(p.x);
-  if (p.dx) input_gradient<T>(p, plans.dx, parallel);
-  if (!p.dweight) return;
-  T* dweight = static_cast<T*>(p.dweight);
-  if (p.of_weight.column == 1) {
-    gemm<T>(plans.dweight, {dy, 1, p.N}, {x, p.K, 1}, StoreTile<T>{dweight, p.K, false}, workspace,
-            parallel);
-  } else {
-    gemm<T>(plans.dweight, {x, 1, p.K}, {dy, p.N, 1}, StoreTile<T>{dweight, p.N, false}, workspace,
-            parallel);
+  const Matrix<T> dY = {dy, p.N, 1}, X = {x, p.K, 1};
+  const Matrix<T> weight = {in<T>(p.weight), p.of_weight.row, p.of_weight.column};
+  if (p.dx) {
+    sum_in_parts<T>(plans.dx, p.N, dY, weight, static_cast<T*>(p.dx), workspace, parallel);
   }
+  if (!p.dweight) return;
+  const bool rows = p.of_weight.column == 1;
+  sum_in_parts<T>(plans.dweight, p.M, (rows ? dY : X).transposed(), rows ? X : dY,
+                  static_cast<T*>(p.dweight), workspace, parallel);
 }
 
 }  // namespace
