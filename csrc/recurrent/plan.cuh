@@ -1,7 +1,7 @@
 // For the host: how a call is shared out, its workspace, and the tables of kernels.
 //
-// `columns` is how many chunks of H a row of the exchange has: 1 for h, G for the gradient of the
-// gates; the product has as many tiles of columns for each tile of units as makes G of both.
+// A row of the exchange has `columns` times H values: one for h, G for the gradients of the gates.
+// The product has G / columns tiles of eight columns for each tile of hidden units.
 #pragma once
 
 #include <algorithm>
@@ -35,27 +35,29 @@ inline size_t workspace_bytes(const Sizes& of, int64_t columns) {
 
 // ---- the plan ----------------------------------------------------------------------------------
 
-// As few hidden units a block as the multiprocessors allow, then as many groups of rows. False if
-// the weights do not fit on chip.
-inline bool make_plan(Plan& plan, const Sizes& of, int64_t columns, int multiprocessors,
-                      int max_smem) {
-  const int64_t tile_rows = ceil_div(of.B, kTileRows), unit_tiles = ceil_div(of.H, kTileUnits);
-  const int64_t slices_at_most = multiprocessors / of.D;
-  if (slices_at_most == 0) return false;
-  plan.unit_tiles = int(ceil_div(unit_tiles, slices_at_most));
+// As few hidden units a block as the multiprocessors allow, then as many groups of rows.
+inline cudaError_t make_plan(Plan& plan, const Sizes& of, int64_t columns) {
+  int multiprocessors = 0, max_smem = 0;
+  cudaError_t error = multiprocessor_count(&multiprocessors);
+  if (error == cudaSuccess) error = max_dynamic_smem(&max_smem);
+  if (error != cudaSuccess) return error;
+
+  const int64_t unit_tiles = ceil_div(of.H, kTileUnits), blocks = multiprocessors / of.D;
+  if (blocks == 0) return cudaErrorInvalidValue;
+  plan.unit_tiles = int(ceil_div(unit_tiles, blocks));
   plan.slices = int(ceil_div(unit_tiles, plan.unit_tiles));
   plan.chunks = int(ceil_div(of.H, depth_of(of.dtype)));
-  const int64_t tiles_of_group =
-      ceil_div(tile_rows, std::min(tile_rows, slices_at_most / plan.slices));
-  plan.groups = int(ceil_div(tile_rows, tiles_of_group));
-  plan.group_rows = int(tiles_of_group) * kTileRows;
+  const int64_t row_tiles = ceil_div(of.B, kTileRows);
+  const int64_t group_tiles = ceil_div(row_tiles, std::min(row_tiles, blocks / plan.slices));
+  plan.groups = int(ceil_div(row_tiles, group_tiles));
+  plan.group_rows = int(group_tiles * kTileRows);
 
   const int64_t fragment = kTileUnits * depth_of(of.dtype) * bytes_of(of.dtype);
   const int64_t weights = plan.unit_tiles * of.G() * plan.chunks * fragment;
-  const int64_t tile_parts = kWarps * (of.G() / columns) * kTileValues * int64_t(sizeof(float));
-  plan.tiles = int(std::min<int64_t>({kTiles, tiles_of_group, (max_smem - weights) / tile_parts}));
-  plan.smem = size_t(weights + plan.tiles * tile_parts);
-  return plan.tiles > 0;
+  const int64_t parts = kWarps * (of.G() / columns) * kTileValues * int64_t(sizeof(float));
+  plan.tiles = int(std::min<int64_t>({kTiles, group_tiles, (max_smem - weights) / parts}));
+  plan.smem = size_t(weights + plan.tiles * parts);
+  return plan.tiles > 0 ? cudaSuccess : cudaErrorInvalidValue;  // else it does not fit on chip
 }
 
 // ---- tables and launches -----------------------------------------------------------------------
@@ -83,11 +85,8 @@ int launch_persistent(const Kernel<Call> (&table)[COUNT], const Call& call, int6
   const Sizes& of = call.of;
   Work<Call> work = {call, {}};
   Plan& plan = work.plan;
-  int multiprocessors = 0, max_smem = 0;
-  cudaError_t error = multiprocessor_count(&multiprocessors);
-  if (error == cudaSuccess) error = max_dynamic_smem(&max_smem);
+  cudaError_t error = make_plan(plan, of, columns);
   if (error != cudaSuccess) return error;
-  if (!make_plan(plan, of, columns, multiprocessors, max_smem)) return cudaErrorInvalidValue;
 
   auto* const workspace = static_cast<unsigned char*>(call.workspace);
   const size_t shared = counter_bytes(of) + exchange_bytes(of, columns);
@@ -96,11 +95,11 @@ int launch_persistent(const Kernel<Call> (&table)[COUNT], const Call& call, int6
   plan.state = reinterpret_cast<float*>(workspace + shared);
   error = clear(workspace, shared, stream);  // the counters; what pads a row of the exchange
   if (error != cudaSuccess) return error;
+  const dim3 grid(unsigned(plan.slices), unsigned(plan.groups), unsigned(of.D));
   for (const Kernel<Call>& kernel : table) {
-    if (kernel.dtype != of.dtype || kernel.gates != of.G()) continue;
-    return launch_cooperative(kernel.function,
-                              dim3(unsigned(plan.slices), unsigned(plan.groups), unsigned(of.D)),
-                              dim3(kThreads), plan.smem, stream, work);
+    if (kernel.dtype == of.dtype && kernel.gates == of.G()) {
+      return launch_cooperative(kernel.function, grid, dim3(kThreads), plan.smem, stream, work);
+    }
   }
   return cudaErrorInvalidValue;
 }

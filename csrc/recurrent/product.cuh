@@ -18,17 +18,15 @@
 namespace bigkern::recurrent::cuda {
 
 constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
-constexpr int kTileRows = 16, kTileUnits = 8;            // of an mma
-constexpr int kTileValues = kTileRows * kTileUnits;      // four in each lane
-constexpr int kTiles = 4;                                // of rows, that a pass takes at most
-constexpr int kItems = kTiles * kTileValues / kThreads;  // values of a pass in each thread
+constexpr int kTileRows = 16, kTileUnits = 8;  // of an mma
+constexpr int kTileValues = kTileRows * kTileUnits;
+constexpr int kTiles = 2;  // of rows, in a pass: a value for each thread
+static_assert(kTiles * kTileValues == kThreads, "one value each");
 
 __device__ __forceinline__ int lane() { return threadIdx.x % kWarpSize; }
 __device__ __forceinline__ int warp() { return threadIdx.x / kWarpSize; }
 
-// A chunk is what is multiplied between two loads: kDepth<T> columns of the exchange. The order of
-// k within it is the operands' own affair, so that a lane's share is 16 bytes in a row, of a row of
-// the exchange (`A`, rows lane / 4 and lane / 4 + 8) as of a column of the weights (`B`).
+// A chunk is what is multiplied between two loads: kDepth<T> columns of the exchange.
 template <class T>
 constexpr int kDepth = 32;
 template <>
@@ -37,28 +35,39 @@ inline constexpr int kDepth<float> = 8;
 template <class T>
 constexpr int kFragment = kTileUnits * kDepth<T>;  // elements of a chunk of weights
 
-// Tensor cores: lane % 4 chooses the k, 8 of them, and two mma take four each.
+// On tensor cores, two mma. The order of k within an mma is the operands' own affair: lane % 4 has
+// four in a row, of row lane / 4 and of the one 8 below in A, of column lane / 4 in B. Both lie as
+// the registers take them, so that a lane's share is 16 bytes, of one mma of A, of both of B.
 template <class T>
 struct Chunk {
   struct A {
-    uint4 k[2];
+    uint4 mma[2];
   };
   struct B {
-    uint4 k;
+    uint4 mma;
   };
-  static __device__ __forceinline__ int at(int column, int k) { return column * kDepth<T> + k; }
+  // Where an element lies: of the exchange, of a chunk of weights.
+  static __device__ __forceinline__ int64_t in_rows(int row, int k, int64_t pitch) {
+    const int r = row % kTileRows, lane = r % 8 * 4 + k % 16 / 4;
+    return (row - r) * pitch + k / 16 * 256 + lane * 8 + k % 4 / 2 * 4 + r / 8 * 2 + k % 2;
+  }
+  static __device__ __forceinline__ int in_weights(int column, int k) {
+    const int lane = column * 4 + k % 16 / 4;
+    return lane * 8 + k / 16 * 4 + k % 4;
+  }
 
-  static __device__ __forceinline__ void load(A& a, const T* rows, int64_t pitch) {
-    const T* const own = rows + lane() / 4 * pitch + lane() % 4 * 8;
-    a.k[0] = detail::words_of<uint4>(load_vec(own));
-    a.k[1] = detail::words_of<uint4>(load_vec(own + 8 * pitch));
+  static __device__ __forceinline__ void load(A& a, const T* tile, int chunk, int64_t) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      a.mma[i] = detail::words_of<uint4>(load_vec(tile + (chunk * 2 + i) * 256 + lane() * 8));
+    }
   }
   static __device__ __forceinline__ void load(B& b, const T* weights) {
-    b.k = detail::words_of<uint4>(load_vec(weights + lane() * 8));
+    b.mma = detail::words_of<uint4>(load_vec(weights + lane() * 8));
   }
   static __device__ __forceinline__ void multiply(float (&d)[4], const A& a, const B& b) {
-    ptx::mma_m16n8k16<T>(d, {a.k[0].x, a.k[1].x, a.k[0].y, a.k[1].y}, {b.k.x, b.k.y});
-    ptx::mma_m16n8k16<T>(d, {a.k[0].z, a.k[1].z, a.k[0].w, a.k[1].w}, {b.k.z, b.k.w});
+    ptx::mma_m16n8k16<T>(d, {a.mma[0].x, a.mma[0].y, a.mma[0].z, a.mma[0].w}, {b.mma.x, b.mma.y});
+    ptx::mma_m16n8k16<T>(d, {a.mma[1].x, a.mma[1].y, a.mma[1].z, a.mma[1].w}, {b.mma.z, b.mma.w});
   }
 };
 
@@ -71,14 +80,17 @@ struct Chunk<float> {
   struct B {
     float k[2][8];  // of columns lane % 4 * 2 and the next
   };
-  static __device__ __forceinline__ int at(int column, int k) {
+  static __device__ __forceinline__ int64_t in_rows(int row, int k, int64_t pitch) {
+    return row * pitch + k;
+  }
+  static __device__ __forceinline__ int in_weights(int column, int k) {
     return k / 4 * (4 * kTileUnits) + column * 4 + k % 4;
   }
 
-  static __device__ __forceinline__ void load(A& a, const float* rows, int64_t pitch) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      load8(a.k[half], rows + (lane() / 4 + half * 8) * pitch, 4);
+  static __device__ __forceinline__ void load(A& a, const float* tile, int chunk, int64_t pitch) {
+    const float* const row = tile + lane() / 4 * pitch + chunk * kDepth<float>;
+    load8(a.k[0], row, 4);
+    load8(a.k[1], row + 8 * pitch, 4);
   }
   static __device__ __forceinline__ void load(B& b, const float* weights) {
 #pragma unroll
@@ -105,29 +117,55 @@ struct Chunk<float> {
   }
 };
 
+// Chunks of a warp's that travel at once: 32 registers of them, and as many that are multiplied.
+template <class T>
+constexpr int kAhead = 32 / (kTiles * int(sizeof(typename Chunk<T>::A) / sizeof(uint32_t)));
+
+// Operands of the rows: kAhead chunks of this warp's, `tiles` tiles of them.
+template <class T>
+struct Batch {
+  typename Chunk<T>::A a[kAhead<T>][kTiles];
+
+  __device__ __forceinline__ void load(const T* rows, int64_t pitch, int tiles, int chunk,
+                                       int chunks) {
+#pragma unroll
+    for (int i = 0; i < kAhead<T>; ++i, chunk += kWarps) {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        if (tile < tiles && chunk < chunks) {
+          Chunk<T>::load(a[i][tile], rows + tile * kTileRows * pitch, chunk, pitch);
+        }
+      }
+    }
+  }
+};
+
 // This warp's part of rows[tiles * 16, k] times N tiles of columns, to `parts` in shared memory.
 // The weights lie as [chunks, N, kFragment].
 template <int N, class T>
 __device__ __forceinline__ void multiply(float* parts, int tiles, const T* rows, int64_t pitch,
                                          const T* weights, int chunks) {
   float sum[kTiles][N][4] = {};
+  Batch<T> now = {}, next = {};
+  now.load(rows, pitch, tiles, warp(), chunks);
 #pragma unroll 2
-  for (int chunk = warp(); chunk < chunks; chunk += kWarps) {
-    typename Chunk<T>::A a[kTiles] = {};
+  for (int first = warp(); first < chunks; first += kAhead<T> * kWarps) {
+    next.load(rows, pitch, tiles, first + kAhead<T> * kWarps, chunks);
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      if (tile >= tiles) break;
-      Chunk<T>::load(a[tile], rows + tile * kTileRows * pitch + chunk * kDepth<T>, pitch);
-    }
+    for (int i = 0; i < kAhead<T>; ++i) {
+      const int chunk = first + i * kWarps;
+      if (chunk >= chunks) break;
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-      typename Chunk<T>::B b;
-      Chunk<T>::load(b, weights + (chunk * N + n) * kFragment<T>);
+      for (int n = 0; n < N; ++n) {
+        typename Chunk<T>::B b;
+        Chunk<T>::load(b, weights + (chunk * N + n) * kFragment<T>);
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        if (tile < tiles) Chunk<T>::multiply(sum[tile][n], a[tile], b);
+        for (int tile = 0; tile < kTiles; ++tile) {
+          if (tile < tiles) Chunk<T>::multiply(sum[tile][n], now.a[i][tile], b);
+        }
       }
     }
+    now = next;
   }
   auto* own = reinterpret_cast<Vec<float, 4>*>(parts) + warp() * tiles * N * kWarpSize + lane();
 #pragma unroll
@@ -157,7 +195,7 @@ __device__ __forceinline__ void load_weights(T* weights, const void* w_hh, int H
     const int64_t row = g * H + (TRANSPOSED ? k : unit), from = TRANSPOSED ? unit : k;
     const int chunk = k / kDepth<T>;
     const int to = TRANSPOSED ? tile * chunks + chunk : (u * chunks + chunk) * G + g;
-    weights[to * kFragment<T> + Chunk<T>::at(column, k % kDepth<T>)] =
+    weights[to * kFragment<T> + Chunk<T>::in_weights(column, k % kDepth<T>)] =
         unit < H && k < H ? w[row * H + from] : from_float<T>(0.0f);
   }
 }

@@ -7,9 +7,9 @@
 // block computes all gates, so that nothing but h goes from block to block: written, h rounded to
 // the operands' type, by one step and read by the next, with one barrier between them.
 //
-//   exchange half s % 2       h' [B, H] --> mma --> parts --> cell --> y, hn
-//   exchange half (s+1) % 2                                     `----> h
-//   state fp32                h', c'    ----------------------^  `---> h, c
+//   exchange half s % 2       h' [B, H] --> mma --> parts --> cell --> y, gates, reserve
+//   exchange half (s+1) % 2                                  ^  `----> h
+//   state fp32                h', c' ------------------------'   `---> h, c
 //
 // Both halves begin with h0, so that a row that joins late, in the reverse direction, finds it.
 #include "recurrent/cells.cuh"
@@ -22,41 +22,46 @@ namespace {
 
 enum Kept { kH, kC };
 
-// A value of a step, and what of it can be read before the other blocks are done.
+// A value of a step. What can be read before the other blocks are done is as it was read: to
+// convert it would be to wait for it.
 template <class Cell, class T>
 struct Item {
   static constexpr int G = Cell::kGates;
+  T x[G], bias_n, zoneout;
   Before before;
-  float gates[G], bias_n, zoneout;
+  float gates[G], h, reserve;
 
   __device__ __forceinline__ void load(const Scan& call, const Share<T>& share, const Value& v,
                                        int64_t row) {
-    const T* const x = static_cast<const T*>(call.gates);
+    const T zero = from_float<T>(0.0f);
+    const int64_t at = share.at(row, v.unit);
 #pragma unroll
-    for (int g = 0; g < G; ++g) gates[g] = to_float(x[share.at(row, v.unit, G, g)]);
-    before = {share.kept(kH, v.row, v.unit), share.kept(kC, v.row, v.unit)};
-    bias_n = zoneout = 0.0f;
-    if (call.bias_n != nullptr) {
-      bias_n = to_float(static_cast<const T*>(call.bias_n)[share.at(0, v.unit)]);
+    for (int g = 0; g < G; ++g) {
+      x[g] = static_cast<const T*>(call.gates)[share.at(row, v.unit, G, g)];
     }
-    if (call.zoneout != nullptr) {
-      zoneout = to_float(static_cast<const T*>(call.zoneout)[share.at(row, v.unit)]);
-    }
+    bias_n = G == 3 && call.bias_n ? static_cast<const T*>(call.bias_n)[share.at(0, v.unit)] : zero;
+    zoneout = call.zoneout ? static_cast<const T*>(call.zoneout)[at] : zero;
+    before = {share.kept(kH, v.row, v.unit), G == 4 ? share.kept(kC, v.row, v.unit) : 0.0f};
   }
 
-  // The cell, given the sums `s`; h to the exchange.
+  // The cell, given the state's side of the gates.
+  __device__ __forceinline__ T step(const Scan& call, const float (&s)[G]) {
+#pragma unroll
+    for (int g = 0; g < G; ++g) gates[g] = to_float(x[g]);
+    reserve = 0.0f;
+    h = Cell::forward(call.of.mode, gates, s, to_float(bias_n), before, reserve);
+    h += to_float(zoneout) * (before.h - h);
+    return from_float<T>(h);
+  }
+
   __device__ __forceinline__ void store(const Scan& call, const Share<T>& share, const Value& v,
-                                        int64_t row, const float (&s)[G], T* exchange) {
-    float reserve = 0.0f;
-    float h = Cell::forward(call.of.mode, gates, s, bias_n, before, reserve);
-    h += zoneout * (before.h - h);
-    const T rounded = from_float<T>(h);
-    exchange[v.unit] = rounded;
-    static_cast<T*>(call.y)[share.at(row, v.unit)] = rounded;
+                                        int64_t row) const {
+    const int64_t at = share.at(row, v.unit);
     share.kept(kH, v.row, v.unit) = h;
     if (G == 4) share.kept(kC, v.row, v.unit) = reserve;
+    static_cast<T*>(call.y)[at] = from_float<T>(h);
     if (!call.save) return;
-    if (G > 1) call.reserve[share.at(row, v.unit)] = reserve;
+    if (G > 1) call.reserve[at] = reserve;
 #pragma unroll
     for (int g = 0; g < G; ++g) {
       static_cast<T*>(call.gates)[share.at(row, v.unit, G, g)] = from_float<T>(gates[g]);
@@ -68,7 +73,7 @@ template <class T>
 __device__ __forceinline__ void begin(const Scan& call, const Share<T>& share) {
   share.each([&](int row, int unit, int64_t at) {
     const T h0 = static_cast<const T*>(call.h0)[at];
-    share.rows(0, row)[unit] = share.rows(1, row)[unit] = h0;
+    share.exchanged(0, row, unit) = share.exchanged(1, row, unit) = h0;
     share.kept(kH, row, unit) = to_float(h0);
     if (call.c0 != nullptr) {
       share.kept(kC, row, unit) = to_float(static_cast<const T*>(call.c0)[at]);
@@ -103,34 +108,25 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   Walk walk(call.of, share.d == 0);
   for (int step = 0; step < int(call.of.T); ++step, walk.advance()) {
-    const int rows_end = min(share.row_end, walk.rows);
-    for (int row0 = share.row0; row0 == share.row0 || row0 < rows_end; row0 += plan.tiles * 16) {
-      for (int u = 0; u < plan.unit_tiles; ++u) {
-        const Pass pass = {row0, min(rows_end, row0 + plan.tiles * kTileRows),
-                           share.unit0 + u * kTileUnits};
-        const auto each = [&](auto f) {
+    share.each_pass(plan.tiles, min(share.row_end, walk.rows), [&](const Pass& pass) {
+      const Value v(pass);
+      const bool exists = v.row < pass.end && v.unit < share.H;
+      Item<Cell, T> item = {};
+      if (exists) item.load(call, share, v, walk.first + v.row);
+      if (pass.first) grid_wait(share.counter, share.blocks * (step + 1));
+      const int tiles = tiles_of(pass.end - pass.row);
+      multiply<G>(parts, tiles, share.tile(step, pass.row), share.pitch,
+                  weights + pass.unit_tile * tile_weights, plan.chunks);
+      __syncthreads();  // all parts are here
+      if (exists) {
+        float s[G];
 #pragma unroll
-          for (int i = 0; i < kItems; ++i) {
-            const Value v(pass, i);
-            if (v.row < pass.end && v.unit < share.H) f(i, v);
-          }
-        };
-        Item<Cell, T> items[kItems];
-        each([&](int i, const Value& v) { items[i].load(call, share, v, walk.first + v.row); });
-        if (row0 == share.row0 && u == 0) grid_wait(share.counter, share.blocks * (step + 1));
-        multiply<G>(parts, pass.tiles(), share.rows(step, row0), share.pitch,
-                    weights + u * tile_weights, plan.chunks);
-        __syncthreads();  // all parts are here
-        each([&](int i, const Value& v) {
-          float s[G];
-#pragma unroll
-          for (int g = 0; g < G; ++g) s[g] = v.sum<G>(parts, pass.tiles(), g);
-          items[i].store(call, share, v, walk.first + v.row, s, share.rows(step + 1, v.row));
-        });
-        __syncthreads();  // and may be overwritten
+        for (int g = 0; g < G; ++g) s[g] = v.sum<G>(parts, tiles, g);
+        share.exchanged(step + 1, v.row, v.unit) = item.step(call, s);
       }
-    }
-    grid_arrive(share.counter);
+      share.passed(pass);
+      if (exists) item.store(call, share, v, walk.first + v.row);  // no other block waits for this
+    });
   }
   __syncthreads();
   end(call, share);
@@ -149,6 +145,11 @@ const Kernel<Scan> kTable[] = {
 };
 
 }  // namespace
+
+bool fits(const Sizes& of) {
+  Plan plan;
+  return make_plan(plan, of, 1) == cudaSuccess && make_plan(plan, of, of.G()) == cudaSuccess;
+}
 
 size_t scan_workspace(const Scan& call) { return workspace_bytes(call.of, 1); }
 

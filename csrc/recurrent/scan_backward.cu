@@ -22,59 +22,55 @@ namespace {
 
 enum Kept { kDh, kDc };
 
-// A value of a step, and what of it can be read before the other blocks are done. Of a row that has
-// no step now, dh and dc alone.
+// A value of a step. What can be read before the other blocks are done is as it was read: to
+// convert it would be to wait for it. Of a row that has no step now, dh and dc alone.
 template <class Cell, class T>
 struct Item {
   static constexpr int G = Cell::kGates;
-  Before before;
-  float gates[G], reserve, zoneout, dh, dc;
+  T gates[G], dy, zoneout, h_before, c0;
+  float reserve, c_before, dh, dc;
+  float dgates[G], ds[G];
 
-  __device__ __forceinline__ void load_gradients(const Share<T>& share, const Value& v) {
-    dh = share.kept(kDh, v.row, v.unit);
-    dc = G == 4 ? share.kept(kDc, v.row, v.unit) : 0.0f;
-  }
-
-  __device__ __forceinline__ void load_step(const ScanBackward& call, const Share<T>& share,
-                                            const Value& v, const Walk& walk) {
+  __device__ __forceinline__ void load(const ScanBackward& call, const Share<T>& share,
+                                       const Value& v, const Walk& walk) {
     const int64_t row = walk.first + v.row, at = share.at(row, v.unit);
-    const T* const activated = static_cast<const T*>(call.gates);
-#pragma unroll
-    for (int g = 0; g < G; ++g) gates[g] = to_float(activated[share.at(row, v.unit, G, g)]);
-    reserve = G > 1 ? call.reserve[at] : 0.0f;
-    zoneout = call.zoneout != nullptr ? to_float(static_cast<const T*>(call.zoneout)[at]) : 0.0f;
-    if (call.dy != nullptr) dh += to_float(static_cast<const T*>(call.dy)[at]);
-
-    before = {0.0f, 0.0f};
-    const bool first = v.row >= walk.next_rows;  // of the scan, for this row
-    const int64_t from = first ? (share.d * share.B + v.row) * share.H + v.unit
-                               : share.at(walk.next_first() + v.row, v.unit);
-    if (G == 3) before.h = to_float(static_cast<const T*>(first ? call.h0 : call.y)[from]);
-    if (G == 4) {
-      before.c = first ? to_float(static_cast<const T*>(call.c0)[from]) : call.reserve[from];
-    }
-  }
-
-  // The cell's backward, dh being complete; ds to the exchange.
-  __device__ __forceinline__ void store_step(const ScanBackward& call, const Share<T>& share,
-                                             const Value& v, const Walk& walk, T* exchange) {
-    const int64_t row = walk.first + v.row;
-    float dgates[G], ds[G];
-    const float kept = zoneout * dh;
-    dh = kept + Cell::backward(call.of.mode, gates, reserve, before, dh - kept, dc, dgates, ds);
+    const T zero = from_float<T>(0.0f);
 #pragma unroll
     for (int g = 0; g < G; ++g) {
-      exchange[g * (share.pitch / G) + v.unit] = from_float<T>(ds[g]);
+      gates[g] = static_cast<const T*>(call.gates)[share.at(row, v.unit, G, g)];
+    }
+    dy = call.dy ? static_cast<const T*>(call.dy)[at] : zero;
+    zoneout = call.zoneout ? static_cast<const T*>(call.zoneout)[at] : zero;
+    reserve = G > 1 ? call.reserve[at] : 0.0f;
+
+    const bool first = v.row >= walk.next_rows;  // of the scan, for this row
+    const int64_t before = first ? (share.d * share.B + v.row) * share.H + v.unit
+                                 : share.at(walk.next_first() + v.row, v.unit);
+    h_before = G == 3 ? static_cast<const T*>(first ? call.h0 : call.y)[before] : zero;
+    c0 = G == 4 && first ? static_cast<const T*>(call.c0)[before] : zero;
+    c_before = G == 4 && !first ? call.reserve[before] : 0.0f;
+  }
+
+  // The cell's backward; dh has the product's part already.
+  __device__ __forceinline__ void step(const ScanBackward& call) {
+    float activated[G];
+#pragma unroll
+    for (int g = 0; g < G; ++g) activated[g] = to_float(gates[g]);
+    const Before before = {to_float(h_before), c_before + to_float(c0)};
+    dh += to_float(dy);
+    const float kept = to_float(zoneout) * dh;
+    dh = kept + Cell::backward(call.of.mode, activated, reserve, before, dh - kept, dc, dgates, ds);
+  }
+
+  __device__ __forceinline__ void store(const ScanBackward& call, const Share<T>& share,
+                                        const Value& v, int64_t row) const {
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
       static_cast<T*>(call.dgates)[share.at(row, v.unit, G, g)] = from_float<T>(dgates[g]);
     }
     if (G == 3) {
       static_cast<T*>(call.dhidden_n)[share.at(row, v.unit)] = from_float<T>(ds[G - 1]);
     }
-  }
-
-  __device__ __forceinline__ void store_gradients(const Share<T>& share, const Value& v) const {
-    share.kept(kDh, v.row, v.unit) = dh;
-    if (G == 4) share.kept(kDc, v.row, v.unit) = dc;
   }
 };
 
@@ -108,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Plan& plan = work.plan;
   const Share<T> share(plan, call.of, G);
   T* const weights = dynamic_smem<T>();
-  const int tile_weights = G * plan.chunks * kFragment<T>;
+  const int tile_weights = G * plan.chunks * kFragment<T>, gate = plan.chunks * kDepth<T>;
   float* const parts = reinterpret_cast<float*>(weights + plan.unit_tiles * tile_weights);
   load_weights<G, true>(weights, call.w_hh[share.d], int(call.of.H), share.unit0, plan.unit_tiles,
                         plan.chunks);
@@ -117,38 +113,33 @@ __global__ void __launch_bounds__(kThreads, 1)
   Walk walk(call.of, share.d == 1);
   int product_end = share.row0;  // of the rows that had a step before
   for (int step = 0; step <= int(call.of.T); ++step, walk.advance()) {
-    const int step_end = min(share.row_end, walk.rows), rows_end = max(step_end, product_end);
-    for (int row0 = share.row0; row0 == share.row0 || row0 < rows_end; row0 += plan.tiles * 16) {
-      const int pass_end = min(rows_end, row0 + plan.tiles * kTileRows);
-      for (int u = 0; u < plan.unit_tiles; ++u) {
-        const int unit0 = share.unit0 + u * kTileUnits;
-        const auto each = [&](auto f) {
+    const int step_end = min(share.row_end, walk.rows);
+    share.each_pass(plan.tiles, max(step_end, product_end), [&](const Pass& pass) {
+      const Value v(pass);
+      const bool exists = v.row < pass.end && v.unit < share.H, steps = exists && v.row < step_end;
+      Item<Cell, T> item = {};
+      if (exists)
+        item.dh = share.kept(kDh, v.row, v.unit), item.dc = share.kept(kDc, v.row, v.unit);
+      if (steps) item.load(call, share, v, walk);
+      if (pass.first) grid_wait(share.counter, share.blocks * step);
+      const int tiles = tiles_of(min(pass.end, product_end) - pass.row);
+      multiply<1>(parts, tiles, share.tile(step + 1, pass.row), share.pitch,
+                  weights + pass.unit_tile * tile_weights, G * plan.chunks);
+      __syncthreads();  // all parts are here
+      if (exists && v.row < product_end) item.dh += v.sum<1>(parts, tiles, 0);
+      if (steps) {
+        item.step(call);
 #pragma unroll
-          for (int i = 0; i < kItems; ++i) {
-            const Value v({row0, pass_end, unit0}, i);
-            if (v.row < pass_end && v.unit < share.H) f(i, v);
-          }
-        };
-        Item<Cell, T> items[kItems];
-        each([&](int i, const Value& v) {
-          items[i].load_gradients(share, v);
-          if (v.row < step_end) items[i].load_step(call, share, v, walk);
-        });
-        if (row0 == share.row0 && u == 0) grid_wait(share.counter, share.blocks * step);
-        const Pass product = {row0, min(pass_end, product_end), unit0};
-        multiply<1>(parts, product.tiles(), share.rows(step + 1, row0), share.pitch,
-                    weights + u * tile_weights, G * plan.chunks);
-        __syncthreads();  // all parts are here
-        each([&](int i, const Value& v) {
-          if (v.row < product.end) items[i].dh += v.sum<1>(parts, product.tiles(), 0);
-          if (v.row < step_end) items[i].store_step(call, share, v, walk, share.rows(step, v.row));
-          items[i].store_gradients(share, v);
-        });
-        __syncthreads();  // and may be overwritten
+        for (int g = 0; g < G; ++g) {
+          share.exchanged(step, v.row, g * gate + v.unit) = from_float<T>(item.ds[g]);
+        }
       }
-    }
+      share.passed(pass);
+      if (exists)
+        share.kept(kDh, v.row, v.unit) = item.dh, share.kept(kDc, v.row, v.unit) = item.dc;
+      if (steps) item.store(call, share, v, walk.first + v.row);  // no other block waits for this
+    });
     product_end = step_end;
-    grid_arrive(share.counter);
   }
   __syncthreads();
   end(call, share);

@@ -37,23 +37,24 @@ struct Work {
   Plan plan;
 };
 
-// Rows [row, end) of the batch, eight hidden units from `unit` on.
+// Tiles that hold so many rows; none if there are less than none.
+BIGKERN_HD int tiles_of(int rows) { return (max(rows, 0) + kTileRows - 1) / kTileRows; }
+
+// A part of a step: rows [row, end) of the batch, up to kTiles tiles, and eight hidden units.
 struct Pass {
   int row, end, unit;
-  __device__ __forceinline__ int tiles() const {
-    return max(end - row + kTileRows - 1, 0) / kTileRows;
-  }
+  int unit_tile;     // of the block's
+  bool first, last;  // of the step
 };
 
-// One value of a pass. The parts hold it where an accumulator of mma has it: entry e of a lane is
-// row lane / 4 + e / 2 * 8, column lane % 4 * 2 + e % 2.
+// This thread's value of a pass. The parts hold it where an accumulator of mma has it: entry e of a
+// lane is row lane / 4 + e / 2 * 8, column lane % 4 * 2 + e % 2.
 struct Value {
   int tile, entry;  // in the parts: [tiles, N, kTileValues]
   int row, unit;
 
-  __device__ __forceinline__ Value(const Pass& pass, int item) {
-    const int index = item * kThreads + int(threadIdx.x);
-    tile = index / kTileValues, entry = index % kTileValues;
+  __device__ __forceinline__ explicit Value(const Pass& pass)
+      : tile(int(threadIdx.x) / kTileValues), entry(int(threadIdx.x) % kTileValues) {
     const int lane = entry / 4, e = entry % 4;
     row = pass.row + tile * kTileRows + lane / 4 + e / 2 * 8;
     unit = pass.unit + lane % 4 * 2 + e % 2;
@@ -84,7 +85,7 @@ struct Share {
   unsigned* counter;
   unsigned blocks;  // that share the counter
 
-  // `columns`: tiles of H, of kDepth columns, that a row of the exchange has for each chunk.
+  // `columns`: how many values a row of the exchange has for each hidden unit.
   __device__ __forceinline__ Share(const Plan& plan, const Sizes& of, int columns)
       : d(int(blockIdx.z)),
         unit0(int(blockIdx.x) * plan.unit_tiles * kTileUnits),
@@ -101,9 +102,12 @@ struct Share {
         counter(plan.counters + (d * plan.groups + int(blockIdx.y)) * kCounterStride),
         blocks(unsigned(plan.slices)) {}
 
-  // Rows of the half that is read, or written, in an even or odd step.
-  __device__ __forceinline__ T* rows(int step, int row) const {
+  // The half of the exchange that an even or odd step writes: its tile from `row` on, and a value.
+  __device__ __forceinline__ T* tile(int step, int row) const {
     return exchange + (step & 1) * half + row * pitch;
+  }
+  __device__ __forceinline__ T& exchanged(int step, int row, int column) const {
+    return tile(step, 0)[Chunk<T>::in_rows(row, column, pitch)];
   }
   // The two fp32 values that are kept of each hidden unit from step to step.
   __device__ __forceinline__ float& kept(int which, int row, int unit) const {
@@ -114,7 +118,28 @@ struct Share {
     return ((row * D + d) * G + g) * H + unit;
   }
 
-  // Calls f(row, unit, index in a tensor [D, B, H]) for all that the block owns.
+  // The step's passes, one at least: f(pass).
+  template <class F>
+  __device__ __forceinline__ void each_pass(int tiles, int rows_end, const F& f) const {
+    const int rows = tiles * kTileRows;
+    for (int row = row0; row == row0 || row < rows_end; row += rows) {
+      for (int u = 0; u < unit_tiles; ++u) {
+        f(Pass{row, min(rows_end, row + rows), unit0 + u * kTileUnits, u, row == row0 && u == 0,
+               row + rows >= rows_end && u == unit_tiles - 1});
+      }
+    }
+  }
+
+  // Ends a pass: its parts may be overwritten, and what the step exchanged is there for all.
+  __device__ __forceinline__ void passed(const Pass& pass) const {
+    if (pass.last) {
+      grid_arrive(counter);
+    } else {
+      __syncthreads();
+    }
+  }
+
+  // All that the block owns: f(row, unit, index in a tensor [D, B, H]).
   template <class F>
   __device__ __forceinline__ void each(const F& f) const {
     const int units = unit_tiles * kTileUnits;
