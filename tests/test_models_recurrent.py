@@ -20,7 +20,10 @@ from bigkern.models.recurrent import STOCK
 from bigkern.models.recurrent.stack import embedded
 from bigkern.models.transformer import parameters_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+]
 
 SMALL: dict[str, Any] = {"vocab_size": 40, "layers": 2, "width": 32}
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
