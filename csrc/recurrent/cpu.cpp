@@ -1,4 +1,4 @@
-// The scan on the CPU: picks the kernels of the machine's instruction set.
+// Recurrent layers on the CPU: picks the kernels of the machine's instruction set.
 
 #include <new>
 #include <type_traits>
@@ -16,10 +16,10 @@ namespace {
 template <class Result, class Params, class Extra>
 using PerIsa = Result (*const[isa_count])(const Params&, Extra);
 
-constexpr PerIsa<void, Scan, const Parallel&> scans = BIGKERN_PER_ISA(scan);
+constexpr PerIsa<void, Layer, const Parallel&> layers = BIGKERN_PER_ISA(layer);
 constexpr PerIsa<void, ScanBackward, const Parallel&> scan_backwards =
     BIGKERN_PER_ISA(scan_backward);
-constexpr PerIsa<size_t, Scan, int> scan_workspaces = BIGKERN_PER_ISA(scan_workspace);
+constexpr PerIsa<size_t, Layer, int> layer_workspaces = BIGKERN_PER_ISA(layer_workspace);
 constexpr PerIsa<size_t, ScanBackward, int> scan_backward_workspaces =
     BIGKERN_PER_ISA(scan_backward_workspace);
 
@@ -27,13 +27,13 @@ int level() { return static_cast<int>(isa()); }
 
 }  // namespace
 
-size_t scan_workspace(const Scan& call, int threads) {
-  return scan_workspaces[level()](call, threads);
+size_t layer_workspace(const Layer& call, int threads) {
+  return layer_workspaces[level()](call, threads);
 }
 size_t scan_backward_workspace(const ScanBackward& call, int threads) {
   return scan_backward_workspaces[level()](call, threads);
 }
-void scan(const Scan& call, const Parallel& parallel) { scans[level()](call, parallel); }
+void layer(const Layer& call, const Parallel& parallel) { layers[level()](call, parallel); }
 void scan_backward(const ScanBackward& call, const Parallel& parallel) {
   scan_backwards[level()](call, parallel);
 }

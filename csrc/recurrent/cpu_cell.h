@@ -16,7 +16,8 @@ constexpr bool reserves = G<mode> > 1;
 // gates: the input's part on entry, activated on return. products: the state's part. Returns h;
 // c' becomes c.
 template <Mode mode>
-inline vf cell(vf (&gates)[G<mode>], const vf (&products)[G<mode>], vf h_before, vf& reserve) {
+inline __attribute__((always_inline)) vf cell(vf (&gates)[G<mode>], const vf (&products)[G<mode>],
+                                              vf h_before, vf& reserve) {
   if constexpr (mode == Mode::lstm) {
     vf &i = gates[0], &f = gates[1], &g = gates[2], &o = gates[3];
     i = sigmoid(i + products[0]);
@@ -43,8 +44,9 @@ inline vf cell(vf (&gates)[G<mode>], const vf (&products)[G<mode>], vf h_before,
 // h' past the weights, dc that of c', and `gates` become the gradients of the gates before their
 // activation. of_hidden_n is that of GRU's W_n h' + b_n.
 template <Mode mode>
-inline void cell_backward(vf (&gates)[G<mode>], vf reserve, vf before, vf& dh, vf& dc,
-                          vf& of_hidden_n) {
+inline __attribute__((always_inline)) void cell_backward(vf (&gates)[G<mode>], vf reserve,
+                                                         vf before, vf& dh, vf& dc,
+                                                         vf& of_hidden_n) {
   if constexpr (mode == Mode::lstm) {  // before: c'
     const vf i = gates[0], f = gates[1], g = gates[2], o = gates[3];
     const vf tanh_c = tanh(reserve);

@@ -1,11 +1,11 @@
-// The scan on the CPU: the weights packed once, then one team of threads for all steps.
+// A recurrent layer on the CPU: the weights packed once, then one team of threads for all steps.
 //
 // Compiled by cpu.cpp once per instruction set; no include guard.
 
 #include "recurrent/cpu_plan.h"
 //
 #include "recurrent/cpu_cell.h"
-#include "recurrent/cpu_scan.h"
+#include "recurrent/cpu_layer.h"
 #include "recurrent/cpu_scan_backward.h"
 
 namespace bigkern::recurrent::BIGKERN_ISA {
@@ -42,32 +42,37 @@ void run_team(const Sizes& of, void* workspace, const Parallel& parallel, const 
 inline void* after_barriers(void* workspace, int threads) {
   return static_cast<Barrier*>(workspace) + threads + 1;
 }
-template <class Space>
-size_t workspace_of(const Sizes& of, int threads) {
-  return Space(of, threads, nullptr).bytes() + size_t(threads + 1) * sizeof(Barrier);
+template <class T>
+size_t gates_bytes(const Sizes& of) {
+  return size_t(of.N * of.D * of.G() * of.H) * sizeof(T);
+}
+template <class Space, class Call>
+size_t workspace_of(const Call& p, int threads) {
+  return Space(p, threads, nullptr).bytes + size_t(threads + 1) * sizeof(Barrier);
 }
 
 }  // namespace
 
-size_t scan_workspace(const Scan& p, int threads) {
+size_t layer_workspace(const Layer& p, int threads) {
   return with_dtype(p.of.dtype, [&](auto t) BIGKERN_FN {
-    return workspace_of<ScanSpace<decltype(t)>>(p.of, threads);
+    return workspace_of<LayerSpace<decltype(t)>>(p, threads);
   });
 }
 
 size_t scan_backward_workspace(const ScanBackward& p, int threads) {
   return with_dtype(p.of.dtype, [&](auto t) BIGKERN_FN {
-    return workspace_of<BackwardSpace<decltype(t)>>(p.of, threads);
+    return workspace_of<BackwardSpace<decltype(t)>>(p, threads);
   });
 }
 
-void scan(const Scan& p, const Parallel& parallel) {
+void layer(const Layer& p, const Parallel& parallel) {
   with_dtype(p.of.dtype, [&](auto t) BIGKERN_FN {
-    const ScanSpace<decltype(t)> space(p.of, parallel.threads,
-                                       after_barriers(p.workspace, parallel.threads));
+    if (p.gates) prefer_large_pages(p.gates, gates_bytes<decltype(t)>(p.of));
+    const LayerSpace<decltype(t)> space(p, parallel.threads,
+                                        after_barriers(p.workspace, parallel.threads));
     with_mode(p.of.mode, [&](auto mode) BIGKERN_FN {
       run_team(p.of, p.workspace, parallel, [&](const Member& member) BIGKERN_FN {
-        scan_by<decltype(mode)::value, decltype(t)>(p, member, space);
+        layer_by<decltype(mode)::value, decltype(t)>(p, member, space);
       });
     });
   });
@@ -75,7 +80,8 @@ void scan(const Scan& p, const Parallel& parallel) {
 
 void scan_backward(const ScanBackward& p, const Parallel& parallel) {
   with_dtype(p.of.dtype, [&](auto t) BIGKERN_FN {
-    const BackwardSpace<decltype(t)> space(p.of, parallel.threads,
+    prefer_large_pages(p.dgates, gates_bytes<decltype(t)>(p.of));
+    const BackwardSpace<decltype(t)> space(p, parallel.threads,
                                            after_barriers(p.workspace, parallel.threads));
     with_mode(p.of.mode, [&](auto mode) BIGKERN_FN {
       run_team(p.of, p.workspace, parallel, [&](const Member& member) BIGKERN_FN {

@@ -1,79 +1,187 @@
-// The scan forward: at each step one product with the packed weights, and the cell on its tiles.
+// A layer forward: the input's product for some steps at a time, then step by step the state's, and
+// the cell on the tiles of both.
 //
-//   h' as panels      weights of a block of units       tiles, in L1
+//   h' as panels      weights of a block of units       tiles
 //   [K][height]       [K][NR] a gate, from L2 or L3     gates: [height][NR] each
 //   +-----------+     +---+ +---+ +---+ +---+           +---+ +---+ +---+ +---+
 //   | sequences |  x  | i | | f | | g | | o |     =     | i | | f | | g | | o |  -> cell -> h, c
 //   +-----------+     +---+ +---+ +---+ +---+           +---+ +---+ +---+ +---+        |
-//         ^                                                                            |
+//         ^                                               + those of x, all steps      |
+//         |                                                 of a chunk in one product  |
 //         +------------------- transposed, into the other buffer ----------------------+
 //
 // h' has two buffers, so that a chain's threads wait for each other once a step. The fp32 state h,
-// c is its thread's alone. Included once per instruction set; no include guard.
+// c and the input's tiles are their thread's alone. Included once per instruction set; no include
+// guard.
 
 namespace bigkern::recurrent::BIGKERN_ISA {
 namespace {
 
-// The workspace of a scan, as floats from one address on.
 template <class T>
-struct ScanSpace {
+struct LayerSpace {
   Layout<T> layout;
-  int64_t row_panels;  // of all chains of both directions, whatever the sharing
+  int64_t input_words;
+  int64_t row_panels;    // of the state, all chains of both directions, whatever the sharing
+  int64_t chunk_panels;  // of the rows of a chunk: at least one step's
   int threads;
-  float* base;
 
-  ScanSpace(const Sizes& of, int threads, void* workspace)
-      : layout(of),
-        row_panels(most_row_panels(of, threads)),
-        threads(threads),
-        base(static_cast<float*>(workspace)) {
-    panels = base;
-    states = panels + of.D * layout.panels();
-    h = states + 2 * row_panels * layout.words * MR;
-    c = h + of.D * of.B * layout.width();
-    tiles = c + of.D * of.B * layout.width();
-    end = tiles + threads * tiles_each();
+  LayerSpace(const Layer& p, int threads, void* workspace)
+      : layout(p.of),
+        input_words(words_of<T>(p.I)),
+        row_panels(most_row_panels(p.of, threads)),
+        chunk_panels(at_least(kRowPanels, (p.of.B + MR - 1) / MR)),
+        threads(threads) {
+    const int64_t D = p.of.D, chains = D * at_most(threads, p.of.B);
+    Room room(workspace);
+    input_weights = room.take(D * layout.panels(input_words));
+    weights = room.take(D * layout.panels(layout.words));
+    bias = room.take(D * (layout.G + 1) * layout.width());
+    inputs = room.take(chains * inputs_each());
+    input_tiles = room.take(chains * input_tiles_each());
+    states = room.take(2 * row_panels * layout.words * MR);
+    h = room.take(D * p.of.B * layout.width());
+    c = room.take(D * p.of.B * layout.width());
+    tiles = room.take(threads * tiles_each());
+    sources = reinterpret_cast<int64_t*>(room.take(2 * threads * chunk_panels * MR));
+    bytes = room.bytes();
   }
+  int64_t inputs_each() const { return chunk_panels * input_words * MR; }
+  int64_t input_tiles_each() const { return layout.blocks * layout.G * chunk_panels * kTile; }
   int64_t tiles_each() const { return kPanels * kRowPanels * kTile; }
-  size_t bytes() const { return size_t(end - base) * sizeof(float); }
 
-  float* panels;  // [D][blocks][G][words][NR]: the weights
-  float* states;  // [2] x row panels x [words][height]: h' and h, as words of T
-  float *h, *c;   // [D, B, width]
-  float* tiles;   // a thread: [kPanels][kRowPanels][MR][NR]
-  float* end;
+  float* input_weights;  // [D][blocks][G][input words][NR]
+  float* weights;        // [D][blocks][G][words][NR]
+  float* bias;           // [D][G + 1][width]: of the gates, then GRU's b_hn
+  float* inputs;         // a chain: [chunk panels][input words][MR], x as words of T
+  float* input_tiles;    // a chain: [blocks][G][chunk panels][MR][NR]
+  float* states;         // [2] x row panels x [words][height]: h' and h, as words of T
+  float *h, *c;          // [D, B, width]
+  float* tiles;          // a thread: [kPanels][kRowPanels][MR][NR]
+  int64_t* sources;      // a thread: the rows of x in the chunk
+  size_t bytes;
 };
 
 template <Mode mode, class T>
 struct Forward {
-  const Scan& p;
+  const Layer& p;
   const Chain& chain;
+  const Member& member;
+  const LayerSpace<T>& space;
   const Layout<T>& layout;
-  const float* panels;       // of the chain's direction
-  float* states[2];          // [row panels][words][height]
-  float *h_state, *c_state;  // of the chain's first sequence: [rows, width]
-  float* tiles;
+  float *inputs, *input_tiles;  // of the chain
+  float* states[2];             // of the chain: [row panels][words][height]
+  float *h_state, *c_state;     // of the chain's first sequence: [rows, width]
+  float* tiles;                 // of the thread
+  int64_t* sources;
 
   static const T* in(const void* x) { return static_cast<const T*>(x); }
   static T* out(void* x) { return static_cast<T*>(x); }
 
   // Sequences from h0, c0: into both buffers, for those that join later find it in either.
   void begin() const {
-    const Sizes& of = p.of;
     for (int64_t block = chain.first_block; block < chain.last_block; ++block) {
       for (int64_t row = 0; row < chain.rows; ++row) {
-        const int64_t from = ((chain.direction * of.B) + chain.begin + row) * of.H + block * NR;
+        const int64_t from = of_state(block, row), to = row * layout.width() + block * NR;
         for (int64_t v = 0; v < NR; v += W) {
-          const int64_t n = layout.units(block) - v, to = row * layout.width() + block * NR + v;
-          store(h_state + to, n > 0 ? load_upto(in(p.h0) + from + v, n) : zero());
+          const int64_t n = layout.units(block) - v;
+          store(h_state + to + v, n > 0 ? load_upto(in(p.h0) + from + v, n) : zero());
           if (mode == Mode::lstm) {
-            store(c_state + to, n > 0 ? load_upto(in(p.c0) + from + v, n) : zero());
+            store(c_state + to + v, n > 0 ? load_upto(in(p.c0) + from + v, n) : zero());
           }
         }
       }
       for (float* state : states) {
         for (int64_t i = 0; i < chain.rows; i += chain.height) publish(block, i, state);
       }
+    }
+  }
+
+  void walk() const {
+    int parity = 0;
+    for (Step now = first_step(p.of, chain.direction); now.rows > 0;) {
+      const Step end = project(now);
+      int64_t input_row = 0;
+      while (now.t != end.t) {
+        const Step next = next_step(p.of, chain.direction, now);
+        step(now, next, parity, input_row);
+        member.wait_for_chain();
+        input_row += chain.present(now.rows);
+        parity = 1 - parity;
+        now = next;
+      }
+    }
+  }
+
+  // The input's tiles of as many steps from `now` on as have room; returns the step after them.
+  Step project(const Step& now) const {
+    const int64_t words = space.input_words, columns = member.sharing.columns;
+    int64_t rows = 0;
+    Step end = now;
+    do {
+      for (int64_t row = 0; row < chain.present(end.rows); ++row) {
+        sources[rows++] = end.offset + chain.begin + row;
+      }
+      end = next_step(p.of, chain.direction, end);
+    } while (end.rows > 0 && rows + chain.present(end.rows) <= space.chunk_panels * MR);
+
+    for (int64_t i = member.column() * MR; i < rows; i += columns * MR) pack_input(i, rows);
+    member.wait_for_chain();
+    const float* weights = space.input_weights + chain.direction * layout.panels(words);
+    for_blocks([&](int64_t block, int64_t blocks) BIGKERN_FN {
+      for (int64_t i = 0; i < rows; i += kRowPanels * MR) {
+        multiply_panels<T>(at_most(rows - i, kRowPanels * MR), MR, words, inputs + i * words,
+                           weights + block * layout.G * words * NR, blocks * layout.G,
+                           input_tiles_of(block) + i / MR * kTile, space.chunk_panels);
+      }
+    });
+    return end;
+  }
+
+  void pack_input(int64_t i, int64_t rows) const {
+    const auto row = [&](int64_t r, int64_t k, int64_t n)
+                         BIGKERN_FN { return words_along(in(p.x) + sources[i + r] * p.I + k, n); };
+    for (int64_t k = 0; k < p.I; k += kSlab) {
+      pack_rows<MR, T>(at_most(rows - i, MR), k, at_most(p.I, k + kSlab),
+                       inputs + i * space.input_words + words_of<T>(k) * MR, row);
+    }
+  }
+
+  // One step. `input_row` is its first row in the chunk.
+  void step(const Step& now, const Step& next, int parity, int64_t input_row) const {
+    const int64_t rows = chain.present(now.rows), words = layout.words;
+    const float* weights = space.weights + chain.direction * layout.panels(words);
+    for_blocks([&](int64_t block, int64_t blocks) BIGKERN_FN {
+      for (int64_t first = 0; first < rows; first += kRowPanels * chain.height) {
+        const int64_t last = at_most(rows, first + kRowPanels * chain.height);
+        multiply_panels<T>(last - first, chain.height, words, states[parity] + first * words,
+                           weights + block * layout.G * words * NR, blocks * layout.G, tiles,
+                           kRowPanels);
+        for (int64_t b = 0; b < blocks; ++b) {
+          cells(now, next, block + b, first, last, input_row,
+                tiles + b * layout.G * kRowPanels * kTile, states[1 - parity]);
+        }
+      }
+    });
+  }
+
+  void cells(const Step& now, const Step& next, int64_t block, int64_t first, int64_t last,
+             int64_t input_row, const float* tile, float* state) const {
+    for (int64_t i = first; i < last; i += chain.height, tile += kTile) {
+      for (int64_t r = 0; r < at_most(last - i, chain.height); ++r) {
+        const int64_t input = input_row + i + r;
+        row_of_cells(now, next, block, i + r, tile + r * NR,
+                     input_tiles_of(block) + input / MR * kTile + input % MR * NR);
+      }
+      publish(block, i, state);
+    }
+  }
+
+  // Calls f(block, blocks) for the thread's blocks, as many at a time as a product takes.
+  template <class F>
+  void for_blocks(const F& f) const {
+    const int64_t at_once = kPanels / layout.G;
+    for (int64_t block = chain.first_block; block < chain.last_block; block += at_once) {
+      f(block, at_most(chain.last_block - block, at_once));
     }
   }
 
@@ -85,68 +193,35 @@ struct Forward {
                   state + i * layout.words + words_of<T>(block * NR) * chain.height);
   }
 
-  void step(const Step& now, const Step& next, int parity) const {
-    const int64_t rows = chain.present(now.rows), at_once = kPanels / layout.G;
-    for (int64_t block = chain.first_block; block < chain.last_block; block += at_once) {
-      const int64_t blocks = at_most(chain.last_block - block, at_once);
-      for (int64_t first = 0; first < rows; first += kRowPanels * chain.height) {
-        const int64_t last = at_most(rows, first + kRowPanels * chain.height);
-        prefetch_gates(now, block, blocks, first, last);
-        multiply_panels<T>(last - first, chain.height, layout.words,
-                           states[parity] + first * layout.words,
-                           panels + block * layout.G * layout.words * NR, blocks * layout.G, tiles);
-        for (int64_t b = 0; b < blocks; ++b) {
-          cells(now, next, block + b, first, last, tiles + b * layout.G * kRowPanels * kTile,
-                states[1 - parity]);
-        }
-      }
-    }
+  float* input_tiles_of(int64_t block) const {
+    return input_tiles + block * layout.G * space.chunk_panels * kTile;
   }
-
-  void cells(const Step& now, const Step& next, int64_t block, int64_t first, int64_t last,
-             const float* tile, float* state) const {
-    for (int64_t i = first; i < last; i += chain.height, tile += kTile) {
-      for (int64_t r = 0; r < at_most(last - i, chain.height); ++r) {
-        row_of_cells(now, next, block, i + r, tile + r * NR);
-      }
-      publish(block, i, state);
-    }
+  int64_t of_state(int64_t block, int64_t row) const {
+    return (chain.direction * p.of.B + chain.begin + row) * p.of.H + block * NR;
   }
-
-  // The element (n, d, j) of what has G' values for each h.
+  // Where a block of a row is, in what has `per_unit` values for each h.
   int64_t at(const Step& now, int64_t row, int64_t block, int64_t per_unit) const {
     const int64_t n = now.offset + chain.begin + row;
     return (n * p.of.D + chain.direction) * per_unit * p.of.H + block * NR;
   }
 
-  void prefetch_gates(const Step& now, int64_t block, int64_t blocks, int64_t first,
-                      int64_t last) const {
-    for (int64_t row = first; row < last; ++row) {
-      const T* gates = in(p.gates) + at(now, row, block, layout.G);
-      for (int64_t g = 0; g < layout.G; ++g) {
-        for (int64_t line = 0; line < blocks * NR; line += 64 / int64_t(sizeof(T))) {
-          __builtin_prefetch(gates + g * p.of.H + line, 0, 2);
-        }
-      }
-    }
-  }
-
-  // A block of one sequence's units: `products` a tile's row, the next gate's kRowPanels tiles on.
+  // A block of one sequence's units: `products` and `inputs` are rows of tiles, the next gates'
+  // further on.
   void row_of_cells(const Step& now, const Step& next, int64_t block, int64_t row,
-                    const float* products) const {
+                    const float* products, const float* inputs) const {
     const int64_t H = p.of.H, here = at(now, row, block, 1);
-    T* gates_row = out(p.gates) + at(now, row, block, layout.G);
+    const float* bias = space.bias + chain.direction * (layout.G + 1) * layout.width() + block * NR;
+    T* gates_row = p.gates ? out(p.gates) + at(now, row, block, layout.G) : nullptr;
     const bool ends = chain.begin + row >= next.rows;
     for (int64_t v = 0; v < layout.units(block); v += W) {
       const int64_t n = layout.units(block) - v, state = row * layout.width() + block * NR + v;
       vf gates[G<mode>], product[G<mode>];
       for (int g = 0; g < G<mode>; ++g) {
-        gates[g] = load_upto(gates_row + g * H + v, n);
+        gates[g] =
+            load(inputs + g * space.chunk_panels * kTile + v) + load(bias + g * layout.width() + v);
         product[g] = load(products + g * kRowPanels * kTile + v);
       }
-      if constexpr (mode == Mode::gru) {
-        product[2] += load_or(in(p.bias_n), chain.direction * H + block * NR + v, n, 0.0f);
-      }
+      if (mode == Mode::gru) product[G<mode> - 1] += load(bias + G<mode> * layout.width() + v);
       const vf before = load(h_state + state);
       vf reserve = mode == Mode::lstm ? load(c_state + state) : zero();
       vf h = cell<mode>(gates, product, before, reserve);
@@ -154,45 +229,59 @@ struct Forward {
       store(h_state + state, h);
       if (mode == Mode::lstm) store(c_state + state, reserve);
       store_upto(out(p.y) + here + v, h, n);
-      if (p.save) {
+      if (gates_row) {
         for (int g = 0; g < G<mode>; ++g) store_upto(gates_row + g * H + v, gates[g], n);
         if (reserves<mode>) store_upto(p.reserve + here + v, reserve, n);
       }
       if (ends) {
-        const int64_t last = (chain.direction * p.of.B + chain.begin + row) * H + block * NR + v;
-        store_upto(out(p.hn) + last, h, n);
-        if (mode == Mode::lstm) store_upto(out(p.cn) + last, reserve, n);
+        store_upto(out(p.hn) + of_state(block, row) + v, h, n);
+        if (mode == Mode::lstm) store_upto(out(p.cn) + of_state(block, row) + v, reserve, n);
       }
     }
   }
 };
 
+// The biases of a direction's gates as floats: b_ih + b_hh, but for GRU's n, whose b_hh follows.
+template <class T>
+void widen_biases(const Layer& p, const Layout<T>& layout, int64_t d, float* bias) {
+  const T *b_ih = static_cast<const T*>(p.b_ih[d]), *b_hh = static_cast<const T*>(p.b_hh[d]);
+  memset(bias, 0, size_t((layout.G + 1) * layout.width()) * sizeof(float));
+  for (int64_t i = 0; b_ih && i < layout.G * layout.H; ++i) {
+    const int64_t g = i / layout.H, at = g * layout.width() + i % layout.H;
+    const bool hidden_n = p.of.mode == Mode::gru && g == 2;
+    bias[at] += to_float(b_ih[i]);
+    bias[at + (hidden_n ? layout.width() : 0)] += to_float(b_hh[i]);
+  }
+}
+
 template <Mode mode, class T>
-void scan_by(const Scan& p, const Member& member, const ScanSpace<T>& space) {
+void layer_by(const Layer& p, const Member& member, const LayerSpace<T>& space) {
   const Layout<T>& layout = space.layout;
   const Sizes& of = p.of;
-  pack_weights<T>(of, p.w_hh, false, space.panels, member);
+  pack_weights<T>(layout, of.D, p.w_ih, p.I, false, space.input_weights, member);
+  pack_weights<T>(layout, of.D, p.w_hh, of.H, false, space.weights, member);
+  for (int64_t d = member.me; d < of.D; d += member.team) {
+    widen_biases<T>(p, layout, d, space.bias + d * (layout.G + 1) * layout.width());
+  }
   member.wait_for_all();
   for_chains(of, layout.blocks, member, [&](const Chain& chain) BIGKERN_FN {
     float* state = space.states + chain.first_panel * layout.words * MR;
     const int64_t row = (chain.direction * of.B + chain.begin) * layout.width();
     const Forward<mode, T> forward = {p,
                                       chain,
+                                      member,
+                                      space,
                                       layout,
-                                      space.panels + chain.direction * layout.panels(),
+                                      space.inputs + chain.index * space.inputs_each(),
+                                      space.input_tiles + chain.index * space.input_tiles_each(),
                                       {state, state + space.row_panels * layout.words * MR},
                                       space.h + row,
                                       space.c + row,
-                                      space.tiles + member.me * space.tiles_each()};
+                                      space.tiles + member.me * space.tiles_each(),
+                                      space.sources + member.me * space.chunk_panels * MR};
     forward.begin();
     member.wait_for_chain();
-    int parity = 0;
-    for (Step now = first_step(of, chain.direction); now.rows > 0; parity = 1 - parity) {
-      const Step next = next_step(of, chain.direction, now);
-      forward.step(now, next, parity);
-      member.wait_for_chain();
-      now = next;
-    }
+    forward.walk();
   });
 }
 

@@ -24,6 +24,8 @@ namespace {
 // weights stay in L2.
 constexpr int64_t kPanels = 4, kRowPanels = 16;
 
+constexpr int64_t at_least(int64_t x, int64_t limit) { return x < limit ? limit : x; }
+
 struct Sharing {
   int64_t row_parts;  // chains of a direction
   int64_t columns;    // threads of a chain
@@ -51,6 +53,22 @@ inline Sharing share(const Sizes& of, int threads) {
   }
   return best;
 }
+
+// A workspace, handed out in parts that begin on cache lines.
+class Room {
+ public:
+  explicit Room(void* workspace) : base_(static_cast<float*>(workspace)) {}
+  float* take(int64_t floats) {
+    float* part = base_ + used_;
+    used_ += round_up(size_t(floats), kAlign / sizeof(float));
+    return part;
+  }
+  size_t bytes() const { return used_ * sizeof(float); }
+
+ private:
+  float* base_;
+  size_t used_ = 0;
+};
 
 // One step in the order of memory: rows offset .. offset + rows. None where rows is 0.
 struct Step {
@@ -81,13 +99,15 @@ struct Layout {
   explicit Layout(const Sizes& of)
       : G(of.G()), H(of.H), blocks((of.H + NR - 1) / NR), words(words_of<T>(of.H)) {}
   int64_t units(int64_t block) const { return at_most(H - block * NR, NR); }
-  int64_t width() const { return blocks * NR; }               // of a padded row of units
-  int64_t panels() const { return blocks * G * words * NR; }  // packed weights of a direction
+  int64_t width() const { return blocks * NR; }  // of a padded row of units
+  // Packed weights of a direction, of so many words a column.
+  int64_t panels(int64_t words) const { return blocks * G * words * NR; }
 };
 
 // One chain as one of its threads sees it. Its rows are cut into panels of about the same height: a
 // last one of few rows would cost nearly as much as a full one.
 struct Chain {
+  int64_t index;                    // among all chains
   int64_t direction, begin, rows;   // its sequences
   int64_t height;                   // of its row panels
   int64_t first_panel;              // among those of all chains
@@ -118,6 +138,7 @@ struct Member {
   Sharing sharing;
   Barrier* barriers;
 
+  int64_t column() const { return me % sharing.columns; }
   void wait_for_all() const { barriers[0].wait(team); }
   void wait_for_chain() const { barriers[1 + me / sharing.columns].wait(int(sharing.columns)); }
 };
@@ -129,30 +150,29 @@ void for_chains(const Sizes& of, int64_t blocks, const Member& member, const Wal
   const int64_t parts = sharing.row_parts;
   const int64_t groups = member.team / sharing.columns, group = member.me / sharing.columns;
   if (group >= groups) return;
-  const Slice own = slice_of(blocks, 1, member.me % sharing.columns, sharing.columns);
+  const Slice own = slice_of(blocks, 1, member.column(), sharing.columns);
   for (int64_t index = group; index < of.D * parts; index += groups) {
     const Slice rows = slice_of(of.B, 1, index % parts, parts);
     const int64_t count = rows.end - rows.begin;
-    walk(Chain{index / parts, rows.begin, count, even_height(count),
+    walk(Chain{index, index / parts, rows.begin, count, even_height(count),
                index * row_panels_each(of, parts), own.begin, own.end});
   }
 }
 
-// Packs the weights of all directions, block after block, gate after gate, each over the words of
-// the state (forward) or, transposed, over the words of that gate's gradients (backward).
+// Packs the weights [G, H, K] of all directions, block after block, gate after gate: each gate's NR
+// rows over K or, transposed, its NR columns over H.
 template <class T>
-void pack_weights(const Sizes& of, const void* const* w_hh, bool transposed, float* panels,
-                  const Member& member) {
-  const Layout<T> layout(of);
-  const int64_t each = layout.words * NR, all = of.D * layout.blocks * layout.G;
-  const Slice own = slice_of(all, 1, member.me, member.team);
+void pack_weights(const Layout<T>& layout, int64_t D, const void* const* weights, int64_t K,
+                  bool transposed, float* panels, const Member& member) {
+  const int64_t depth = transposed ? layout.H : K, each = words_of<T>(depth) * NR;
+  const Slice own = slice_of(D * layout.blocks * layout.G, 1, member.me, member.team);
   for (int64_t i = own.begin; i < own.end; ++i) {
     const int64_t gate = i % layout.G, block = i / layout.G % layout.blocks;
-    const T* w = static_cast<const T*>(w_hh[i / (layout.G * layout.blocks)]) + gate * of.H * of.H;
-    const Matrix<T> columns = transposed ? Matrix<T>{w, 1, of.H} : Matrix<T>{w, of.H, 1};
-    for (int64_t k = 0; k < of.H; k += kSlab) {
-      pack_panel<NR>(columns, block * NR, layout.units(block), k, at_most(of.H, k + kSlab),
-                     panels + i * each + words_of<T>(k) * NR);
+    const T* w = static_cast<const T*>(weights[i / (layout.G * layout.blocks)]);
+    const Matrix<T> rows = {w + gate * layout.H * K, K, 1};
+    for (int64_t k = 0; k < depth; k += kSlab) {
+      pack_panel<NR>(transposed ? rows.transposed() : rows, block * NR, layout.units(block), k,
+                     at_most(depth, k + kSlab), panels + i * each + words_of<T>(k) * NR);
     }
   }
 }
@@ -171,19 +191,26 @@ void pack_state(const float* x, int64_t stride, int64_t rows, int64_t height, in
 }
 
 // tiles[panel][row panel] = A B over all words: A as row panels, B as `count` panels one after the
-// other. KC words at a time: A's part of a row panel stays in L1 for all panels, B's in L2 for all
-// row panels.
+// other; a panel's tiles are `stride` tiles after the one's before. KC words at a time: A's part of
+// a row panel stays in L1 for all panels, B's in L2 for all row panels. With one row panel there is
+// nothing to come back to, and B is read in the order of memory.
 template <class T>
 void multiply_panels(int64_t rows, int64_t height, int64_t words, const float* a, const float* b,
-                     int64_t count, float* tiles) {
+                     int64_t count, float* tiles, int64_t stride) {
+  const auto multiply = [&](int64_t k, int64_t i, int64_t j) BIGKERN_FN {
+    multiply_tile<paired<T>>(at_most(rows - i, height), at_most(words - k, KC),
+                             a + i * words + k * height, height, b + (j * words + k) * NR,
+                             tiles + (j * stride + i / height) * kTile, k == 0);
+  };
+  if (rows <= height) {
+    for (int64_t j = 0; j < count; ++j) {
+      for (int64_t k = 0; k < words; k += KC) multiply(k, 0, j);
+    }
+    return;
+  }
   for (int64_t k = 0; k < words; k += KC) {
-    const int64_t n = at_most(words - k, KC);
     for (int64_t i = 0; i < rows; i += height) {
-      for (int64_t j = 0; j < count; ++j) {
-        multiply_tile<paired<T>>(at_most(rows - i, height), n, a + i * words + k * height, height,
-                                 b + (j * words + k) * NR,
-                                 tiles + (j * kRowPanels + i / height) * kTile, k == 0);
-      }
+      for (int64_t j = 0; j < count; ++j) multiply(k, i, j);
     }
   }
 }

@@ -1,4 +1,4 @@
-// The scan backward: the same walk the other way.
+// The scan backward: the walk of the layer (cpu_layer.h), the other way.
 //
 //   dh of step t  =  dgates of the step after it  x  W_hh  +  dy  +  what passes by the weights
 //
@@ -17,39 +17,36 @@ namespace {
 template <class T>
 struct BackwardSpace {
   Layout<T> layout;
-  int64_t row_panels;
-  int threads;
-  float* base;
+  int64_t row_panels;  // of all chains of both directions, whatever the sharing
 
-  BackwardSpace(const Sizes& of, int threads, void* workspace)
-      : layout(of),
-        row_panels(most_row_panels(of, threads)),
-        threads(threads),
-        base(static_cast<float*>(workspace)) {
-    panels = base;
-    operands = panels + of.D * layout.panels();
-    dh = operands + 2 * row_panels * panel_each();
-    dc = dh + of.D * of.B * layout.width();
-    tiles = dc + of.D * of.B * layout.width();
-    end = tiles + threads * tiles_each();
+  BackwardSpace(const ScanBackward& p, int threads, void* workspace)
+      : layout(p.of), row_panels(most_row_panels(p.of, threads)) {
+    Room room(workspace);
+    weights = room.take(p.of.D * layout.panels(layout.words));
+    operands = room.take(2 * row_panels * panel_each());
+    dh = room.take(p.of.D * p.of.B * layout.width());
+    dc = room.take(p.of.D * p.of.B * layout.width());
+    tiles = room.take(threads * tiles_each());
+    bytes = room.bytes();
   }
   int64_t panel_each() const { return layout.G * layout.words * MR; }
   int64_t tiles_each() const { return (kPanels * kRowPanels + layout.G) * kTile; }
-  size_t bytes() const { return size_t(end - base) * sizeof(float); }
 
-  float* panels;    // [D][blocks][G][words][NR]: the weights, transposed
+  float* weights;   // [D][blocks][G][words][NR], transposed
   float* operands;  // [2] x row panels x [G][words][height]: dgates of a step, as words of T
   float *dh, *dc;   // [D, B, width]: what passes by the weights
   float* tiles;     // a thread: of dh [kPanels][kRowPanels][MR][NR], of dgates [G][MR][NR]
-  float* end;
+  size_t bytes;
 };
+
+constexpr int64_t kRowsAhead = 4;
 
 template <Mode mode, class T>
 struct Backward {
   const ScanBackward& p;
   const Chain& chain;
   const Layout<T>& layout;
-  const float* panels;
+  const float* weights;
   float* operands[2];
   float *dh_state, *dc_state;
   float *dh_tiles, *dgates_tiles;
@@ -69,8 +66,8 @@ struct Backward {
         const int64_t last = at_most(rows, first + kRowPanels * chain.height);
         if (first < done_rows) {
           multiply_panels<T>(at_most(last, done_rows) - first, chain.height, K,
-                             operands[parity] + first * K, panels + block * K * NR, blocks,
-                             dh_tiles);
+                             operands[parity] + first * K, weights + block * K * NR, blocks,
+                             dh_tiles, kRowPanels);
         }
         for (int64_t b = 0; b < blocks; ++b) {
           cells(done_rows, now_rows, now, before, block + b, first, last,
@@ -85,6 +82,7 @@ struct Backward {
     for (int64_t i = first; i < last; i += chain.height, tile += kTile) {
       for (int64_t r = 0; r < at_most(last - i, chain.height); ++r) {
         const float* product = i + r < done_rows ? tile + r * NR : nullptr;
+        prefetch(now, before, block, at_most(i + r + kRowsAhead, last - 1));
         if (i + r < now_rows) {
           row_of_cells(now, before, block, i + r, product, dgates_tiles + r * NR);
         } else {
@@ -110,6 +108,23 @@ struct Backward {
   }
   int64_t of_state(int64_t block, int64_t row) const {
     return (chain.direction * p.of.B + chain.begin + row) * p.of.H + block * NR;
+  }
+
+  // Asks for what row_of_cells() will read and write: rows are too far apart for the hardware to.
+  void prefetch(const Step& now, const Step& before, int64_t block, int64_t row) const {
+    const int64_t here = at(now, row, block, 1), gates = at(now, row, block, layout.G);
+    for (int64_t j = 0; j < NR; j += 64 / int64_t(sizeof(T))) {
+      for (int64_t g = 0; g < layout.G; ++g) {
+        __builtin_prefetch(in(p.gates) + gates + g * p.of.H + j);
+        __builtin_prefetch(out(p.dgates) + gates + g * p.of.H + j, 1);
+      }
+      if (p.dy) __builtin_prefetch(in(p.dy) + here + j);
+      if (mode == Mode::gru) __builtin_prefetch(in(p.y) + at(before, row, block, 1) + j);
+    }
+    for (int64_t j = 0; reserves<mode> && j < NR; j += 64 / int64_t(sizeof(float))) {
+      __builtin_prefetch(p.reserve + here + j);
+      if (mode == Mode::lstm) __builtin_prefetch(p.reserve + at(before, row, block, 1) + j);
+    }
   }
 
   // A block of one sequence's units. `product` is its part of dh that comes through the weights,
@@ -169,21 +184,22 @@ template <Mode mode, class T>
 void scan_backward_by(const ScanBackward& p, const Member& member, const BackwardSpace<T>& space) {
   const Layout<T>& layout = space.layout;
   const Sizes& of = p.of;
-  pack_weights<T>(of, p.w_hh, true, space.panels, member);
+  pack_weights<T>(layout, of.D, p.w_hh, layout.H, true, space.weights, member);
   member.wait_for_all();
   for_chains(of, layout.blocks, member, [&](const Chain& chain) BIGKERN_FN {
     float* operand = space.operands + chain.first_panel * space.panel_each();
     float* tiles = space.tiles + member.me * space.tiles_each();
     const int64_t row = (chain.direction * of.B + chain.begin) * layout.width();
-    const Backward<mode, T> backward = {p,
-                                        chain,
-                                        layout,
-                                        space.panels + chain.direction * layout.panels(),
-                                        {operand, operand + space.row_panels * space.panel_each()},
-                                        space.dh + row,
-                                        space.dc + row,
-                                        tiles,
-                                        tiles + kPanels * kRowPanels * kTile};
+    const Backward<mode, T> backward = {
+        p,
+        chain,
+        layout,
+        space.weights + chain.direction * layout.panels(layout.words),
+        {operand, operand + space.row_panels * space.panel_each()},
+        space.dh + row,
+        space.dc + row,
+        tiles,
+        tiles + kPanels * kRowPanels * kTile};
     const int64_t way = 1 - chain.direction;
     Step done{-1, 0, 0}, now = first_step(of, way);
     for (int parity = 0; now.rows > 0 || done.rows > 0; parity = 1 - parity) {

@@ -1,4 +1,4 @@
-// The scan of a recurrent layer as torch ops: check, allocate, launch.
+// Recurrent layers as torch ops, a layer on the CPU, a scan on a GPU: check, allocate, launch.
 #include "common/op.h"
 
 #include "recurrent/recurrent.h"
@@ -6,18 +6,16 @@
 namespace bigkern::recurrent {
 namespace {
 
+#ifndef BIGKERN_SIMT
 struct Cpu {
-  static size_t workspace(const Scan& call) {
-    return cpu::scan_workspace(call, torch_parallel().threads);
-  }
   static size_t workspace(const ScanBackward& call) {
     return cpu::scan_backward_workspace(call, torch_parallel().threads);
   }
-  static void launch(const Scan& call, const Tensor&) { cpu::scan(call, torch_parallel()); }
   static void launch(const ScanBackward& call, const Tensor&) {
     cpu::scan_backward(call, torch_parallel());
   }
 };
+#endif
 
 #ifdef BIGKERN_CUDA
 struct Cuda {
@@ -41,46 +39,52 @@ Mode mode_of(const std::string& mode) {
   return Mode::rnn_relu;
 }
 
-// The sizes of a call, and where its batch sizes are read.
+// The sizes of a call whose steps have N rows in all, and where its batch sizes are read.
 struct Call {
   Sizes of;
   Tensor batch_sizes;  // keeps a copy on the device alive
 
-  Call(const Tensor& gates, const Tensor& h0, const OptionalTensor& batch_sizes_,
+  Call(const Tensor& like, int64_t N, const Tensor& h0, const OptionalTensor& batch_sizes_,
        const std::string& mode)
       : batch_sizes(h0) {
-    of.dtype = dtype_of(gates, "gates");
+    of.dtype = dtype_of(like, "x");
     of.mode = mode_of(mode);
     STD_TORCH_CHECK(h0.dim() == 3 && h0.numel() > 0, "h0 must be [D, B, H], and not empty");
     of.D = h0.size(0), of.B = h0.size(1), of.H = h0.size(2);
     STD_TORCH_CHECK(of.D == 1 || of.D == 2, "h0 must be of one direction or two, not ", of.D);
-    const int64_t width = of.D * of.G() * of.H;
-    STD_TORCH_CHECK(gates.dim() == 2 && gates.size(1) == width && gates.is_contiguous(),
-                    "gates must be [N, ", width, "] and contiguous");
-    of.N = gates.size(0);
+    of.N = N;
     of.T = of.N / of.B;
     of.batch_sizes = nullptr;
     if (batch_sizes_.has_value()) {
-      take(*batch_sizes_, gates);
+      take(*batch_sizes_, like);
     } else {
-      STD_TORCH_CHECK(of.T > 0 && of.T * of.B == of.N, "gates must have T * B rows, B = ", of.B);
+      STD_TORCH_CHECK(of.T > 0 && of.T * of.B == of.N, "x must have T * B rows, B = ", of.B);
     }
   }
+  // Of a scan on these gates.
+  Call(const Tensor& gates, const Tensor& h0, const OptionalTensor& batch_sizes_,
+       const std::string& mode)
+      : Call(gates, gates.size(0), h0, batch_sizes_, mode) {
+    STD_TORCH_CHECK(gates.dim() == 2 && gates.size(1) == width() && gates.is_contiguous(),
+                    "gates must be [N, ", width(), "] and contiguous");
+  }
 
-  // A tensor of these sizes and of the gates' dtype, dense; null where there is none.
+  // The data of a tensor of so many elements and of x's dtype, made dense; null where there is
+  // none.
   const void* data(OptionalTensor& x, const char* name, int64_t numel) const {
     if (!x.has_value()) return nullptr;
-    STD_TORCH_CHECK(dtype_of(*x, name) == of.dtype, name, " has another dtype than gates");
+    STD_TORCH_CHECK(dtype_of(*x, name) == of.dtype, name, " has another dtype than x");
     STD_TORCH_CHECK(x->numel() == numel, name, " must have ", numel, " elements");
     x = dense(*x);
     return x->const_data_ptr();
   }
   int64_t state() const { return of.D * of.B * of.H; }
+  int64_t width() const { return of.D * of.G() * of.H; }
   int64_t rows() const { return of.N * of.D * of.H; }
   int64_t weight() const { return of.G() * of.H * of.H; }
 
  private:
-  void take(const Tensor& sizes, const Tensor& gates) {
+  void take(const Tensor& sizes, const Tensor& like) {
     STD_TORCH_CHECK(sizes.is_cpu() && sizes.is_contiguous() && sizes.dim() == 1 &&
                         sizes.scalar_type() == torch::headeronly::ScalarType::Long,
                     "batch_sizes must be int64 numbers on the CPU");
@@ -95,8 +99,8 @@ struct Call {
     STD_TORCH_CHECK(of.T > 0 && of.batch_sizes[0] == of.B && sum == of.N,
                     "batch_sizes must begin with B = ", of.B, " and add up to ", of.N);
     batch_sizes = sizes;
-    if (gates.is_cpu()) return;
-    batch_sizes = torch::stable::new_empty(gates, {of.T}, torch::headeronly::ScalarType::Long);
+    if (like.is_cpu()) return;
+    batch_sizes = torch::stable::new_empty(like, {of.T}, torch::headeronly::ScalarType::Long);
     torch::stable::copy_(batch_sizes, sizes);
     of.batch_sizes = static_cast<const int64_t*>(batch_sizes.const_data_ptr());
   }
@@ -110,7 +114,57 @@ const float* reserve_data(const OptionalTensor& reserve, int64_t numel) {
   return static_cast<const float*>(reserve->const_data_ptr());
 }
 
-template <class Device>
+#ifndef BIGKERN_SIMT
+// The weights in torch's flat order: w_ih, w_hh and, if there are any, b_ih, b_hh of each
+// direction.
+std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor> layer(
+    const Tensor& x_, const Tensor& h0_, OptionalTensor c0, const std::vector<Tensor>& weights,
+    const OptionalTensor& batch_sizes, OptionalTensor zoneout, const std::string& mode, bool save) {
+  STD_TORCH_CHECK(x_.dim() >= 2 && x_.numel() > 0, "x must be [.., I], and not empty");
+  const Tensor x = dense(x_);
+  const int64_t I = x.size(x.dim() - 1);
+  const Call call(x, x.numel() / I, h0_, batch_sizes, mode);
+  const Sizes& of = call.of;
+  const int64_t each = int64_t(weights.size()) / of.D;
+  STD_TORCH_CHECK((each == 2 || each == 4) && each * of.D == int64_t(weights.size()),
+                  "weights must be 2 or 4 a direction");
+  STD_TORCH_CHECK(c0.has_value() == (of.mode == Mode::lstm), "c0 is the LSTM's, and it needs one");
+  std::vector<int64_t> sizes = {x.sizes().begin(), x.sizes().end()};
+  sizes.back() = of.D * of.H;
+  Tensor y = empty(x, sizes), hn = empty(x, {of.D, of.B, of.H});
+  OptionalTensor h0 = h0_, cn, gates, reserve;
+  if (c0.has_value()) cn = empty(x, {of.D, of.B, of.H});
+  if (save) gates = empty(x, {of.N, call.width()});
+  if (save && of.G() > 1) reserve = empty_f32(x, {of.N, of.D * of.H});
+  Layer p = {};
+  p.of = of, p.I = I;
+  p.x = x.const_data_ptr();
+  std::vector<OptionalTensor> dense_weights = {weights.begin(), weights.end()};
+  for (int64_t d = 0; d < of.D; ++d) {
+    OptionalTensor* of_d = dense_weights.data() + d * each;
+    p.w_ih[d] = call.data(of_d[0], "w_ih", of.G() * of.H * I);
+    p.w_hh[d] = call.data(of_d[1], "w_hh", call.weight());
+    if (each == 2) continue;
+    p.b_ih[d] = call.data(of_d[2], "b_ih", of.G() * of.H);
+    p.b_hh[d] = call.data(of_d[3], "b_hh", of.G() * of.H);
+  }
+  p.h0 = call.data(h0, "h0", call.state());
+  p.c0 = call.data(c0, "c0", call.state());
+  p.zoneout = call.data(zoneout, "zoneout", call.rows());
+  p.y = y.mutable_data_ptr();
+  p.hn = hn.mutable_data_ptr();
+  p.cn = cn.has_value() ? cn->mutable_data_ptr() : nullptr;
+  p.gates = gates.has_value() ? gates->mutable_data_ptr() : nullptr;
+  p.reserve = reserve.has_value() ? static_cast<float*>(reserve->mutable_data_ptr()) : nullptr;
+  const Parallel parallel = torch_parallel();
+  const Tensor workspace = empty_bytes(x, cpu::layer_workspace(p, parallel.threads));
+  p.workspace = workspace.mutable_data_ptr();
+  cpu::layer(p, parallel);
+  return {y, hn, cn, gates, reserve};
+}
+#endif
+
+#ifdef BIGKERN_CUDA
 std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor> scan(
     const Tensor& gates, const Tensor& h0_, OptionalTensor c0, const Tensor& w_hh_,
     OptionalTensor w_hh_reverse, OptionalTensor bias_n, const OptionalTensor& batch_sizes,
@@ -139,11 +193,12 @@ std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor> scan(
             reserve.has_value() ? static_cast<float*>(reserve->mutable_data_ptr()) : nullptr,
             save,
             nullptr};
-  const Tensor workspace = empty_bytes(gates, Device::workspace(p));
+  const Tensor workspace = empty_bytes(gates, Cuda::workspace(p));
   p.workspace = workspace.mutable_data_ptr();
-  Device::launch(p, gates);
+  Cuda::launch(p, gates);
   return {y, hn, cn, reserve};
 }
+#endif
 
 template <class Device>
 std::tuple<Tensor, OptionalTensor, Tensor, OptionalTensor> scan_backward(
@@ -186,26 +241,26 @@ std::tuple<Tensor, OptionalTensor, Tensor, OptionalTensor> scan_backward(
   return {dgates, dhidden_n, dh0, dc0};
 }
 
-template <class Device, class Library>
-void implement(Library& m) {
-  m.impl("recurrent_scan", TORCH_BOX(&scan<Device>));
-  m.impl("recurrent_scan_backward", TORCH_BOX(&scan_backward<Device>));
-}
-
 }  // namespace
 }  // namespace bigkern::recurrent
 
 #ifdef BIGKERN_SIMT
 STABLE_TORCH_LIBRARY_IMPL(bigkern_simt, CPU, m) {
-  bigkern::recurrent::implement<bigkern::recurrent::Cuda>(m);
+  m.impl("recurrent_scan", TORCH_BOX(&bigkern::recurrent::scan));
+  m.impl("recurrent_scan_backward",
+         TORCH_BOX(&bigkern::recurrent::scan_backward<bigkern::recurrent::Cuda>));
 }
 #else
 STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CPU, m) {
-  bigkern::recurrent::implement<bigkern::recurrent::Cpu>(m);
+  m.impl("recurrent", TORCH_BOX(&bigkern::recurrent::layer));
+  m.impl("recurrent_scan_backward",
+         TORCH_BOX(&bigkern::recurrent::scan_backward<bigkern::recurrent::Cpu>));
 }
 #ifdef BIGKERN_CUDA
 STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CUDA, m) {
-  bigkern::recurrent::implement<bigkern::recurrent::Cuda>(m);
+  m.impl("recurrent_scan", TORCH_BOX(&bigkern::recurrent::scan));
+  m.impl("recurrent_scan_backward",
+         TORCH_BOX(&bigkern::recurrent::scan_backward<bigkern::recurrent::Cuda>));
 }
 #endif
 #endif

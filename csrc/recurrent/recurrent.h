@@ -1,7 +1,8 @@
 // The scan of a recurrent layer over time: its contract on every backend, free of torch.
 //
-// The input's part of the gates has been multiplied before, as one product over all steps; the scan
-// adds the state's part and walks through time. With ' for the step before, * elementwise:
+// On a GPU the input's part of the gates has been multiplied before, as one product over all steps;
+// the scan adds the state's part and walks through time. On a CPU it is a product over some steps
+// at a time, whose results wait in the caches. With ' for the step before, * elementwise:
 //
 //   LSTM   i, f, o = sigmoid(x_i + W_i h'), ..   g = tanh(x_g + W_g h')
 //          c = f * c' + i * g                    h = o * tanh(c)
@@ -44,6 +45,7 @@ struct Sizes {
   int64_t G() const { return gates_of(mode); }
 };
 
+// A scan on projected gates.
 struct Scan {
   Sizes of;
   void* gates;          // [N, D, G, H]: x W_ih^T + biases; becomes the activated gates if save
@@ -55,6 +57,24 @@ struct Scan {
   void *hn, *cn;        // [D, B, H]
   float* reserve;       // [N, D, H] if save: c of the LSTM, W_n h' + b_n of the GRU
   bool save;            // for the backward
+  void* workspace;
+};
+
+// A layer: projection and scan.
+struct Layer {
+  Sizes of;
+  int64_t I;
+  const void* x;        // [N, I]
+  const void* w_ih[2];  // [G, H, I] a direction
+  const void* w_hh[2];  // [G, H, H]
+  const void* b_ih[2];  // [G, H], null ok: 0
+  const void* b_hh[2];
+  const void *h0, *c0;  // [D, B, H]; c0 of the LSTM alone
+  const void* zoneout;  // [N, D, H], null ok: 0
+  void* y;              // [N, D, H]
+  void *hn, *cn;        // [D, B, H]
+  void* gates;          // [N, D, G, H], activated, null ok: no backward will come
+  float* reserve;       // [N, D, H] where there are gates, as the scan's
   void* workspace;
 };
 
@@ -77,9 +97,9 @@ struct ScanBackward {
 };
 
 namespace cpu {
-size_t scan_workspace(const Scan& call, int threads);
+size_t layer_workspace(const Layer& call, int threads);
 size_t scan_backward_workspace(const ScanBackward& call, int threads);
-void scan(const Scan& call, const Parallel& parallel);
+void layer(const Layer& call, const Parallel& parallel);
 void scan_backward(const ScanBackward& call, const Parallel& parallel);
 }  // namespace cpu
 
