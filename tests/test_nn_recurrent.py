@@ -449,9 +449,11 @@ def test_traced_scripted_and_under_autocast() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             assert_same(ours(x), stock(x))
             for extra in ({"layer_norm": True}, {"zoneout": 0.1}, {"recurrent_dropout": 0.1}):
-                y, _ = getattr(bigkern.nn, kind)(I, H, **extra)(x)
+                torch.manual_seed(0)
+                layer = getattr(bigkern.nn, kind)(I, H, 2, **extra).eval()
+                (y, _), (exact, _) = layer(x.bfloat16()), copy.deepcopy(layer).double()(x.double())
+                assert_same(y.double(), exact, 1e-1)
                 y.float().sum().backward()
-                assert bool(y.isfinite().all())
 
 
 # ---- beyond torch's --------------------------------------------------------------------------------

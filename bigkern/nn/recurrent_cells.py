@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bigkern import registry
-from bigkern.ops.recurrent import RECURRENT, recurrent
+from bigkern.ops.recurrent import RECURRENT, declined, recurrent
 
 
 class _Cell(nn.RNNCellBase):
@@ -16,8 +17,8 @@ class _Cell(nn.RNNCellBase):
     mode: str
 
     def forward(self, input: Any, hx: Any = None) -> Any:
-        if input.is_cpu and not registry.forced():
-            return super().forward(input, hx)  # stock's by choice: asking would cost more than the step
+        if self._is_declined(input):
+            return super().forward(input, hx)
         states = () if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)
         if not self._fits(input, states):
             return super().forward(input, hx)  # torch's own checks are to judge these
@@ -27,6 +28,15 @@ class _Cell(nn.RNNCellBase):
         _, state = recurrent(*step)
         shape = (*input.shape[:-1], self.hidden_size)
         return tuple(s.view(shape) for s in state) if self.mode == "LSTM" else state.view(shape)
+
+    def _is_declined(self, input: Tensor) -> bool:
+        """Whether stock would be chosen by sizes alone: to ask more would cost more than the step."""
+        if registry.forced():
+            return False
+        if input.is_cpu:
+            return True
+        weights = [self.weight_ih, self.weight_hh]
+        return declined(input[None], None, None, weights, None, None, self.mode, torch.is_grad_enabled())
 
     def _fits(self, input: Tensor, states: tuple[Tensor, ...]) -> bool:
         """Whether shapes and dtypes are what the op expects."""
