@@ -18,6 +18,7 @@ from bigkern import registry
 from bigkern.ops._library import (
     KERNEL_DTYPES,
     LIBRARY,
+    define,
     define_native,
     foreign,
     plain,
@@ -32,7 +33,7 @@ from bigkern.ops.recurrent_layer import Gradients, Result, composed, composed_ba
 from bigkern.reference import linear as linear_reference
 from bigkern.reference import recurrent as reference
 
-LIBRARY.define(
+define(
     "recurrent(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, Tensor? zoneout,"
     " str mode, bool save) -> (Tensor y, Tensor hn, Tensor? cn, Tensor? gates, Tensor? reserve)"
 )
@@ -320,17 +321,16 @@ def _refuses(backend: str) -> Callable[..., registry.Reason]:
     def refuses(
         x: Tensor, h0: Tensor, c0: Any, weights: Sequence[Tensor], batch_sizes: Any, zoneout: Any, *_: Any
     ) -> registry.Reason:
-        if (reason := foreign(x, h0, c0, zoneout, *weights) or unavailable(backend, x)) is not None:
+        if (reason := unavailable(backend, x) or foreign(x, h0, c0, zoneout, *weights)) is not None:
             return reason
         if x.dtype not in KERNEL_DTYPES:
             return f"dtype {x.dtype} is not float32, bfloat16 or float16"
-        for name, t in (("h0", h0), ("c0", c0), *((f"weights[{i}]", w) for i, w in enumerate(weights))):
-            if t is not None and t.dtype != x.dtype:
-                return f"{name} has dtype {t.dtype}, x has {x.dtype}"
-        if backend == "cpu" and not torch._C._dispatch_has_kernel_for_dispatch_key(
-            "bigkern_native::recurrent_scan", "CPU"
-        ):
-            return "its kernels are not in this build"
+        for i, weight in enumerate(weights):
+            if weight.dtype != x.dtype:
+                return f"weights[{i}] has dtype {weight.dtype}, x has {x.dtype}"
+        for name, state in (("h0", h0), ("c0", c0)):
+            if state is not None and state.dtype != x.dtype:
+                return f"{name} has dtype {state.dtype}, x has {x.dtype}"
         if layout_of(weights).projection:
             return "w_hr, the projection of proj_size, is stock's alone"
         if x.numel() == 0 or h0.numel() == 0:
@@ -382,7 +382,15 @@ _triton = triton_kernel("recurrent", "recurrent_scan"), triton_kernel("recurrent
 
 RECURRENT.register(cuda_backend(_native))
 RECURRENT.register(_backend_of("triton", *_triton, _refuses("triton"), unproven("recurrent", "triton")))
-RECURRENT.register(_backend_of("cpu", *native_scans(_native), _refuses("cpu"), _cpu_declines))
+RECURRENT.register(
+    registry.Backend(  # multiplies the input itself, some steps at a time: what waits stays in the caches
+        "cpu",
+        lambda *arguments: _native.recurrent.default(*arguments),
+        composed_backward(native_scans(_native)[1]),
+        _refuses("cpu"),
+        _cpu_declines,
+    )
+)
 
 REFERENCE = composed(reference.scan, F.linear)
 REFERENCE_BACKWARD = composed_backward(reference.scan_backward, linear_reference.linear_backward)
