@@ -64,7 +64,8 @@ def bind(
         raise ValueError(f"Unrecognized RNN mode: {mode}; mode must be one of {', '.join(GATES)}")
     weights = list(weights)
     for i, weight in enumerate(weights):
-        check_tensor(f"weights[{i}]", weight, x)
+        if not isinstance(weight, Tensor) or weight.device != x.device:
+            check_tensor(f"weights[{i}]", weight, x)
     layout = layout_of(weights)
     _check_input(x, weights[0], batch_sizes)
     H, output_size = _check_weights(weights, layout, mode)
@@ -145,13 +146,13 @@ def _states(
         return x.new_zeros(D, B, output_size), x.new_zeros(D, B, H) if lstm else None
     if lstm and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
         raise TypeError(f"hx must be (h0, c0) for LSTM, not {type(hx).__name__}")
-    named = {"hidden[0]": (hx[0], output_size), "hidden[1]": (hx[1], H)} if lstm else {"hidden": (hx, H)}
-    for name, (state, size) in named.items():
-        check_tensor("hx" if not lstm else f"hx[{name[-2]}]", state, x)
-        expected = (D, B if B is not None else state.shape[1], size) if state.dim() == 3 else (D, B, size)
+    sizes = {"hx[0]": output_size, "hx[1]": H} if lstm else {"hx": H}
+    for (name, size), state in zip(sizes.items(), hx if lstm else (hx,), strict=True):
+        check_tensor(name, state, x)
+        expected = (D, state.shape[1] if B is None and state.dim() == 3 else B, size)
         if state.shape != expected:
-            what = name if lstm else "hidden"
-            raise RuntimeError(f"hx: Expected {what} size {expected}, got {list(state.shape)}")
+            hidden = name.replace("hx", "hidden")  # torch's word
+            raise RuntimeError(f"{name}: Expected {hidden} size {expected}, got {list(state.shape)}")
     return (hx[0], hx[1]) if lstm else (hx, None)
 
 

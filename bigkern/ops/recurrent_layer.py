@@ -91,7 +91,10 @@ def composed_backward(
                     dn = dhidden_n.chunk(D, 1)[d]
                     dhidden = torch.cat((own[:, : -dn.shape[1]], dn), 1)
                 dw_hh = _recurrent_gradient(linear_backward, dhidden, y_, h0[d], w_hh[d], batch_sizes, d == 1)
-                dweights += [halves[d], dw_hh, *((own.sum(0), dhidden.sum(0)) if biases else ())]
+                dweights += [halves[d], dw_hh]
+                if biases:
+                    db_ih = own.sum(0)
+                    dweights += [db_ih, db_ih.clone() if dhidden is own else dhidden.sum(0)]
         dx = None if dx is None else dx.view(x.shape)
         return (dx, dh0, dc0, dweights) if want_state else (dx, None, None, dweights)
 
