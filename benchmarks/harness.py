@@ -65,7 +65,8 @@ class Contestant:
 class Case:
     """A problem, who competes on it (bigkern, stock, others), and the smaller one that parity is judged on.
 
-    ``group`` is its line in the summary. A case of a sweep stands at ``x`` in the figure's ``panel``.
+    ``group`` is its line in the summary. A case of a sweep stands at ``x`` in the figure's ``panel``, and may
+    do with a part of the ``budget``.
     What is more than a call of one op brings its own ``judge``; ``observe`` may see more of a task than time.
     """
 
@@ -76,6 +77,7 @@ class Case:
     group: str = ""
     panel: str = ""
     x: float = math.nan
+    budget: float = 1.0
     judge: Callable[[torch.dtype, torch.device], dict[str, Verdict]] | None = None
     observe: Callable[[Row, Task], Row] = lambda row, task: row
 
@@ -243,7 +245,7 @@ def measure(case: Case, dtype: torch.dtype, bench: Bench) -> list[Row]:
     rows = []
     for mode in starters[0][1]:
         here = [(contestant, tasks[mode]) for contestant, tasks in starters if mode in tasks]
-        times = take_turns([task for _, task in here], clock, bench.budget)
+        times = take_turns([task for _, task in here], clock, case.budget * bench.budget)
         for (contestant, task), seconds in zip(here, times, strict=True):
             parameters = [inputs[name] for name in case.problem.parameters]
             counted = {

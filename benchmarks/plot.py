@@ -7,22 +7,35 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bigkern.benchmarks.summary import LOSS, STOCK
 from bigkern.benchmarks.table import Row, files, read
 
 COLOURS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#64748b", "#0e7490", "#ca8a04", "#be185d", "#4d7c0f")
 
 
+AXIS = ": "
+
+
 def plot(path: Path) -> list[Path]:
-    """PNGs beside a CSV, for each dtype and device in it: lines of its sweep, bars of everything else."""
+    """PNGs beside a CSV, for each dtype and device in it: lines of its sweep, bars of everything else.
+
+    Panels named "what: axis" are one figure a device, of speed-ups.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
 
     rows = [row for row in read(path) if not row.wrong]
     written = []
+    for device in sorted({row.device for row in rows}):
+        stars = [row for row in rows if row.device == device and AXIS in row.panel]
+        if stars:
+            written.append(path.with_name(f"{path.stem}-{device}-speedup.png"))
+            _speedups(stars, written[-1])
     for device, dtype in sorted({(row.device, row.dtype) for row in rows}):
         chosen = [row for row in rows if (row.device, row.dtype) == (device, dtype)]
-        sweep, others = [r for r in chosen if r.panel], [r for r in chosen if not r.panel]
+        sweep = [row for row in chosen if row.panel and AXIS not in row.panel]
+        others = [row for row in chosen if not row.panel]
         for kind, some, draw in (("-sweep", sweep, _lines), ("", others, _bars)):
             if some:
                 target = path.with_name(f"{path.stem}-{device}-{dtype}{kind}.png")
@@ -39,7 +52,8 @@ def _save(figure: Any, rows: list[Row], target: Path) -> None:
     import matplotlib.pyplot as plt
 
     first = rows[0]
-    figure.suptitle(f"{first.op}, {first.dtype}, {first.machine}, torch {first.torch}", fontsize=9)
+    dtypes = ", ".join(_unique(row.dtype for row in rows))
+    figure.suptitle(f"{first.op}, {dtypes}, {first.machine}, torch {first.torch}", fontsize=9)
     figure.savefig(target, dpi=120)
     plt.close(figure)
 
@@ -94,6 +108,53 @@ def _panel(axis: Any, rows: list[Row], contestants: list[str]) -> None:
 
 def _spread(rows: list[Row]) -> tuple[list[float], list[float]]:
     return [row.p80_ms for row in rows], [row.p20_ms for row in rows]
+
+
+# ---- speed-ups over stock --------------------------------------------------------------------------
+
+
+def _speedups(rows: list[Row], target: Path) -> None:
+    """A row for each "what", a column for each of its axes, a line for each dtype, dashed where it trains."""
+    import matplotlib.pyplot as plt
+
+    stock = [row for row in rows if row.contestant in STOCK]
+    panels: dict[str, list[str]] = {}
+    for panel in _unique(row.panel for row in rows):
+        panels.setdefault(panel.split(AXIS)[0], []).append(panel)
+    dtypes, width = _unique(row.dtype for row in rows), max(map(len, panels.values()))
+    size = (3.4 * width + 1.6, 2.7 * len(panels) + 0.5)
+    figure, axes = plt.subplots(len(panels), width, figsize=size, squeeze=False, layout="constrained")
+    for line, names in zip(axes, panels.values(), strict=True):
+        for axis, panel in zip(line, names, strict=False):
+            for dtype, mode, style in [(d, m, s) for d in dtypes for m, s in MODES.items()]:
+                here = [row for row in stock if (row.panel, row.dtype, row.mode) == (panel, dtype, mode)]
+                _speedup_line(axis, here, f"{dtype}, {mode}", COLOURS[dtypes.index(dtype)], style)
+            what, over = panel.split(AXIS)
+            axis.set_title(f"{what}, over {over}", fontsize=9)
+            axis.axhline(1, color="#94a3b8", ls=":", lw=1)
+            axis.axhspan(0, LOSS, color="#94a3b8", alpha=0.12, lw=0)
+            axis.set_xscale("log", base=2)
+            places = sorted({row.x for row in rows if row.panel == panel})
+            axis.set_xticks(places, [f"{x:g}" for x in places], fontsize=7)
+            axis.set_ylim(bottom=0)
+            axis.tick_params(axis="y", labelsize=7)
+            axis.grid(alpha=0.3)
+        line[0].set_ylabel("speed-up over stock", fontsize=8)
+    handles = {label: h for a in axes.flat for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside right upper")
+    _save(figure, rows, target)
+
+
+MODES = {"forward": "-", "both": "--"}
+
+
+def _speedup_line(axis: Any, rows: list[Row], label: str, colour: str, style: str) -> None:
+    if not rows:
+        return
+    points = sorted((row.x, row.speedup, row.speedup_p20, row.speedup_p80) for row in rows)
+    x, speedup, low, high = zip(*points, strict=True)
+    axis.plot(x, speedup, style, color=colour, label=label, marker="o", ms=4, lw=1.6)
+    axis.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
 
 
 # ---- single cases ----------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ class Row:
     saved_mb: float = math.nan
     processor_ms: float = math.nan
     state_mb: float = math.nan
+    step_us: float = math.nan  # a time step of a layer
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:

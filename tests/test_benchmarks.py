@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from bigkern.benchmarks import (
     bench_models,
     bench_norm,
     bench_overhead,
+    bench_recurrent,
     breakdown,
     harness,
+    recurrent_peers,
     summary,
     table,
     timing,
@@ -33,15 +36,25 @@ from bigkern.cli.console import Console, Failure
 from bigkern.cli.main import main
 from bigkern.cli.model_problems import Network
 from bigkern.cli.problem import Problem
+from bigkern.ops.recurrent import recurrent
 
 CPU = torch.device("cpu")
-ROOMS = (bench_attention, bench_norm, bench_layernorm_ffn, bench_adam, bench_overhead)
+ROOMS = (bench_attention, bench_norm, bench_layernorm_ffn, bench_recurrent, bench_adam, bench_overhead)
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> harness.Bench:
     monkeypatch.setattr(harness.Bench, "budget", 0.0)
     return harness.Bench(CPU, quick=True, console=Console(), peaks={"copy": 10.0, "float32": 0.1})
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small work on many threads waits for them, where others use them, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def tiny(problem: Problem) -> harness.Case:
@@ -467,6 +480,134 @@ def test_a_forward_row_names_what_runs_without_gradients(bench: harness.Bench) -
     assert {row.mode: row.backend for row in rows} == {"forward": "torch", "backward": "cpu", "both": "cpu"}
 
 
+# ---- recurrent layers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_recurrent_layers_are_swept_by_batch_and_hidden_size(device: str) -> None:
+    from bigkern.benchmarks import plot
+
+    cases = bench_recurrent.cases(harness.Bench(torch.device(device), False, Console()))
+    assert len({case.problem.label for case in cases}) == len(cases)
+    places: dict[str, set[float]] = {}
+    room = bench_recurrent
+    axes = {"batch": room.BATCHES, "hidden size": room.HIDDEN, "length": room.LENGTHS}
+    for case in cases:
+        assert [contestant.name for contestant in case.contestants[:2]] == ["bigkern", "eager"]
+        if case.panel:
+            places.setdefault(case.panel, set()).add(case.x)
+        if device == "cpu":  # in which torch reaches 0.17 TFLOP/s on two cores, and backward is two forwards
+            assert 3 * case.problem.flops / 0.17e12 < 2.0
+    for panel, x in places.items():
+        assert x == set(axes[panel.split(plot.AXIS)[1].split(",")[0]])
+    groups = {case.group for case in cases}
+    assert groups == {"LSTM, 2 layers", "GRU, 2 layers", "LSTM", "GRU", "forms"}
+
+
+Layer = recurrent_peers.Layer
+LAYERS = [
+    (Layer("LSTM", 5, 3, 24, layers=2), "onednn"),
+    (Layer("GRU", 5, 3, 24, bidirectional=True), "aten"),
+    (Layer("LSTM", 5, 3, 24, lengths=(5, 2, 2)), "aten"),  # oneDNN knows no packed sequences
+    (Layer("RNN", 5, 3, 24), "aten"),
+    (Layer("LSTM", 5, 3, 24, layer_norm=True), "aten"),
+]
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("layer", "stock"), LAYERS, ids=lambda value: getattr(value, "label", str)())
+def test_recurrent_layers_agree_and_are_timed(
+    layer: Layer, stock: str, bench: harness.Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recurrent_peers, "COMPILED_STEPS", 1)
+    bench.quick = False
+    case = bench_recurrent._case(bench, layer, "forms", (torch.float32,), alone=True)
+    *rows, compiled = harness.measure(case, torch.float32, bench)
+    assert [(row.mode, row.contestant) for row in rows] == [
+        (mode, name) for mode in ("forward", "backward", "both") for name in ("bigkern", "eager")
+    ]
+    assert compiled.wrong.endswith("steps, which takes too long; --compile includes it")
+    assert not any(row.wrong for row in rows)
+    assert {row.backend for row in rows if row.contestant == "eager"} == {stock}
+    assert rows[0].step_us == pytest.approx(1e3 * rows[0].ms / (5 * layer.layers))
+    assert rows[2].saved_mb > 0
+
+
+def test_a_wrong_recurrent_layer_gets_no_time(bench: harness.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = registry.get("recurrent")
+    right = op.backends["torch"]
+
+    def wrong(*arguments: Any) -> Any:
+        y, hn, *rest = right.forward(*arguments)
+        return y, hn * 1.001, *rest
+
+    monkeypatch.setitem(op.backends, "cpu", registry.Backend("cpu", wrong, right.backward))
+    case = bench_recurrent._case(bench, Layer("GRU", 5, 3, 24), "forms", (torch.float32,))
+    with registry.use(recurrent="cpu"):
+        (row,) = harness.measure(case, torch.float32, bench)
+    assert row.wrong.startswith("hn on cpu: max error")
+
+
+class FlashRNN:
+    """As it is called, computed by bigkern: gates in its order, tensors in its shapes."""
+
+    @staticmethod
+    def FlashRNNConfig(**options: Any) -> dict[str, Any]:
+        return options
+
+    @staticmethod
+    def flashrnn(Wx: Any, R: Any, b: Any, *, config: dict[str, Any]) -> Any:
+        T, B, G, heads, H = Wx.shape
+        assert (heads, config["head_dim"], config["batch_size"]) == (1, H, B)
+        assert (config["input_shape"], config["output_shape"]) == ("TBGHD", "STBHD")
+        order = [1, 2, 0] if config["function"] == "gru" else list(range(G))  # theirs n r z of h, r z n of x
+        w_hh, b_hh = R[order].reshape(G * H, H), torch.zeros(G, H)
+        if config["function"] == "gru":
+            b_hh = torch.cat((torch.zeros(2, H), b[0]))
+            b = b[1:]
+        mode = {"lstm": "LSTM", "gru": "GRU", "elman": "RNN_TANH"}[config["function"]]
+        weights = [torch.eye(G * H), w_hh, b.flatten(), b_hh.flatten()]
+        y, _ = recurrent(Wx.reshape(T, B, G * H), None, weights, mode)
+        return y.view(1, T, B, 1, H), None
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("kind", "ways"), [("LSTM", 2), ("GRU", 1), ("RNN", 2)])
+def test_flashrnn_is_called_as_it_wants(kind: str, ways: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flashrnn", FlashRNN)
+    layer = Layer(kind, 4, 3, 16, layers=2)
+    inputs = layer.problem().make(torch.float32, CPU)
+    expected = layer.stock(inputs)(inputs["x"])[0]
+    found = recurrent_peers.flashrnn(layer)
+    assert len(found) == ways
+    for _, build, _ in found:
+        (y,) = build(inputs)(inputs["x"])
+        assert harness.disagreement({"output": expected.detach()}, {"output": y.detach()}) == ""
+    assert recurrent_peers.flashrnn(dataclasses.replace(layer, bidirectional=True)) == []
+    monkeypatch.setitem(sys.modules, "flashrnn", None)
+    assert recurrent_peers.flashrnn(layer) == []
+
+
+def test_speed_ups_are_drawn_by_what_varies(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from bigkern.benchmarks import plot
+
+    file = tmp_path / "recurrent.csv"
+    rows = [
+        row(panel=f"{kind}: {axis}", x=x, contestant=name, mode=mode, dtype=dtype, device="cpu")
+        for kind, axes in (("LSTM", ("batch", "length")), ("GRU", ("batch",)))
+        for axis in axes
+        for x in (1.0, 8.0)
+        for name in ("bigkern", "eager")
+        for mode in ("forward", "both")
+        for dtype in ("float32", "bfloat16")
+    ]
+    table.write(file, rows)
+    (figure,) = plot.plot(file)
+    assert figure.name == "recurrent-cpu-speedup.png"
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
 # ---- whole models ----------------------------------------------------------------------------------
 
 
@@ -516,15 +657,6 @@ def test_every_model_is_trained_and_run(
     for case in cases:
         assert [c.name for c in case.contestants[:2]] == ["bigkern", "eager"]
         assert ("cut" in case.group) == (device == "cpu")
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Small work on many threads waits for them, where others use them, too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -24,6 +24,7 @@ OPS = (
     "norm",
     "batch_norm",
     "linear",
+    "recurrent",
     "layernorm_ffn",
     "frozen_layernorm_ffn",
     "adam",
@@ -168,6 +169,7 @@ def _show(rows: list[Row], console: Console) -> None:
             _optional(row.saved_mb, f"{row.saved_mb:.3g}"),
             _optional(row.processor_ms, f"{scale * row.processor_ms:.3g}"),
             _optional(row.state_mb, f"{row.state_mb:.4g}"),
+            _optional(row.step_us, f"{row.step_us:.3g}"),
             "" if row.contestant == "bigkern" else f"{row.speedup:.2f}x",
         )
         for row in timed
@@ -184,6 +186,7 @@ def _show(rows: list[Row], console: Console) -> None:
         "saved MB",
         f"processor {unit}",
         "state MB",
+        "us a step",
         "bigkern's speed-up",
     )
     used = [i for i in range(len(columns)) if any(line[i] != "-" for line in lines)]
