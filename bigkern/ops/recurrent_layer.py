@@ -86,15 +86,21 @@ def composed_backward(
             D, biases = len(h0), layout_of(weights).biases
             halves = [dw_ih] if D == 1 else [half.clone() for half in dw_ih.chunk(D)]  # none another's alias
             for d, (own, y_) in enumerate(zip(dgates.chunk(D, 1), y.chunk(D, 1), strict=True)):
-                dhidden = own
+                parts, w_parts = [own], [w_hh[d]]
                 if dhidden_n is not None:
-                    dn = dhidden_n.chunk(D, 1)[d]
-                    dhidden = torch.cat((own[:, : -dn.shape[1]], dn), 1)
-                dw_hh = _recurrent_gradient(linear_backward, dhidden, y_, h0[d], w_hh[d], batch_sizes, d == 1)
-                dweights += [halves[d], dw_hh]
+                    H = y_.shape[1]
+                    parts = [own[:, :-H], dhidden_n.chunk(D, 1)[d]]
+                    w_parts = w_hh[d].split([2 * H, H])
+                of_state = batch_sizes, d == 1
+                dw_hh = [
+                    _recurrent_gradient(linear_backward, part, y_, h0[d], w_part, *of_state)
+                    for part, w_part in zip(parts, w_parts, strict=True)
+                ]
+                dweights += [halves[d], dw_hh[0] if len(dw_hh) == 1 else torch.cat(dw_hh)]
                 if biases:
                     db_ih = own.sum(0)
-                    dweights += [db_ih, db_ih.clone() if dhidden is own else dhidden.sum(0)]
+                    of_n = [] if dhidden_n is None else [parts[1].sum(0)]
+                    dweights += [db_ih, torch.cat([db_ih[: parts[0].shape[1]], *of_n])]
         dx = None if dx is None else dx.view(x.shape)
         return (dx, dh0, dc0, dweights) if want_state else (dx, None, None, dweights)
 

@@ -4,7 +4,8 @@
 //   dx = dy W               dW = dy^T x
 //
 // A weight may lie either way in memory, as torch.nn.Linear has it or transposed, and so may its
-// gradient. M, N and K are at least 1. Launchers allocate nothing: workspace() says how many bytes
+// gradient. The backward's x and dy may be some columns of wider matrices. M, N and K are at least
+// 1. Launchers allocate nothing: workspace() says how many bytes
 // they need.
 #pragma once
 
@@ -34,8 +35,10 @@ struct LinearParams {
 struct LinearBackwardParams {
   Dtype dtype;
   int64_t M, N, K;
-  const void* dy;      // [M, N]
-  const void* x;       // [M, K]
+  const void* dy;  // [M, N]
+  int64_t dy_row;  // from one of its rows to the next
+  const void* x;   // [M, K]
+  int64_t x_row;
   const void* weight;  // [N, K]
   Strides of_weight;
   void* dx;       // [M, K], null ok: not wanted

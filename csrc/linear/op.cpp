@@ -20,6 +20,16 @@ struct Weight {
   static bool columns(const Tensor& w) { return w.stride(0) == 1 && w.stride(1) >= w.size(0); }
 };
 
+// Rows of a matrix, which may be some columns of a wider one, or a copy of them.
+struct Rows {
+  Tensor tensor;
+  int64_t row;
+
+  explicit Rows(const Tensor& x)
+      : tensor(x.dim() == 2 && Weight::rows(x) ? x : dense(x)),
+        row(tensor.dim() == 2 ? tensor.stride(0) : tensor.size(tensor.dim() - 1)) {}
+};
+
 struct Sizes {
   Dtype dtype;
   int64_t M, N, K;
@@ -68,25 +78,27 @@ std::tuple<OptionalTensor, OptionalTensor> linear_backward(const Tensor& dy_, co
   const Sizes of(x_, weight_);
   STD_TORCH_CHECK(dtype_of(dy_, "dy") == of.dtype && dy_.numel() == of.M * of.N,
                   "dy must be [..., N], of x's dtype");
-  const Tensor dy = dense(dy_), x = dense(x_);
+  const Rows dy(dy_), x(x_);
   const Weight weight(weight_);
   const bool rows = weight.strides.column == 1;
   OptionalTensor dx, dweight;
-  if (want_x) dx = empty(x, {x.sizes().begin(), x.sizes().end()});
-  if (want_weight) dweight = empty(x, rows ? std::vector{of.N, of.K} : std::vector{of.K, of.N});
+  if (want_x) dx = empty(x_, {x_.sizes().begin(), x_.sizes().end()});
+  if (want_weight) dweight = empty(x_, rows ? std::vector{of.N, of.K} : std::vector{of.K, of.N});
   LinearBackwardParams p = {of.dtype,
                             of.M,
                             of.N,
                             of.K,
-                            dy.const_data_ptr(),
-                            x.const_data_ptr(),
+                            dy.tensor.const_data_ptr(),
+                            dy.row,
+                            x.tensor.const_data_ptr(),
+                            x.row,
                             weight.tensor.const_data_ptr(),
                             weight.strides,
                             want_x ? dx->mutable_data_ptr() : nullptr,
                             want_weight ? dweight->mutable_data_ptr() : nullptr,
                             nullptr};
   const Parallel parallel = torch_parallel();
-  const Tensor workspace = empty_bytes(x, cpu::linear_backward_workspace(p, parallel.threads));
+  const Tensor workspace = empty_bytes(x_, cpu::linear_backward_workspace(p, parallel.threads));
   p.workspace = workspace.mutable_data_ptr();
   cpu::linear_backward(p, parallel);
   if (want_weight && !rows) dweight = torch::stable::transpose(*dweight, 0, 1);
