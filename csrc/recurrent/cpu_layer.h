@@ -127,7 +127,7 @@ struct Forward {
     for (int64_t i = member.column() * MR; i < rows; i += columns * MR) pack_input(i, rows);
     member.wait_for_chain();
     const float* weights = space.input_weights + chain.direction * layout.panels(words);
-    for_blocks([&](int64_t block, int64_t blocks) BIGKERN_FN {
+    for_blocks(0, [&](int64_t block, int64_t blocks) BIGKERN_FN {
       for (int64_t i = 0; i < rows; i += kRowPanels * MR) {
         multiply_panels<T>(at_most(rows - i, kRowPanels * MR), MR, words, inputs + i * words,
                            weights + block * layout.G * words * NR, blocks * layout.G,
@@ -150,7 +150,7 @@ struct Forward {
   void step(const Step& now, const Step& next, int parity, int64_t input_row) const {
     const int64_t rows = chain.present(now.rows), words = layout.words;
     const float* weights = space.weights + chain.direction * layout.panels(words);
-    for_blocks([&](int64_t block, int64_t blocks) BIGKERN_FN {
+    for_blocks(parity, [&](int64_t block, int64_t blocks) BIGKERN_FN {
       for (int64_t first = 0; first < rows; first += kRowPanels * chain.height) {
         const int64_t last = at_most(rows, first + kRowPanels * chain.height);
         multiply_panels<T>(last - first, chain.height, words, states[parity] + first * words,
@@ -178,11 +178,8 @@ struct Forward {
 
   // Calls f(block, blocks) for the thread's blocks, as many at a time as a product takes.
   template <class F>
-  void for_blocks(const F& f) const {
-    const int64_t at_once = kPanels / layout.G;
-    for (int64_t block = chain.first_block; block < chain.last_block; block += at_once) {
-      f(block, at_most(chain.last_block - block, at_once));
-    }
+  void for_blocks(int parity, const F& f) const {
+    to_and_fro(chain, kPanels / layout.G, parity, f);
   }
 
   // The h of a row panel, from the fp32 state into the panels of the next product: of those that

@@ -159,6 +159,17 @@ void for_chains(const Sizes& of, int64_t blocks, const Member& member, const Wal
   }
 }
 
+// Calls f(block, blocks) for a thread's blocks, `at_once` at a time, up at even steps and down at
+// odd ones: a step begins with the weights that the one before it has left in L2.
+template <class F>
+void to_and_fro(const Chain& chain, int64_t at_once, int parity, const F& f) {
+  const int64_t groups = (chain.last_block - chain.first_block + at_once - 1) / at_once;
+  for (int64_t i = 0; i < groups; ++i) {
+    const int64_t block = chain.first_block + (parity == 0 ? i : groups - 1 - i) * at_once;
+    f(block, at_most(chain.last_block - block, at_once));
+  }
+}
+
 // Packs the weights [G, H, K] of all directions, block after block, gate after gate: each gate's NR
 // rows over K or, transposed, its NR columns over H.
 template <class T>

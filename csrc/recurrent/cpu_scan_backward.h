@@ -60,8 +60,7 @@ struct Backward {
     const int64_t done_rows = chain.present(done.rows), now_rows = chain.present(now.rows);
     const int64_t rows = done_rows > now_rows ? done_rows : now_rows;
     const int64_t K = layout.G * layout.words;
-    for (int64_t block = chain.first_block; block < chain.last_block; block += kPanels) {
-      const int64_t blocks = at_most(chain.last_block - block, kPanels);
+    to_and_fro(chain, kPanels, parity, [&](int64_t block, int64_t blocks) BIGKERN_FN {
       for (int64_t first = 0; first < rows; first += kRowPanels * chain.height) {
         const int64_t last = at_most(rows, first + kRowPanels * chain.height);
         if (first < done_rows) {
@@ -74,7 +73,7 @@ struct Backward {
                 dh_tiles + b * kRowPanels * kTile, operands[1 - parity]);
         }
       }
-    }
+    });
   }
 
   void cells(int64_t done_rows, int64_t now_rows, const Step& now, const Step& before,
