@@ -48,7 +48,7 @@ step doctor 60 "$python" -m bigkern doctor --verify
 cp "$out/cache/bigkern/evidence.json" "$out/" 2>/dev/null
 step tests 200 "$python" -m pytest ../tests -q -p no:cacheprovider -k "not simt and not train and not gate"
 "$python" ../tests/parity_table.py >"$out/parity.txt" 2>&1 && cp ../build/parity.csv "$out/"
-step race 45 "$python" ../tests/gpu_race.py 1000
+step race 60 "$python" ../tests/gpu_race.py 1000
 for tool in memcheck racecheck; do
   step "sanitizer-$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
     "$python" ../tests/gpu_sanitized.py

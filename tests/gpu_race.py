@@ -1,4 +1,4 @@
-"""Attention a thousand times over on the same inputs: every bit of every result must be the same.
+"""The kernels whose blocks meet, a thousand times over: every bit of every result must be the same.
 
 A race that parity forgives, because either order gives a right result, shows here. Meanwhile a second stream
 keeps some of the GPU busy, for lengths of time that vary, so that blocks meet in ever different ways.
@@ -17,6 +17,8 @@ from torch import Tensor
 
 import bigkern
 from bigkern import registry
+from bigkern.ops.batch_norm import batch_norm
+from bigkern.ops.recurrent import recurrent as recurrent_layer
 
 BACKENDS = ("cuda", "triton")
 INTEGERS = {2: torch.int16, 4: torch.int32}
@@ -63,12 +65,48 @@ def decoding(device: torch.device, page_size: int) -> Run:
     )
 
 
+def recurrent(device: torch.device, mode: str, T: int, B: int, H: int, packed: bool = False) -> Run:
+    """A layer whose blocks wait for one another at every step; packed, in both directions."""
+    gates = {"LSTM": 4, "GRU": 3}[mode] * H
+    lengths = torch.arange(T, 0, -1) * B // T + 1 if packed else None
+    rows = (int(lengths.sum()),) if lengths is not None else (T, B)
+    shapes = [(gates, 128), (gates, H), (gates,), (gates,)] * (1 + packed)
+    weights = [drawn(*shape, device=device).div_(H**0.5).requires_grad_() for shape in shapes]
+    x = drawn(*rows, 128, device=device).requires_grad_()
+    dy = drawn(*rows, H * (1 + packed), device=device)
+
+    def run() -> list[Tensor]:
+        y, state = recurrent_layer(x, None, weights, mode, lengths)
+        states = state if isinstance(state, tuple) else (state,)
+        return [y, *states, *torch.autograd.grad(y, [x, *weights], dy)]
+
+    return run
+
+
+def norming(device: torch.device) -> Run:
+    """BatchNorm over so many rows that several blocks add up a channel's statistics."""
+    x = drawn(16, 128, 29, 31, device=device).to(memory_format=torch.channels_last)
+    residual, dy = x.flip(0), x.flip(2)
+    weight, bias = (drawn(128, device=device, dtype=torch.float32).requires_grad_() for _ in range(2))
+    wanted = [x.requires_grad_(), residual.requires_grad_(), weight, bias]
+
+    def run() -> list[Tensor]:
+        y = batch_norm(x, None, None, weight, bias, training=True, residual=residual, activation="relu")
+        return [y, *torch.autograd.grad(y, wanted, dy)]
+
+    return run
+
+
 RUNS: dict[str, Callable[[torch.device], Run]] = {
     "full, D 128": lambda device: training(device, False, 128),
     "causal, D 64": lambda device: training(device, True, 64),
     "packed, D 128": lambda device: training(device, True, 128, packed=True),
     "decode, pages of 64": lambda device: decoding(device, 64),
+    "LSTM": lambda device: recurrent(device, "LSTM", 20, 32, 512),
+    "GRU": lambda device: recurrent(device, "GRU", 33, 1, 1024),
+    "GRU, packed, both directions": lambda device: recurrent(device, "GRU", 20, 16, 256, packed=True),
 }
+TRITON_RUNS = {"batch_norm": norming}  # of what has no CUDA kernel
 
 
 def differing(run: Run, iterations: int, device: torch.device) -> int:
@@ -101,7 +139,7 @@ def main(iterations: int, backends: tuple[str, ...], device: torch.device) -> li
     """The runs, in words, that were not the same every time."""
     bad = []
     for backend in backends:
-        for name, prepare in RUNS.items():
+        for name, prepare in {**RUNS, **(TRITON_RUNS if backend == "triton" else {})}.items():
             began = time.perf_counter()
             with registry.use(backend):
                 found = differing(prepare(device), iterations, device)

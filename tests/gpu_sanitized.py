@@ -13,7 +13,9 @@ import bigkern
 from bigkern.ops.adam import adam
 from bigkern.ops.batch_norm import batch_norm
 from bigkern.ops.grad_norm import grad_norm
+from bigkern.ops.recurrent import recurrent
 from bigkern.reference.dynamic8 import blocks_of
+from bigkern.reference.recurrent import GATES
 
 BACKENDS = ("cuda", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -99,6 +101,22 @@ def run_layernorm_ffn(dtype: torch.dtype) -> None:
             ).sum().backward()
 
 
+def run_recurrent(dtype: torch.dtype) -> None:
+    sizes = torch.tensor([9, 9, 4, 1])
+    for mode, G in GATES.items():
+        for H in (40, 136):
+            shapes = [(G * H, 24), (G * H, H), (G * H,), (G * H,)]
+            weights = [torch.randn(shape, dtype=dtype, device=DEVICE, requires_grad=True) for shape in shapes]
+            x = torch.randn(4, 9, 24, dtype=dtype, device=DEVICE, requires_grad=True)
+            packed = x.reshape(-1, 24)[:23]
+            zoneout = torch.rand(4, 9, H, device=DEVICE).to(dtype)
+            for y, _ in (
+                recurrent(x, None, weights, mode, zoneout=zoneout),
+                recurrent(packed, None, [*weights, *weights], mode, sizes),
+            ):
+                y.sum().backward()
+
+
 def run_adam(dtype: torch.dtype) -> None:
     sizes = (1, 7, 1023, 4097)
     params, grads, m, v, top = ([torch.rand(n, dtype=dtype, device=DEVICE) for n in sizes] for _ in range(5))
@@ -129,6 +147,7 @@ RUNS = (
     run_decode_attention,
     run_norms,
     run_layernorm_ffn,
+    run_recurrent,
     run_adam,
     run_adam_storage,
 )

@@ -19,6 +19,8 @@ pytestmark = pytest.mark.skipif(info.import_error is not None, reason="needs the
 def test_the_race_run_finds_the_same_bits(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_race.main(2, ("cpu",), CPU) == []
     assert capsys.readouterr().out.count("the same bits") == len(gpu_race.RUNS)
+    for prepare in gpu_race.TRITON_RUNS.values():
+        assert gpu_race.differing(prepare(CPU), 1, CPU) == 0
 
 
 def test_the_race_run_notices_one_bit(monkeypatch: pytest.MonkeyPatch) -> None:
