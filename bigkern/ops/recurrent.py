@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bigkern import registry
@@ -30,7 +29,7 @@ from bigkern.ops.attention_arguments import autocast as narrowed
 from bigkern.ops.norm import autocast
 from bigkern.ops.recurrent_arguments import bind, check_batch_sizes, layout_of
 from bigkern.ops.recurrent_layer import Gradients, Result, composed, composed_backward
-from bigkern.reference import linear as linear_reference
+from bigkern.ops.recurrent_stock import REFERENCE, REFERENCE_BACKWARD, stock
 from bigkern.reference import recurrent as reference
 
 define(
@@ -147,38 +146,6 @@ def _left_to_stock(arguments: tuple[Any, ...], tensors: tuple[Tensor | None, ...
     if foreign(*tensors) is not None:
         return True
     return zoneout is None and (batch_sizes is None or plain(*tensors))
-
-
-_STOCK: dict[str, Any] = {
-    "LSTM": torch._VF.lstm,
-    "GRU": torch._VF.gru,
-    "RNN_TANH": torch._VF.rnn_tanh,
-    "RNN_RELU": torch._VF.rnn_relu,
-}
-
-
-def stock(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    zoneout: Tensor | None,
-    mode: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``(y, hn, cn)`` by torch's own functions, differentiable by torch's own autograd."""
-    if zoneout is not None:
-        y, hn, cn, _, _ = REFERENCE(x, h0, c0, weights, batch_sizes, zoneout, mode, False)
-        return y, hn, cn
-    layout = layout_of(weights)
-    hx = h0 if c0 is None else (h0, c0)
-    options = list(weights), layout.biases, 1, 0.0, save, layout.directions == 2  # one layer, no dropout
-    if batch_sizes is None:
-        y, hn, *cn = _STOCK[mode](x, hx, *options, False)
-    else:
-        y, hn, *cn = _STOCK[mode](x, batch_sizes, hx, *options)
-    return y, hn, cn[0] if cn else None
 
 
 # ---- the op: fake, kernel, autograd ----------------------------------------------------------------
@@ -391,8 +358,4 @@ RECURRENT.register(
         _cpu_declines,
     )
 )
-
-REFERENCE = composed(reference.scan, F.linear)
-REFERENCE_BACKWARD = composed_backward(reference.scan_backward, linear_reference.linear_backward)
-
 RECURRENT.register(registry.Backend("torch", REFERENCE, REFERENCE_BACKWARD))
