@@ -55,6 +55,7 @@ VECTORS = [
     ("layernorm_ffn", r"norm_kernel<Layout<\w+, \d+, \w+, true>", 3, 2),
     ("layernorm_ffn", r"norm_backward_kernel<Layout<\w+, \d+, \w+, true>", 3, 2),  # ds, dx
     ("layernorm_ffn", r"norm_backward_kernel<Layout<\w+, \d+, true, true>", 12, 8),  # of four vectors a row
+    ("recurrent", r"scan(_backward)?_kernel<", 16, 0),  # two batches of what the other blocks wrote
 ]
 
 
