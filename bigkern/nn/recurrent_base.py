@@ -15,7 +15,7 @@ from bigkern.ops.norm import layer_norm
 from bigkern.ops.recurrent import RECURRENT, declined, recurrent
 from bigkern.reference.recurrent import layer_norm_scan
 
-States = tuple[Tensor, ...]  # (h,), of an LSTM (h, c); () where none are given, for zeros
+States = tuple[Tensor, ...]  # (h,), of an LSTM (h, c)
 
 
 class RecurrentBase(nn.RNNBase):
@@ -90,9 +90,9 @@ class RecurrentBase(nn.RNNBase):
         batch_dim = 0 if self.batch_first else 1
         if rank == 2:
             x, states = x.unsqueeze(batch_dim), tuple(s.unsqueeze(1) for s in states)
-        states = _permuted(states, order)
         self._update_flat_weights()
-        self._check(x, states, batch_sizes)
+        states = _permuted(states, order) if states else self._zeros(x, batch_sizes)
+        self.check_forward_args(x, _form(states), batch_sizes)
         time_major = packed or not self.batch_first
         x = x if time_major else x.transpose(0, 1)
         if self._is_stocks(x, states, batch_sizes):
@@ -105,12 +105,11 @@ class RecurrentBase(nn.RNNBase):
             y, states = y.squeeze(batch_dim), tuple(s.squeeze(1) for s in states)
         return y, _form(states)
 
-    def _check(self, x: Tensor, states: States, batch_sizes: Tensor | None) -> None:
-        """torch's checks, of a packed batch's state too: torch's LSTM leaves that to the product to fail."""
-        if states:
-            self.check_forward_args(x, _form(states), batch_sizes)
-        else:
-            self.check_input(x, batch_sizes)
+    def _zeros(self, x: Tensor, batch_sizes: Tensor | None) -> States:
+        shapes = [self.get_expected_hidden_size(x, batch_sizes)]
+        if self.mode == "LSTM":
+            shapes.append(cast(nn.LSTM, self).get_expected_cell_size(x, batch_sizes))
+        return tuple(x.new_zeros(shape) for shape in shapes)
 
     def _is_declined(self, input: Any) -> bool:
         """Whether stock would be chosen by sizes alone: :meth:`_is_stocks` costs more than a short call."""
@@ -134,8 +133,11 @@ class RecurrentBase(nn.RNNBase):
             return True  # sequences of no steps, which torch refuses
         if self._has_extras():
             return False
-        first = x, self._states_of(0, states), self._weights_of(0), self.mode, batch_sizes
-        return RECURRENT.resolve(*RECURRENT.bind(*first)).name == "torch"
+        h0, *c0 = self._states_of(0, states)
+        weights = self._weights_of(0)
+        save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, h0, *c0, *weights))
+        first = x, h0, c0[0] if c0 else None, weights, batch_sizes, None, self.mode, save
+        return RECURRENT.resolve(*first).name == "torch"
 
     def _stack(self, x: Tensor, states: States, batch_sizes: Tensor | None) -> tuple[Tensor, States]:
         """The layers one after the other; x is ``[T, B, I]`` or packed ``[N, I]``."""
@@ -143,17 +145,17 @@ class RecurrentBase(nn.RNNBase):
         for layer in range(self.num_layers):
             if layer > 0 and self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
-            hx, weights, kept = self._states_of(layer, states), self._weights_of(layer), self._zoneout(x)
-            if self.layer_norm:
-                x, hidden = self._normed(layer, x, hx, weights, batch_sizes, kept)
-            else:
-                x, hidden = recurrent(x, hx, weights, self.mode, batch_sizes, kept)
+            weights, kept = self._weights_of(layer), self._zoneout(x)
+            arguments = x, _form(self._states_of(layer, states)), weights, self.mode, batch_sizes, kept
+            x, hidden = self._normed(layer, *arguments) if self.layer_norm else recurrent(*arguments)
             found.append(hidden if isinstance(hidden, tuple) else (hidden,))
+        if len(found) == 1:
+            return x, found[0]
         return x, tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
-    def _states_of(self, layer: int, states: States) -> Any:
+    def _states_of(self, layer: int, states: States) -> States:
         D = self._directions
-        return _form(tuple(s[layer * D : (layer + 1) * D] for s in states))
+        return states if self.num_layers == 1 else tuple(s[layer * D : (layer + 1) * D] for s in states)
 
     def _weights_of(self, layer: int) -> list[Tensor]:
         """A layer's, direction after direction; of the recurrent ones what a call's dropout leaves."""
@@ -174,10 +176,10 @@ class RecurrentBase(nn.RNNBase):
     # ---- layer_norm --------------------------------------------------------------------------------
 
     def _normed(
-        self, layer: int, x: Tensor, hx: Any, weights: list[Tensor], batch_sizes: Any, kept: Tensor | None
+        self, layer: int, x: Tensor, hx: Any, weights: list[Tensor], mode: str, batch_sizes: Any, kept: Any
     ) -> tuple[Tensor, Any]:
         """A layer with LayerNorm on both products and an LSTM's cell, which no kernel computes."""
-        _, h0, c0, *_ = RECURRENT.bind(x, hx, weights, self.mode, batch_sizes, kept)
+        h0, c0 = hx if mode == "LSTM" else (hx, None)
         places = self._places(layer)
         each = len(weights) // len(places)
         b_ih, b_hh = (weights[2::each], weights[3::each]) if self.bias else ([None] * len(places), None)
@@ -186,7 +188,7 @@ class RecurrentBase(nn.RNNBase):
         rows = torch.cat(gates, -1).flatten(0, -2)
         y, hn, cn = layer_norm_scan(
             rows, h0, c0, weights[1::each], self._norms("weight_hh", places), b_hh,
-            self._norms("weight_c", places), self._norms("bias_c", places), batch_sizes, kept, self.mode,
+            self._norms("weight_c", places), self._norms("bias_c", places), batch_sizes, kept, mode,
         )  # fmt: skip
         return y.unflatten(0, x.shape[:-1]), hn if cn is None else (hn, cn)
 
@@ -205,8 +207,8 @@ class RecurrentBase(nn.RNNBase):
 
 
 def _form(states: States) -> Any:
-    """As torch's layers take and return them: None, h, or (h, c)."""
-    return states if len(states) == 2 else states[0] if states else None
+    """As torch's layers take and return them: h, or (h, c)."""
+    return states if len(states) == 2 else states[0]
 
 
 def _permuted(states: States, order: Tensor | None) -> States:
