@@ -5,6 +5,7 @@
     bigkern.layer_norm, bigkern.rms_norm                        norms, fused with a residual
     bigkern.layernorm_ffn                                       the second half of a Transformer block
     bigkern.linear, bigkern.batch_norm                          a linear layer; BatchNorm, addition and ReLU
+    bigkern.recurrent                                           a layer of LSTM, GRU or RNN over a sequence
     bigkern.nn, bigkern.optim                                   drop-in layers and optimizers
     bigkern.freeze, bigkern.frozen_layernorm_ffn                weights packed or in 8 bits, for inference
     bigkern.patch, bigkern.unpatch                              the same for a model you already have
@@ -23,6 +24,7 @@ from bigkern.ops.layernorm_ffn import layernorm_ffn
 from bigkern.ops.linear import linear
 from bigkern.ops.merge_attention import merge_attention
 from bigkern.ops.norm import layer_norm, rms_norm
+from bigkern.ops.recurrent import recurrent
 from bigkern.ops.sdpa import scaled_dot_product_attention
 from bigkern.ops.varlen_attention import varlen_attention
 from bigkern.patch import patch, unpatch
@@ -47,6 +49,7 @@ __all__ = [
     "nn",
     "optim",
     "patch",
+    "recurrent",
     "rms_norm",
     "scaled_dot_product_attention",
     "unpatch",
