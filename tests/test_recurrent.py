@@ -464,6 +464,14 @@ def test_transforms_of_torch_func() -> None:
         torch.testing.assert_close(torch.func.grad(total)(x), *torch.autograd.grad(total(leaf), leaf))
 
 
+def test_weights_that_do_not_fit_on_chip() -> None:
+    """The emulated GPU has four multiprocessors of 227 KiB."""
+    weights = [torch.zeros(4 * 256, 4), torch.zeros(4 * 256, 256)]
+    refused = pytest.raises(bigkern.BackendRefused, match="256 hidden units do not fit")
+    with run_backend("recurrent", "simt"), refused:
+        recurrent(torch.zeros(1, 1, 4), None, weights)
+
+
 def test_empty_batches() -> None:
     layer = torch.nn.GRU(3, 4)
     with bigkern.use(recurrent="torch"):

@@ -52,6 +52,7 @@ define_native(
     " Tensor w_hh, Tensor? w_hh_reverse, Tensor? batch_sizes, Tensor? zoneout, Tensor y, Tensor? reserve,"
     " str mode) -> (Tensor dgates, Tensor? dhidden_n, Tensor dh0, Tensor? dc0)"
 )
+define_native("recurrent_fits(Tensor h0, str mode) -> bool")
 
 
 # ---- the public function ---------------------------------------------------------------------------
@@ -340,7 +341,23 @@ def native_scans(native: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 def cuda_backend(native: Any, *, emulated: bool = False) -> registry.Backend:
     """The CUDA kernels in ``native``: the compiled ones, or, in the tests, those that the emulator runs."""
-    refuses = _refuses("cpu" if emulated else "cuda")
+    refuses_tensors = _refuses("cpu" if emulated else "cuda")
+    fits: dict[tuple[Any, ...], bool] = {}  # asked once for each
+
+    def refuses(
+        x: Tensor, h0: Tensor, c0: Any, weights: Any, batch_sizes: Any, zoneout: Any, mode: str, *_: Any
+    ) -> registry.Reason:
+        reason = refuses_tensors(x, h0, c0, weights, batch_sizes, zoneout)
+        if reason is not None or torch.compiler.is_compiling():  # when the node runs it is asked again
+            return reason
+        if torch.compiler.is_compiling():
+            return None  # the op itself asks again
+        D, _B, H = h0.shape
+        key = h0.device, h0.dtype, mode, D, H
+        if key not in fits:
+            fits[key] = native.recurrent_fits.default(h0, mode)
+        return None if fits[key] else f"the weights of {H} hidden units do not fit on chip"
+
     return _backend_of("cuda", *native_scans(native), refuses, unproven("recurrent", "cuda"))
 
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "common/kernel_info.h"
-#include "recurrent/recurrent.h"
 
 namespace bigkern::recurrent::cuda {
 
@@ -11,9 +10,5 @@ int kernels(KernelInfo* out, int capacity);
 
 int scan_kernels(KernelInfo* out, int capacity);
 int scan_backward_kernels(KernelInfo* out, int capacity);
-
-// Whether the current device holds the recurrent weights on chip, for the scan and its backward;
-// both launchers fail where it does not.
-bool fits(const Sizes& of);
 
 }  // namespace bigkern::recurrent::cuda

@@ -241,11 +241,25 @@ std::tuple<Tensor, OptionalTensor, Tensor, OptionalTensor> scan_backward(
   return {dgates, dhidden_n, dh0, dc0};
 }
 
+#ifdef BIGKERN_CUDA
+// Whether h0's device holds the recurrent weights of its D directions and H hidden units on chip.
+bool fits(const Tensor& h0, const std::string& mode) {
+  Sizes of{};
+  of.dtype = dtype_of(h0, "h0"), of.mode = mode_of(mode);
+  of.T = of.N = of.B = 1, of.D = h0.size(0), of.H = h0.size(2);
+#ifndef BIGKERN_SIMT
+  const torch::stable::accelerator::DeviceGuard guard(h0.get_device_index());
+#endif
+  return cuda::fits(of);
+}
+#endif
+
 }  // namespace
 }  // namespace bigkern::recurrent
 
 #ifdef BIGKERN_SIMT
 STABLE_TORCH_LIBRARY_IMPL(bigkern_simt, CPU, m) {
+  m.impl("recurrent_fits", TORCH_BOX(&bigkern::recurrent::fits));
   m.impl("recurrent_scan", TORCH_BOX(&bigkern::recurrent::scan));
   m.impl("recurrent_scan_backward",
          TORCH_BOX(&bigkern::recurrent::scan_backward<bigkern::recurrent::Cuda>));
@@ -258,6 +272,7 @@ STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CPU, m) {
 }
 #ifdef BIGKERN_CUDA
 STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CUDA, m) {
+  m.impl("recurrent_fits", TORCH_BOX(&bigkern::recurrent::fits));
   m.impl("recurrent_scan", TORCH_BOX(&bigkern::recurrent::scan));
   m.impl("recurrent_scan_backward",
          TORCH_BOX(&bigkern::recurrent::scan_backward<bigkern::recurrent::Cuda>));

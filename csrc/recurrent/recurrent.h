@@ -105,6 +105,7 @@ void scan_backward(const ScanBackward& call, const Parallel& parallel);
 
 #ifdef BIGKERN_CUDA
 namespace cuda {
+bool fits(const Sizes& of);  // whether the current device holds w_hh on chip; the scans fail if not
 size_t scan_workspace(const Scan& call);
 size_t scan_backward_workspace(const ScanBackward& call);
 int scan(const Scan& call, void* stream);
