@@ -98,6 +98,8 @@ def _check_input(x: Tensor, w_ih: Tensor, batch_sizes: Any) -> None:
         raise RuntimeError(
             f"x: input.size(-1) must be equal to input_size. Expected {w_ih.shape[1]}, got {x.shape[-1]}"
         )
+    if len(x) == 0:
+        raise RuntimeError("x: Expected sequence length to be larger than 0 in RNN")
     if batch_sizes is None:
         return
     if not isinstance(batch_sizes, Tensor) or batch_sizes.dtype != torch.int64:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 
-Norm = Callable[[Tensor], Tensor]
+Function = Callable[[Tensor], Tensor]
 
 
 def scan(
@@ -48,25 +48,11 @@ def scan(
     W_hn h' + b_hn. ``bias_n`` ``[D, H]`` is that b_hn. Without ``save`` it is differentiable by torch's
     autograd.
     """
-    results = []
-    for d, weight in enumerate(_directions(w_hh, w_hh_reverse)):
-        own = _columns(gates, d, len(h0))
-        bias = None if bias_n is None else bias_n[d]
-        product = _product(weight, gates.dtype)
-        y, hn, cn, active, kept = _walk(
-            own.to(_wide(gates)), h0[d], None if c0 is None else c0[d], product, bias, None,
-            batch_sizes, None if zoneout is None else _columns(zoneout, d, len(h0)), mode, d == 1,
-        )  # fmt: skip
-        if save:
-            own.copy_(active)
-        results.append((y.to(gates.dtype), hn.to(gates.dtype), cn, kept))
-    ys, hns, cns, reserve = zip(*results, strict=True)
-    return (
-        torch.cat(ys, 1),
-        torch.stack(hns),
-        None if c0 is None else torch.stack(cns).to(c0.dtype),
-        torch.cat(reserve, 1) if save and not mode.startswith("RNN") else None,
-    )
+    products = [_product(weight, gates.dtype) for weight in _directions(w_hh, w_hh_reverse)]
+    y, hn, cn, active, reserve = _walks(gates, h0, c0, products, bias_n, None, batch_sizes, zoneout, mode)
+    if save:
+        gates.copy_(active)
+    return y, hn, cn, reserve if save and not mode.startswith("RNN") else None
 
 
 def layer_norm_scan(
@@ -93,38 +79,64 @@ def layer_norm_scan(
 
     Source: Ba, Kiros and Hinton, Layer Normalization (2016).
     """
-    results = []
-    for d, weight in enumerate(w_hh):
-        gamma, beta = norm_weight[d], None if norm_bias is None else norm_bias[d]
-        product = _normalised_product(_product(weight, gates.dtype), gamma, beta, mode, eps)
-        of_cell = None
-        if cell_weight is not None:
-            of_cell = _norm(cell_weight[d], None if cell_bias is None else cell_bias[d], eps)
-        y, hn, cn, _, _ = _walk(
-            _columns(gates, d, len(h0)).to(_wide(gates)), h0[d], None if c0 is None else c0[d], product, None,
-            of_cell, batch_sizes, None if zoneout is None else _columns(zoneout, d, len(h0)), mode, d == 1,
-        )  # fmt: skip
-        results.append((y.to(gates.dtype), hn.to(gates.dtype), cn))
-    ys, hns, cns = zip(*results, strict=True)
-    return torch.cat(ys, 1), torch.stack(hns), None if c0 is None else torch.stack(cns).to(c0.dtype)
+    nothing = [None] * len(w_hh)
+    products = [
+        _normalised_product(_product(w, gates.dtype), gamma, beta, mode, eps)
+        for w, gamma, beta in zip(w_hh, norm_weight, norm_bias or nothing, strict=True)
+    ]
+    of_cells = None
+    if cell_weight is not None:
+        of_cells = [_norm(*affine, eps) for affine in zip(cell_weight, cell_bias or nothing, strict=True)]
+    y, hn, cn, _, _ = _walks(gates, h0, c0, products, None, of_cells, batch_sizes, zoneout, mode)
+    return y, hn, cn
 
 
-# ---- one direction ---------------------------------------------------------------------------------
+# ---- forward ---------------------------------------------------------------------------------------
+
+
+def _walks(
+    gates: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    products: Sequence[Function],
+    bias_n: Tensor | None,
+    of_cells: Sequence[Function] | None,
+    batch_sizes: Tensor | None,
+    zoneout: Tensor | None,
+    mode: str,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """``(y, hn, cn, activated gates, reserve)`` of all directions side by side; the last two are wide."""
+    own = [
+        _walk(
+            _columns(gates, d, len(h0)).to(_wide(gates)), h0[d], None if c0 is None else c0[d], product,
+            None if bias_n is None else bias_n[d], None if of_cells is None else of_cells[d], batch_sizes,
+            None if zoneout is None else _columns(zoneout, d, len(h0)), mode, d == 1,
+        )
+        for d, product in enumerate(products)
+    ]  # fmt: skip
+    y, hn, cn, active, kept = zip(*own, strict=True)
+    return (
+        torch.cat(y, 1).to(gates.dtype),
+        torch.stack(hn).to(gates.dtype),
+        None if c0 is None else torch.stack(cn).to(c0.dtype),
+        torch.cat(active, 1),
+        torch.cat(kept, 1),
+    )
 
 
 def _walk(
     gates: Tensor,
     h: Tensor,
     c: Tensor | None,
-    product: Norm,
+    product: Function,
     bias_n: Tensor | None,
-    of_cell: Norm | None,
+    of_cell: Function | None,
     batch_sizes: Tensor | None,
     zoneout: Tensor | None,
     mode: str,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Any, Tensor, Any]:
-    """``(y, hn, cn, activated gates, reserve)``, all wide, of wide gates ``[N, G*H]``."""
+    """The same of one direction, all wide, from wide gates ``[N, G*H]``."""
     h, c = h.to(gates.dtype), None if c is None else c.to(gates.dtype)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for start, b in _steps(batch_sizes, len(gates), len(h), reverse):
@@ -155,7 +167,7 @@ def _walk(
     if reverse:
         found.reverse()
     if not found:  # no rows at all
-        return h, h, c, gates, h
+        return h[:0], h, c, gates, h[:0]
     y, active, kept = (torch.cat(part) for part in zip(*found, strict=True))
     return y, h, c, active, kept
 
@@ -170,13 +182,15 @@ def _steps(batch_sizes: Tensor | None, N: int, B: int, reverse: bool) -> Iterato
     return iter(reversed(pairs) if reverse else pairs)
 
 
-def _product(weight: Tensor, dtype: torch.dtype) -> Norm:
+def _product(weight: Tensor, dtype: torch.dtype) -> Function:
     """W_hh h' of a rounded h', added up wide."""
     wide = weight.to(torch.promote_types(dtype, torch.float32))
     return lambda h: F.linear(h.to(dtype).to(wide.dtype), wide)
 
 
-def _normalised_product(product: Norm, gamma: Tensor, beta: Tensor | None, mode: str, eps: float) -> Norm:
+def _normalised_product(
+    product: Function, gamma: Tensor, beta: Tensor | None, mode: str, eps: float
+) -> Function:
     """LayerNorm of the product: of all gates at once, but of a GRU's n apart from its r and z."""
     rows = len(gamma)
     parts = (slice(rows),) if mode != "GRU" else (slice(rows // 3 * 2), slice(rows // 3 * 2, rows))
@@ -189,7 +203,7 @@ def _normalised_product(product: Norm, gamma: Tensor, beta: Tensor | None, mode:
     return normalised
 
 
-def _norm(gamma: Tensor, beta: Tensor | None, eps: float) -> Norm:
+def _norm(gamma: Tensor, beta: Tensor | None, eps: float) -> Function:
     def normalised(x: Tensor) -> Tensor:
         bias = None if beta is None else beta.to(x.dtype)
         return F.layer_norm(x, x.shape[-1:], gamma.to(x.dtype), bias, eps)
@@ -222,69 +236,77 @@ def scan_backward(
     :func:`previous_states`.
     """
     wide, D = _wide(gates), len(h0)
-    dgates, dh0 = torch.empty_like(gates), torch.empty_like(h0)
-    dhidden_n = torch.empty_like(y) if mode == "GRU" else None
-    dc0 = None if c0 is None else torch.empty_like(c0)
+    own = []
     for d, weight in enumerate(_directions(w_hh, w_hh_reverse)):
-        mine = [None if t is None else _columns(t, d, D).to(wide) for t in (dy, zoneout, gates, y, reserve)]
-        dy_, m, active, y_, kept = mine
-        assert active is not None
-        assert y_ is not None
-        before = previous_states(y_, h0[d].to(wide), batch_sizes, d == 1)
-        c_before = None
-        if c0 is not None and kept is not None:
-            c_before = previous_states(kept, c0[d].to(wide), batch_sizes, d == 1)
-        dh, dc = (torch.zeros_like(h0[d], dtype=wide) if t is None else t[d].to(wide) for t in (dhn, dcn))
-        weight = weight.to(wide)
-        for start, b in _steps(batch_sizes, len(gates), h0.shape[1], d == 0):
-            rows = slice(start, start + b)
-            dnew = dh[:b] if dy_ is None else dh[:b] + dy_[rows]
-            through = None
-            if m is not None:
-                through = m[rows] * dnew
-                dnew = dnew - through
-            state = before if c_before is None else c_before
-            dx, dn, direct, dc_before = _step_backward(
-                mode, dnew, dc[:b], active[rows], state[rows], None if kept is None else kept[rows]
-            )
-            dx = dx.to(gates.dtype)
-            _columns(dgates, d, D)[rows] = dx
-            if dhidden_n is not None:
-                dn = dn.to(gates.dtype)
-                _columns(dhidden_n, d, D)[rows] = dn
-                dx = torch.cat((dx[:, : -dn.shape[1]], dn), 1)
-            dbefore = dx.to(wide) @ weight
-            for part in (direct, through):
-                dbefore = dbefore if part is None else dbefore + part
-            dh, dc = torch.cat((dbefore, dh[b:])), dc if dc_before is None else torch.cat((dc_before, dc[b:]))
-        dh0[d] = dh
-        if dc0 is not None:
-            dc0[d] = dc
-    return dgates, dhidden_n, dh0, dc0
+        states = [None if t is None else t[d].to(wide) for t in (dhn, dcn, h0, c0)]
+        by_row = dy, gates, zoneout, y, reserve
+        rows = [None if t is None else _columns(t, d, D).to(wide) for t in by_row]
+        own.append(_walk_backward(states, rows, weight.to(wide), batch_sizes, mode, d == 1, gates.dtype))
+    dgates, dhidden_n, dh0, dc0 = zip(*own, strict=True)
+    return (
+        torch.cat(dgates, 1),
+        torch.cat(dhidden_n, 1) if mode == "GRU" else None,
+        torch.stack(dh0).to(h0.dtype),
+        None if c0 is None else torch.stack(dc0).to(c0.dtype),
+    )
+
+
+def _walk_backward(
+    states: Sequence[Any],
+    rows_of: Sequence[Any],
+    weight: Tensor,
+    batch_sizes: Tensor | None,
+    mode: str,
+    reverse: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(dgates, dhidden_n, dh0, dc0)`` of one direction from wide tensors; the first two are rounded."""
+    (dh, dc, h0, c0), (dy, gates, zoneout, y, kept) = states, rows_of
+    dh, dc = (torch.zeros_like(h0) if t is None else t for t in (dh, dc))
+    before = previous_states(*((y, h0) if c0 is None else (kept, c0)), batch_sizes, reverse)
+    found = []
+    for start, b in _steps(batch_sizes, len(gates), len(h0), not reverse):
+        rows = slice(start, start + b)
+        dnew = dh[:b] if dy is None else dh[:b] + dy[rows]
+        past = 0.0 if zoneout is None else zoneout[rows] * dnew  # what reaches h' past the step
+        dx, dn, direct, dc_before = _step_backward(
+            mode, dnew - past, dc[:b], gates[rows], before[rows], None if kept is None else kept[rows]
+        )
+        dx, dn = dx.to(dtype), dn.to(dtype)
+        found.append((dx, dn))
+        dhidden = torch.cat((dx[:, : -dn.shape[1]], dn), 1).to(weight.dtype)
+        dh = torch.cat((dhidden @ weight + direct + past, dh[b:]))
+        dc = torch.cat((dc_before, dc[b:]))
+    if not reverse:
+        found.reverse()
+    if not found:  # no rows at all
+        return gates.to(dtype), h0[:0].to(dtype), dh, dc
+    dgates, dhidden_n = (torch.cat(part) for part in zip(*found, strict=True))
+    return dgates, dhidden_n, dh, dc
 
 
 def _step_backward(
-    mode: str, dh: Tensor, dc: Tensor, active: Tensor, before: Tensor, kept: Tensor | None
-) -> tuple[Tensor, Any, Tensor | None, Tensor | None]:
-    """Gradients of the gates before activation, of a GRU's W_hn h' + b_hn, of h' past the product, of c'.
+    mode: str, dh: Tensor, dc: Tensor, active: Tensor, before: Tensor, kept: Any
+) -> tuple[Tensor, Tensor, Any, Tensor]:
+    """Gradients of the gates before activation, of their last part where W_hh h' enters it, of h' past that
+    product, and of c'.
 
-    ``before`` is an LSTM's c' or a GRU's h', ``kept`` a step of reserve.
+    ``before`` is an LSTM's c' or else h', ``kept`` a step of reserve.
     """
     if mode == "LSTM":
-        assert kept is not None
         i, f, g, o = active.chunk(4, 1)
         t = kept.tanh()
         dc = dc + dh * o * (1 - t * t)
         di, df, dg, do = dc * g, dc * before, dc * i, dh * t
-        parts = di * i * (1 - i), df * f * (1 - f), dg * (1 - g * g), do * o * (1 - o)
-        return torch.cat(parts, 1), None, None, dc * f
+        do = do * o * (1 - o)
+        return torch.cat((di * i * (1 - i), df * f * (1 - f), dg * (1 - g * g), do), 1), do, 0.0, dc * f
     if mode == "GRU":
-        assert kept is not None
         r, z, n = active.chunk(3, 1)
         dn = dh * (1 - z) * (1 - n * n)
         dz, dr = dh * (before - n), dn * kept
-        return torch.cat((dr * r * (1 - r), dz * z * (1 - z), dn), 1), dn * r, dh * z, None
-    return dh * (1 - active * active) if mode == "RNN_TANH" else dh * (active > 0), None, None, None
+        return torch.cat((dr * r * (1 - r), dz * z * (1 - z), dn), 1), dn * r, dh * z, dc
+    dx = dh * (1 - active * active) if mode == "RNN_TANH" else dh * (active > 0)
+    return dx, dx, 0.0, dc
 
 
 def previous_states(y: Tensor, h0: Tensor, batch_sizes: Tensor | None, reverse: bool) -> Tensor:
