@@ -26,8 +26,8 @@ from .recurrent_forward import scan_step_kernel
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 
 # bytes an element -> tiles: BM sequences, BN hidden units, BK terms of a sum at a time
-FORWARD = {2: Tile(64, 32, 64, 4, 5), 4: Tile(32, 16, 32, 4, 4)}
-BACKWARD = {2: Tile(32, 32, 128, 4, 5), 4: Tile(32, 32, 32, 4, 4)}
+FORWARD = {2: Tile(64, 32, 64, 4, 5), 4: Tile(32, 16, 32, 8, 4)}
+BACKWARD = {2: Tile(32, 32, 128, 4, 5), 4: Tile(32, 32, 32, 8, 4)}
 
 Steps = tuple[int, int, int, int]  # of each direction a step's first row, and how many sequences have one
 NO_STEPS: Steps = (0, 0, 0, 0)
@@ -129,7 +129,7 @@ def tile_for(table: dict[int, Tile], h0: Tensor) -> Tile:
     D, B, H = h0.shape
     tile = table[h0.element_size()]
     if H % 16 != 0:
-        tile = tile._replace(BM=32, BK=tile.BK // 2)
+        tile = tile._replace(BM=32, BN=16, BK=tile.BK // 2)
     BM, BN = min(tile.BM, launch.padded(B)), min(tile.BN, launch.padded(H))
     processors = launch.multiprocessors(h0.device)
     while max(BM, BN) > 16 and D * triton.cdiv(B, BM) * triton.cdiv(H, BN) < processors:

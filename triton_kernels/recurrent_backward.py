@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .recurrent_forward import STEPS, load, of_direction, shifted, store, tanh
+from .recurrent_forward import STEPS, load, of_direction, store, tanh
 from .rows import pointers
 
 # ---- the gates of a tile: gates, dgates, dc and the like are the tile's pointers -----------------------
@@ -65,16 +65,16 @@ def rnn_backward(dh, gates, dgates, exists, MODE: tl.constexpr):
     store(dgates, dh * (1.0 - h * h) if MODE == "RNN_TANH" else tl.where(h > 0.0, dh, 0.0), exists)
 
 
-# ---- a tile of a step: all pointers point to the direction's part of a row ---------------------------
+# ---- a tile of a step --------------------------------------------------------------------------------
 
 
 @triton.jit
 def add_product(
-    dh, d, w, after, followed, row, column, line, H, K,
+    dh, d, w, after, followed, row, unit, line, H, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dh + d w for the sequences that had a step after: K columns of d, K rows of w, some of its columns."""
-    rows, units = row + tl.arange(0, BM), column + tl.arange(0, BN)
+    rows, units = row + tl.arange(0, BM), unit + tl.arange(0, BN)
     left = d + (after + rows).to(tl.int64) * line
     row_exists, unit_exists = (rows < followed)[:, None], (units < H)[None, :]
     for k in range(0, tl.where(row < followed, K, 0), BK):
@@ -88,67 +88,64 @@ def add_product(
 
 @triton.jit
 def add_products(
-    dh, dgates, dhidden_n, w_hh, after, followed, row, column, width, H,
+    dh, dgates, dhidden_n, w_hh, after, followed, d, row, unit, width, H,
     G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dh + the gradients of W_hh h' times W_hh."""
-    line = G * width
-    if dhidden_n is None:
-        dh = add_product(
-            dh, dgates, w_hh, after, followed, row, column, line, H, G * H, BM, BN, BK, PRECISION
-        )
-    else:
-        w_hn = w_hh + tl.cast(2 * H, tl.int64) * H
-        dh = add_product(
-            dh, dgates, w_hh, after, followed, row, column, line, H, 2 * H, BM, BN, BK, PRECISION
-        )
-        dh = add_product(
-            dh, dhidden_n, w_hn, after, followed, row, column, width, H, H, BM, BN, BK, PRECISION
-        )
+    """dh + the gradient of W_hh h' times W_hh."""
+    dgates += d * G * H
+    K = G * H if dhidden_n is None else 2 * H
+    dh = add_product(dh, dgates, w_hh, after, followed, row, unit, G * width, H, K, BM, BN, BK, PRECISION)
+    if dhidden_n is not None:
+        w_hn = w_hh + tl.cast(K, tl.int64) * H
+        dhidden_n += d * H
+        dh = add_product(dh, dhidden_n, w_hn, after, followed, row, unit, width, H, H, BM, BN, BK, PRECISION)
     return dh
 
 
 @triton.jit
 def scan_tile_backward(
     dy, gates, h0, c0, w_hh, zoneout, y, reserve, dgates, dhidden_n, dh, dc,
-    now, count, before, preceded, after, followed, row, column, width, H,
+    now, count, before, preceded, after, followed, d, row, unit, width, B, H,
     MODE: tl.constexpr, G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A step of sequences [row, + BM) and hidden units [column, + BN).
+    """A step of direction d for sequences [row, + BM) and hidden units [unit, + BN).
 
     ``count`` sequences have the step, in the data's rows from ``now`` on. In the forward ``preceded`` had one
     before it, in rows from ``before`` on, and ``followed`` one after it, in rows from ``after`` on.
     """
-    rows, unit_exists = (row + tl.arange(0, BM))[:, None], (column + tl.arange(0, BN) < H)[None, :]
+    rows, unit_exists = (row + tl.arange(0, BM))[:, None], (unit + tl.arange(0, BN) < H)[None, :]
     exists, known = (rows < count) & unit_exists, (rows < tl.maximum(count, followed)) & unit_exists
-    dh = pointers(dh, row, column, H, BM, BN)
-    d = add_products(
-        load(dh, known), dgates, dhidden_n, w_hh, after, followed, row, column, width, H,
+    first, later = exists & (rows >= preceded), exists & (rows < preceded)
+    at, earlier, column, sequence = now + row, before + row, d * H + unit, d * B + row
+    dh = pointers(dh, sequence, unit, H, BM, BN)
+    gradient = add_products(
+        load(dh, known), dgates, dhidden_n, w_hh, after, followed, d, row, unit, width, H,
         G, BM, BN, BK, PRECISION,
     )  # fmt: skip
     if dy is not None:
-        d += load(pointers(dy, now + row, column, width, BM, BN), exists)
-    passed, inner = tl.zeros_like(d), d
+        gradient += load(pointers(dy, at, column, width, BM, BN), exists)
+    passed, inner = tl.zeros_like(gradient), gradient
     if zoneout is not None:
-        passed = d * load(pointers(zoneout, now + row, column, width, BM, BN), exists)
-        inner = d - passed
-    gates = pointers(gates, now + row, column, G * width, BM, BN)
-    own = pointers(dgates, now + row, column, G * width, BM, BN)
+        passed = gradient * load(pointers(zoneout, at, column, width, BM, BN), exists)
+        inner = gradient - passed
+    gates = pointers(gates, at, d * G * H + unit, G * width, BM, BN)
+    dgates = pointers(dgates, at, d * G * H + unit, G * width, BM, BN)
     if MODE == "LSTM":
-        last_c = load(pointers(reserve, before + row, column, width, BM, BN), exists & (rows < preceded))
-        last_c += load(pointers(c0, row, column, H, BM, BN), exists & (rows >= preceded))
-        c = pointers(reserve, now + row, column, width, BM, BN)
-        lstm_backward(inner, last_c, gates, c, own, pointers(dc, row, column, H, BM, BN), H, exists)
+        last_c = load(pointers(reserve, earlier, column, width, BM, BN), later)
+        last_c += load(pointers(c0, sequence, unit, H, BM, BN), first)
+        c = pointers(reserve, at, column, width, BM, BN)
+        dc = pointers(dc, sequence, unit, H, BM, BN)
+        lstm_backward(inner, last_c, gates, c, dgates, dc, H, exists)
     elif MODE == "GRU":
-        last_h = load(pointers(y, before + row, column, width, BM, BN), exists & (rows < preceded))
-        last_h += load(pointers(h0, row, column, H, BM, BN), exists & (rows >= preceded))
-        hidden_n = pointers(reserve, now + row, column, width, BM, BN)
-        dhidden_n = pointers(dhidden_n, now + row, column, width, BM, BN)
-        passed += gru_backward(inner, last_h, gates, hidden_n, own, dhidden_n, H, exists)
+        last_h = load(pointers(y, earlier, column, width, BM, BN), later)
+        last_h += load(pointers(h0, sequence, unit, H, BM, BN), first)
+        hidden_n = pointers(reserve, at, column, width, BM, BN)
+        dhidden_n = pointers(dhidden_n, at, column, width, BM, BN)
+        passed += gru_backward(inner, last_h, gates, hidden_n, dgates, dhidden_n, H, exists)
     else:
-        rnn_backward(inner, gates, own, exists, MODE)
-    store(dh, tl.where(exists, passed, d), known)
+        rnn_backward(inner, gates, dgates, exists, MODE)
+    store(dh, tl.where(exists, passed, gradient), known)
 
 
 # ---- kernel ------------------------------------------------------------------------------------------
@@ -162,15 +159,13 @@ def scan_step_backward_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A step of each direction; _1 is the reverse one's. A program: hidden units, sequences, a direction."""
-    column, row, d = tl.program_id(0) * BN, tl.program_id(1) * BM, tl.program_id(2)
+    unit, row, d = tl.program_id(0) * BN, tl.program_id(1) * BM, tl.program_id(2)
     if d == 1:
         now, count, before, preceded = now_1, count_1, before_1, preceded_1
         after, followed = after_1, followed_1
     if row < tl.maximum(count, followed):
         scan_tile_backward(
-            shifted(dy, d * H), gates + d * G * H, h0 + d * B * H, shifted(c0, d * B * H),
-            of_direction(d, w_hh, w_hh_reverse), shifted(zoneout, d * H), y + d * H, shifted(reserve, d * H),
-            dgates + d * G * H, shifted(dhidden_n, d * H), dh + d * B * H, shifted(dc, d * B * H),
-            now, count, before, preceded, after, followed, row, column, tl.num_programs(2) * H, H,
+            dy, gates, h0, c0, of_direction(d, w_hh, w_hh_reverse), zoneout, y, reserve, dgates, dhidden_n,
+            dh, dc, now, count, before, preceded, after, followed, d, row, unit, tl.num_programs(2) * H, B, H,
             MODE, G, BM, BN, BK, PRECISION,
         )  # fmt: skip

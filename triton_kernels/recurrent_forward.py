@@ -54,12 +54,6 @@ def of_direction(d, forward, reverse):
     return forward if reverse is None else tl.where(d == 0, forward, reverse)
 
 
-@triton.jit
-def shifted(x, by):
-    """A pointer moved on; what a call does without stays None."""
-    return None if x is None else x + by
-
-
 # ---- the gates of a tile: gates, c and reserve are the tile's pointers -------------------------------
 
 
@@ -85,12 +79,12 @@ def lstm(s, gates, c, reserve, H, exists, SAVE: tl.constexpr):
 
 
 @triton.jit
-def gru(s, last_h, gates, bias_n, reserve, units, H, exists, SAVE: tl.constexpr):
+def gru(s, last_h, gates, bias_n, reserve, columns, unit_exists, H, exists, SAVE: tl.constexpr):
     """h; stores activated gates and W_hn h' + b_hn if SAVE."""
     left, right = halves(s)
     r, z = halves(left)
     hidden_n, _ = halves(right)
-    hidden_n = affine(hidden_n, None, bias_n, units, units < H)
+    hidden_n = affine(hidden_n, None, bias_n, columns, unit_exists)
     r = tl.sigmoid(r + load(gates, exists))
     z = tl.sigmoid(z + load(gates + H, exists))
     n = tanh(r * hidden_n + load(gates + 2 * H, exists))
@@ -112,18 +106,18 @@ def rnn(s, gates, exists, MODE: tl.constexpr, SAVE: tl.constexpr):
     return h
 
 
-# ---- a tile of a step: all pointers point to the direction's part of a row ---------------------------
+# ---- a tile of a step --------------------------------------------------------------------------------
 
 
 @triton.jit
 def hidden_product(
-    y, w_hh, count, before, preceded, row, column, width, N, H,
+    y, w_hh, count, before, preceded, row, unit, width, N, H,
     G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """fp32 [BM, BLOCKS BN] of h' W_hh^T, a block a gate; h' is in y, behind whose N rows h0 lies."""
+    """fp32 [BM, BLOCKS BN] of h' W_hh^T, a block a gate; y is the direction's, with h0 behind its N rows."""
     BLOCKS: tl.constexpr = 4 if G == 3 else G  # tiles are powers of two
     rows, j = row + tl.arange(0, BM), tl.arange(0, BLOCKS * BN)
-    gates, units = j // BN, column + j % BN
+    gates, units = j // BN, unit + j % BN
     left = y + (tl.where(rows < preceded, before, N) + rows).to(tl.int64) * width
     right = w_hh + (gates * H + units).to(tl.int64) * H
     row_exists, unit_exists = (rows < count)[:, None], ((gates < G) & (units < H))[:, None]
@@ -138,35 +132,39 @@ def hidden_product(
 
 @triton.jit
 def scan_tile(
-    gates, w_hh, bias_n, zoneout, y, h, c, reserve, now, count, before, preceded, row, column, width, N, H,
-    MODE: tl.constexpr, G: tl.constexpr, SAVE: tl.constexpr,
+    gates, w_hh, bias_n, zoneout, y, h, c, reserve, now, count, before, preceded, d, row, unit,
+    width, N, B, H, MODE: tl.constexpr, G: tl.constexpr, SAVE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A step of sequences [row, + BM) and hidden units [column, + BN).
+    """A step of direction d for sequences [row, + BM) and hidden units [unit, + BN).
 
     ``count`` sequences have the step, in the data's rows from ``now`` on. ``preceded`` had one before it, in
     rows from ``before`` on.
     """
-    s = hidden_product(y, w_hh, count, before, preceded, row, column, width, N, H, G, BM, BN, BK, PRECISION)
-    units = column + tl.arange(0, BN)
-    exists = (row + tl.arange(0, BM) < count)[:, None] & (units < H)[None, :]
-    gates = pointers(gates, now + row, column, G * width, BM, BN)
-    h = pointers(h, row, column, H, BM, BN)
+    s = hidden_product(
+        y + d * H, w_hh, count, before, preceded, row, unit, width, N, H, G, BM, BN, BK, PRECISION
+    )
+    unit_exists = unit + tl.arange(0, BN) < H
+    exists = (row + tl.arange(0, BM) < count)[:, None] & unit_exists[None, :]
+    at, column = now + row, d * H + unit
+    gates = pointers(gates, at, d * G * H + unit, G * width, BM, BN)
+    h = pointers(h, d * B + row, unit, H, BM, BN)
     if c is not None:
-        c = pointers(c, row, column, H, BM, BN)
+        c = pointers(c, d * B + row, unit, H, BM, BN)
     if reserve is not None:
-        reserve = pointers(reserve, now + row, column, width, BM, BN)
+        reserve = pointers(reserve, at, column, width, BM, BN)
     last_h = load(h, exists)
     if MODE == "LSTM":
         new_h = lstm(s, gates, c, reserve, H, exists, SAVE)
     elif MODE == "GRU":
-        new_h = gru(s, last_h, gates, bias_n, reserve, units, H, exists, SAVE)
+        columns = column + tl.arange(0, BN)
+        new_h = gru(s, last_h, gates, bias_n, reserve, columns, unit_exists, H, exists, SAVE)
     else:
         new_h = rnn(s, gates, exists, MODE, SAVE)
     if zoneout is not None:
-        new_h += load(pointers(zoneout, now + row, column, width, BM, BN), exists) * (last_h - new_h)
+        new_h += load(pointers(zoneout, at, column, width, BM, BN), exists) * (last_h - new_h)
     store(h, new_h, exists)
-    store(pointers(y, now + row, column, width, BM, BN), new_h, exists)
+    store(pointers(y, at, column, width, BM, BN), new_h, exists)
 
 
 # ---- kernel ------------------------------------------------------------------------------------------
@@ -182,13 +180,12 @@ def scan_step_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A step of each direction; _1 is the reverse one's. A program: hidden units, sequences, a direction."""
-    column, row, d = tl.program_id(0) * BN, tl.program_id(1) * BM, tl.program_id(2)
+    unit, row, d = tl.program_id(0) * BN, tl.program_id(1) * BM, tl.program_id(2)
     if d == 1:
         now, count, before, preceded = now_1, count_1, before_1, preceded_1
     if row < count:
         scan_tile(
-            gates + d * G * H, of_direction(d, w_hh, w_hh_reverse), shifted(bias_n, d * H),
-            shifted(zoneout, d * H), y + d * H, h + d * B * H, shifted(c, d * B * H), shifted(reserve, d * H),
-            now, count, before, preceded, row, column, tl.num_programs(2) * H, N, H,
+            gates, of_direction(d, w_hh, w_hh_reverse), bias_n, zoneout, y, h, c, reserve,
+            now, count, before, preceded, d, row, unit, tl.num_programs(2) * H, N, B, H,
             MODE, G, SAVE, BM, BN, BK, PRECISION,
         )  # fmt: skip
