@@ -348,10 +348,8 @@ def cuda_backend(native: Any, *, emulated: bool = False) -> registry.Backend:
         x: Tensor, h0: Tensor, c0: Any, weights: Any, batch_sizes: Any, zoneout: Any, mode: str, *_: Any
     ) -> registry.Reason:
         reason = refuses_tensors(x, h0, c0, weights, batch_sizes, zoneout)
-        if reason is not None or torch.compiler.is_compiling():  # when the node runs it is asked again
+        if reason is not None or torch.compiler.is_compiling():  # the op itself asks again
             return reason
-        if torch.compiler.is_compiling():
-            return None  # the op itself asks again
         D, _B, H = h0.shape
         key = h0.device, h0.dtype, mode, D, H
         if key not in fits:
