@@ -28,8 +28,10 @@ void with_mode(Mode mode, const F& f) {
 
 // Runs task(member) on every thread of a team. The barriers lie at the workspace's beginning.
 template <class Task>
-void run_team(const Sizes& of, void* workspace, const Parallel& parallel, const Task& task) {
+void run_team(const Sizes& of, void* workspace, size_t bytes, const Parallel& parallel,
+              const Task& task) {
   Barrier* barriers = static_cast<Barrier*>(workspace);
+  prefer_large_pages(workspace, bytes);
   for (int i = 0; i <= parallel.threads; ++i) new (barriers + i) Barrier;
   Team team(parallel.threads);
   const auto body = [&](int64_t begin, int64_t end) BIGKERN_FN {
@@ -71,7 +73,7 @@ void layer(const Layer& p, const Parallel& parallel) {
     const LayerSpace<decltype(t)> space(p, parallel.threads,
                                         after_barriers(p.workspace, parallel.threads));
     with_mode(p.of.mode, [&](auto mode) BIGKERN_FN {
-      run_team(p.of, p.workspace, parallel, [&](const Member& member) BIGKERN_FN {
+      run_team(p.of, p.workspace, space.bytes, parallel, [&](const Member& member) BIGKERN_FN {
         layer_by<decltype(mode)::value, decltype(t)>(p, member, space);
       });
     });
@@ -84,7 +86,7 @@ void scan_backward(const ScanBackward& p, const Parallel& parallel) {
     const BackwardSpace<decltype(t)> space(p, parallel.threads,
                                            after_barriers(p.workspace, parallel.threads));
     with_mode(p.of.mode, [&](auto mode) BIGKERN_FN {
-      run_team(p.of, p.workspace, parallel, [&](const Member& member) BIGKERN_FN {
+      run_team(p.of, p.workspace, space.bytes, parallel, [&](const Member& member) BIGKERN_FN {
         scan_backward_by<decltype(mode)::value, decltype(t)>(p, member, space);
       });
     });
