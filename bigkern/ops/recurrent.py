@@ -7,6 +7,7 @@ every backend: ``recurrent_layer.py`` composes it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -141,12 +142,14 @@ def _in_autocast(
 def _left_to_stock(arguments: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether torch's own functions are called, and torch's autograd, rather than the reference.
 
-    They know no zoneout, and torch.compile cannot trace those that take batch sizes.
+    They know no zoneout. torch.compile cannot trace them with batch sizes, nor train a CPU's LSTM.
     """
-    _, _, _, _, batch_sizes, zoneout, _, _ = arguments
-    if foreign(*tensors) is not None:
+    x, _, _, weights, batch_sizes, zoneout, _, _ = arguments
+    if foreign(*tensors) is not None or autocast(x) is not None or layout_of(weights).projection:
         return True
-    return zoneout is None and (batch_sizes is None or plain(*tensors))
+    if zoneout is not None:
+        return False
+    return not torch.compiler.is_compiling() or (batch_sizes is None and not x.is_cpu)
 
 
 # ---- the op: fake, kernel, autograd ----------------------------------------------------------------
@@ -308,15 +311,24 @@ def _refuses(backend: str) -> Callable[..., registry.Reason]:
     return refuses
 
 
+FASTER_FROM = 4  # steps, on two Zen 4 cores: below, packing the weights is not paid back
+LEAST = (
+    2048  # numbers in y: below, a graph costs more than is gained, but for GRU, of which stock has no kernel
+)
+
+
 def _cpu_declines(
-    x: Tensor, h0: Any, c0: Any, weights: Any, batch_sizes: Any, zoneout: Any, *_: Any
+    x: Tensor, h0: Any, c0: Any, weights: Any, batch_sizes: Any, zoneout: Any, mode: str, save: bool
 ) -> registry.Reason:
     if not x.is_cpu:
         return f"tensors are on {x.device.type}"
     if zoneout is not None:
         return None  # stock knows none, and the reference walks from step to step in Python
-    T = x.shape[0] if batch_sizes is None else batch_sizes.shape[0]
-    return "stock is as fast for a single step" if T == 1 else None
+    if (x.shape[0] if batch_sizes is None else batch_sizes.shape[0]) < FASTER_FROM:
+        return f"stock is as fast below {FASTER_FROM} steps"
+    if save and mode != "GRU" and math.prod(x.shape[:-1]) * weights[1].shape[1] < LEAST:
+        return f"stock is as fast below {LEAST} numbers in y"
+    return None
 
 
 def declined(*arguments: Any) -> bool:
