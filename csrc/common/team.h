@@ -28,7 +28,7 @@ inline void spin_until(const Done& done) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
-    if (spins % 4096 == 0) std::this_thread::yield();
+    if (spins % 256 == 0) std::this_thread::yield();
   }
 }
 
