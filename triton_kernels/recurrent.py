@@ -122,7 +122,7 @@ def state(given: Tensor | None, like: Tensor) -> Tensor:
 
 
 def tile_for(table: dict[int, Tile], h0: Tensor) -> Tile:
-    """The table's entry, made smaller until every processor has a tile.
+    """The table's entry, made smaller as long as every tile still has a processor of its own.
 
     Rows that are not whole vectors have an address an element: smaller tiles hold these in registers.
     """
@@ -132,7 +132,7 @@ def tile_for(table: dict[int, Tile], h0: Tensor) -> Tile:
         tile = tile._replace(BM=32, BN=16, BK=tile.BK // 2)
     BM, BN = min(tile.BM, launch.padded(B)), min(tile.BN, launch.padded(H))
     processors = launch.multiprocessors(h0.device)
-    while max(BM, BN) > 16 and D * triton.cdiv(B, BM) * triton.cdiv(H, BN) < processors:
+    while max(BM, BN) > 16 and 2 * D * triton.cdiv(B, BM) * triton.cdiv(H, BN) <= processors:
         BM, BN = (BM, BN // 2) if BN > 16 else (BM // 2, BN)
     return tile._replace(BM=BM, BN=BN, BK=min(tile.BK, launch.padded(H)))
 
