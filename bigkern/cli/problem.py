@@ -59,8 +59,10 @@ class Problem:
         made: Inputs = {}
         for name, shape in self.shapes.items():
             value = torch.randn(shape, generator=generator, device=source)
-            if name.startswith(("w1", "w2", "weight_")):
+            if name.startswith(("w1", "w2")):
                 value /= shape[-1] ** 0.5
+            if name.startswith(("weight_", "bias_")):  # a recurrent layer's, about as torch draws them
+                value /= (3 * shape[-1]) ** 0.5
             if name.endswith("weight") or name.startswith("norm_weight"):
                 value = 1 + 0.1 * value
             if name.startswith("v_"):
