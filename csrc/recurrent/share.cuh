@@ -102,7 +102,7 @@ struct Share {
         counter(plan.counters + (d * plan.groups + int(blockIdx.y)) * kCounterStride),
         blocks(unsigned(plan.slices)) {}
 
-  // The half of the exchange that an even or odd step writes: its tile from `row` on, and a value.
+  // Of the half of the exchange that an even or odd `step` means: a tile, from `row` on; a value.
   __device__ __forceinline__ T* tile(int step, int row) const {
     return exchange + (step & 1) * half + row * pitch;
   }
