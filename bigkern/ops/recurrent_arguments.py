@@ -77,6 +77,10 @@ def bind(
         B = int(batch_sizes[0])
     h0, c0 = _states(x, hx, mode, layout.directions, B, H, output_size)
     if zoneout is not None:
+        if layout.projection:
+            raise ValueError(
+                "zoneout must be None where weights hold w_hr: it is not defined for a projection"
+            )
         zoneout = _checked_zoneout(zoneout, x, layout.directions * output_size)
     tensors = (x, h0, *weights) if c0 is None else (x, h0, c0, *weights)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
