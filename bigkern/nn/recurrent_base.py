@@ -113,7 +113,7 @@ class RecurrentBase(nn.RNNBase):
 
     def _is_declined(self, input: Any) -> bool:
         """Whether stock would be chosen by sizes alone: :meth:`_is_stocks` costs more than a short call."""
-        if self._has_extras() or registry.forced() or torch.jit.is_tracing():
+        if self._has_extras() or registry.forced() or torch._C._is_tracing():
             return False
         if isinstance(input, PackedSequence):
             x, batch_sizes = input.data, input.batch_sizes

@@ -139,9 +139,12 @@ def _walk(
     """The same of one direction, all wide, from wide gates ``[N, G*H]``."""
     h, c = h.to(gates.dtype), None if c is None else c.to(gates.dtype)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for start, b in _steps(batch_sizes, len(gates), len(h), reverse):
+    steps = list(_steps(batch_sizes, len(gates), len(h), reverse))
+    in_order = steps[::-1] if reverse else steps
+    given = gates.split([b for _, b in in_order])  # at once: the gradient of a slice is as large as all of it
+    for (start, b), x in zip(steps, given[::-1] if reverse else given, strict=True):
         rows, before = slice(start, start + b), h[:b]
-        x, hidden = gates[rows], product(before)
+        hidden = product(before)
         if mode == "LSTM":
             assert c is not None
             i, f, g, o = (x + hidden).chunk(4, 1)
@@ -149,7 +152,7 @@ def _walk(
             cell = f * c[:b] + i * g
             new = o * (cell if of_cell is None else of_cell(cell)).tanh()
             active, kept = torch.cat((i, f, g, o), 1), cell
-            c = torch.cat((cell, c[b:]))
+            c = cell if b == len(c) else torch.cat((cell, c[b:]))
         elif mode == "GRU":
             (x_r, x_z, x_n), (h_r, h_z, h_n) = x.chunk(3, 1), hidden.chunk(3, 1)
             kept = h_n if bias_n is None else h_n + bias_n
@@ -163,7 +166,7 @@ def _walk(
         if zoneout is not None:
             new = new + zoneout[rows] * (before - new)
         found.append((new, active, kept))
-        h = torch.cat((new, h[b:]))
+        h = new if b == len(h) else torch.cat((new, h[b:]))
     if reverse:
         found.reverse()
     if not found:  # no rows at all
