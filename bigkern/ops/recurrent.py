@@ -145,11 +145,11 @@ def _left_to_stock(arguments: tuple[Any, ...], tensors: tuple[Tensor | None, ...
     They know no zoneout. torch.compile cannot trace them with batch sizes, nor train a CPU's LSTM.
     """
     x, _, _, weights, batch_sizes, zoneout, _, _ = arguments
+    if zoneout is None and not torch.compiler.is_compiling():
+        return True
     if foreign(*tensors) is not None or autocast(x) is not None or layout_of(weights).projection:
         return True
-    if zoneout is not None:
-        return False
-    return not torch.compiler.is_compiling() or (batch_sizes is None and not x.is_cpu)
+    return zoneout is None and batch_sizes is None and not x.is_cpu
 
 
 # ---- the op: fake, kernel, autograd ----------------------------------------------------------------
