@@ -67,7 +67,7 @@ struct Layer {
   const void* x;        // [N, I]
   const void* w_ih[2];  // [G, H, I] a direction
   const void* w_hh[2];  // [G, H, H]
-  const void* b_ih[2];  // [G, H], null ok: 0
+  const void* b_ih[2];  // [G, H], both null ok: 0
   const void* b_hh[2];
   const void *h0, *c0;  // [D, B, H]; c0 of the LSTM alone
   const void* zoneout;  // [N, D, H], null ok: 0

@@ -49,7 +49,8 @@ inline void with_height(int64_t height, const F& f) {
   f(Rows<MR>{});
 }
 inline int64_t fitting_height(int64_t rows) {
-  for (const int64_t height : {1, 2, 4, 6, 8, 11}) {
+  constexpr int64_t heights[] = {1, 2, 4, 6, 8, 11};
+  for (const int64_t height : heights) {
     if (rows <= height) return at_most(height, MR);
   }
   return MR;
