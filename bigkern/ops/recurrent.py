@@ -7,7 +7,6 @@ every backend: ``recurrent_layer.py`` composes it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -313,6 +312,7 @@ def _refuses(backend: str) -> Callable[..., registry.Reason]:
 
 FASTER_FROM = 4  # steps, on two Zen 4 cores: below, packing the weights is not paid back
 LEAST = (
+MOST = 32  # sequences of an LSTM in bfloat16: from there on its products are stock's at their best
     2048  # numbers in y: below, a graph costs more than is gained, but for GRU, of which stock has no kernel
 )
 
@@ -324,10 +324,13 @@ def _cpu_declines(
         return f"tensors are on {x.device.type}"
     if zoneout is not None:
         return None  # stock knows none, and the reference walks from step to step in Python
-    if (x.shape[0] if batch_sizes is None else batch_sizes.shape[0]) < FASTER_FROM:
+    T, B = x.shape[:2] if batch_sizes is None else (len(batch_sizes), x.shape[0] // len(batch_sizes))
+    if T < FASTER_FROM:
         return f"stock is as fast below {FASTER_FROM} steps"
-    if save and mode != "GRU" and math.prod(x.shape[:-1]) * weights[1].shape[1] < LEAST:
+    if save and mode != "GRU" and T * B * weights[1].shape[1] < LEAST:
         return f"stock is as fast below {LEAST} numbers in y"
+    if mode == "LSTM" and x.dtype == torch.bfloat16 and not save and B >= MOST:
+        return f"stock is as fast from {MOST} sequences on, in bfloat16 without a graph"
     return None
 
 

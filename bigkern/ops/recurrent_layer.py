@@ -91,9 +91,9 @@ def composed_backward(
                     H = y_.shape[1]
                     parts = [own[:, :-H], dhidden_n.chunk(D, 1)[d]]
                     w_parts = w_hh[d].split([2 * H, H])
-                of_state = batch_sizes, d == 1
+                before = reference.previous_states(y_, h0[d], batch_sizes, d == 1)
                 dw_hh = [
-                    _recurrent_gradient(linear_backward, part, y_, h0[d], w_part, *of_state)
+                    linear_backward(part, before, w_part, False, True)[1]
                     for part, w_part in zip(parts, w_parts, strict=True)
                 ]
                 dweights += [halves[d], dw_hh[0] if len(dw_hh) == 1 else torch.cat(dw_hh)]
@@ -124,22 +124,6 @@ def _merged(weights: Sequence[Tensor], mode: str) -> tuple[Tensor, list[Any], Te
         return w_ih, w_hh, b_ih + b_hh, None
     by_gate = b_hh.view(D, 3, -1)
     return w_ih, w_hh, b_ih + F.pad(by_gate[:, :2], (0, 0, 0, 1)).flatten(), by_gate[:, 2].contiguous()
-
-
-def _recurrent_gradient(
-    linear_backward: Any, dhidden: Tensor, y: Tensor, h0: Tensor, w_hh: Any, batch_sizes: Any, reverse: bool
-) -> Tensor:
-    """dW_hh of a direction. Where every step has B rows, the states before are h0 and views of y."""
-    if batch_sizes is not None:
-        before = reference.previous_states(y, h0, batch_sizes, reverse)
-        return cast(Tensor, linear_backward(dhidden, before, w_hh, False, True)[1])
-    B = len(h0)
-    first, others = (dhidden[-B:], dhidden[:-B]) if reverse else (dhidden[:B], dhidden[B:])
-    from_h0 = first.t() @ h0
-    if len(others) == 0:
-        return from_h0
-    _, from_y = linear_backward(others, y[B:] if reverse else y[:-B], w_hh, False, True)
-    return cast(Tensor, from_y.add_(from_h0))
 
 
 def _rows(x: Tensor) -> Tensor:
