@@ -310,11 +310,10 @@ def _refuses(backend: str) -> Callable[..., registry.Reason]:
     return refuses
 
 
-FASTER_FROM = 4  # steps, on two Zen 4 cores: below, packing the weights is not paid back
-LEAST = (
-MOST = 32  # sequences of an LSTM in bfloat16: from there on its products are stock's at their best
-    2048  # numbers in y: below, a graph costs more than is gained, but for GRU, of which stock has no kernel
-)
+# On two Zen 4 cores: steps, below which packing the weights is not paid back; numbers in y, below which a
+# graph costs more than is gained, but for GRU, of which stock has no kernel; and sequences of an LSTM from
+# which on stock's products in bfloat16 are at their best.
+FASTER_FROM, LEAST, MOST = 4, 2048, 32
 
 
 def _cpu_declines(
