@@ -436,6 +436,14 @@ def test_compiles_whole(kind: str) -> None:
         assert_same(torch.compile(layer, backend="eager")(*inputs), expected[0])
 
 
+def test_exports_with_any_batch() -> None:
+    layer = bigkern.nn.LSTM(I, H)
+    batch = torch.export.Dim("batch", min=2, max=4096)
+    exported = torch.export.export(layer, (torch.randn(T, B, I),), dynamic_shapes=({1: batch},))
+    x = torch.randn(T, 512, I)
+    assert_same(exported.module()(x), layer(x))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_traced_scripted_and_under_autocast() -> None:
     ours, x = bigkern.nn.LSTM(I, H), torch.randn(T, B, I)

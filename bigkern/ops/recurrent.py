@@ -326,6 +326,8 @@ def _cpu_declines(
     T, B = x.shape[:2] if batch_sizes is None else (len(batch_sizes), x.shape[0] // len(batch_sizes))
     if T < FASTER_FROM:
         return f"stock is as fast below {FASTER_FROM} steps"
+    if torch.compiler.is_exporting():
+        return None  # a choice by the batch would bind the graph to batches of one side
     if save and mode != "GRU" and T * B * weights[1].shape[1] < LEAST:
         return f"stock is as fast below {LEAST} numbers in y"
     if mode == "LSTM" and x.dtype == torch.bfloat16 and not save and B >= MOST:
