@@ -436,6 +436,13 @@ def test_compiles_whole(kind: str) -> None:
         assert_same(torch.compile(layer, backend="eager")(*inputs), expected[0])
 
 
+def test_packed_of_no_steps_is_refused_as_torch_does() -> None:
+    empty = PackedSequence(torch.zeros(0, I), torch.zeros(0, dtype=torch.int64))
+    for room in (torch.nn, bigkern.nn):
+        with pytest.raises(IndexError):
+            room.LSTM(I, H)(empty)
+
+
 def test_exports_with_any_batch() -> None:
     layer = bigkern.nn.LSTM(I, H)
     batch = torch.export.Dim("batch", min=2, max=4096)

@@ -323,11 +323,12 @@ def _cpu_declines(
         return f"tensors are on {x.device.type}"
     if zoneout is not None:
         return None  # stock knows none, and the reference walks from step to step in Python
-    T, B = x.shape[:2] if batch_sizes is None else (len(batch_sizes), x.shape[0] // len(batch_sizes))
+    T = x.shape[0] if batch_sizes is None else len(batch_sizes)
     if T < FASTER_FROM:
         return f"stock is as fast below {FASTER_FROM} steps"
     if torch.compiler.is_exporting():
         return None  # a choice by the batch would bind the graph to batches of one side
+    B = x.shape[1] if batch_sizes is None else x.shape[0] // T
     if save and mode != "GRU" and T * B * weights[1].shape[1] < LEAST:
         return f"stock is as fast below {LEAST} numbers in y"
     if mode == "LSTM" and x.dtype == torch.bfloat16 and not save and B >= MOST:
