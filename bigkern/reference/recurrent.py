@@ -49,7 +49,9 @@ def scan(
     autograd.
     """
     products = [_product(weight, gates.dtype) for weight in _directions(w_hh, w_hh_reverse)]
-    y, hn, cn, active, reserve = _walks(gates, h0, c0, products, bias_n, None, batch_sizes, zoneout, mode)
+    y, hn, cn, active, reserve = _walks(
+        gates, h0, c0, products, bias_n, None, batch_sizes, zoneout, mode, save
+    )
     if save:
         gates.copy_(active)
     return y, hn, cn, reserve if save and not mode.startswith("RNN") else None
@@ -87,7 +89,7 @@ def layer_norm_scan(
     of_cells = None
     if cell_weight is not None:
         of_cells = [_norm(*affine, eps) for affine in zip(cell_weight, cell_bias or nothing, strict=True)]
-    y, hn, cn, _, _ = _walks(gates, h0, c0, products, None, of_cells, batch_sizes, zoneout, mode)
+    y, hn, cn, _, _ = _walks(gates, h0, c0, products, None, of_cells, batch_sizes, zoneout, mode, False)
     return y, hn, cn
 
 
@@ -104,13 +106,14 @@ def _walks(
     batch_sizes: Tensor | None,
     zoneout: Tensor | None,
     mode: str,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """``(y, hn, cn, activated gates, reserve)`` of all directions side by side; the last two are wide."""
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Any, Any]:
+    """``(y, hn, cn, activated gates, reserve)`` of all directions, side by side; the last two wide."""
     own = [
         _walk(
             _columns(gates, d, len(h0)).to(_wide(gates)), h0[d], None if c0 is None else c0[d], product,
             None if bias_n is None else bias_n[d], None if of_cells is None else of_cells[d], batch_sizes,
-            None if zoneout is None else _columns(zoneout, d, len(h0)), mode, d == 1,
+            None if zoneout is None else _columns(zoneout, d, len(h0)), mode, d == 1, save,
         )
         for d, product in enumerate(products)
     ]  # fmt: skip
@@ -119,8 +122,8 @@ def _walks(
         torch.cat(y, 1).to(gates.dtype),
         torch.stack(hn).to(gates.dtype),
         None if c0 is None else torch.stack(cn).to(c0.dtype),
-        torch.cat(active, 1),
-        torch.cat(kept, 1),
+        torch.cat(active, 1) if save else None,
+        torch.cat(kept, 1) if save else None,
     )
 
 
@@ -135,10 +138,11 @@ def _walk(
     zoneout: Tensor | None,
     mode: str,
     reverse: bool,
-) -> tuple[Tensor, Tensor, Any, Tensor, Any]:
+    save: bool,
+) -> tuple[Tensor, Tensor, Any, Any, Any]:
     """The same of one direction, all wide, from wide gates ``[N, G*H]``."""
     h, c = h.to(gates.dtype), None if c is None else c.to(gates.dtype)
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    found: list[tuple[Tensor, ...]] = []
     steps = list(_steps(batch_sizes, len(gates), len(h), reverse))
     in_order = steps[::-1] if reverse else steps
     given = gates.split([b for _, b in in_order])  # at once: the gradient of a slice is as large as all of it
@@ -151,7 +155,7 @@ def _walk(
             i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
             cell = f * c[:b] + i * g
             new = o * (cell if of_cell is None else of_cell(cell)).tanh()
-            active, kept = torch.cat((i, f, g, o), 1), cell
+            active, kept = [i, f, g, o], cell
             c = cell if b == len(c) else torch.cat((cell, c[b:]))
         elif mode == "GRU":
             (x_r, x_z, x_n), (h_r, h_z, h_n) = x.chunk(3, 1), hidden.chunk(3, 1)
@@ -159,20 +163,20 @@ def _walk(
             r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
             n = (x_n + r * kept).tanh()
             new = (1 - z) * n + z * before
-            active = torch.cat((r, z, n), 1)
+            active = [r, z, n]
         else:
             new = (x + hidden).tanh() if mode == "RNN_TANH" else (x + hidden).relu()
-            active = kept = new
+            active, kept = [new], new
         if zoneout is not None:
             new = new + zoneout[rows] * (before - new)
-        found.append((new, active, kept))
+        found.append((new, torch.cat(active, 1), kept) if save else (new,))
         h = new if b == len(h) else torch.cat((new, h[b:]))
     if reverse:
         found.reverse()
     if not found:  # no rows at all
         return h[:0], h, c, gates, h[:0]
-    y, active, kept = (torch.cat(part) for part in zip(*found, strict=True))
-    return y, h, c, active, kept
+    y, *saved = (torch.cat(part) for part in zip(*found, strict=True))
+    return y, h, c, *(saved or (None, None))
 
 
 def _steps(batch_sizes: Tensor | None, N: int, B: int, reverse: bool) -> Iterator[tuple[int, int]]:
@@ -201,6 +205,8 @@ def _normalised_product(
 
     def normalised(h: Tensor) -> Tensor:
         gates = product(h)
+        if len(norms) == 1:
+            return norms[0](gates)
         return torch.cat([norm(gates[:, part]) for norm, part in zip(norms, parts, strict=True)], 1)
 
     return normalised

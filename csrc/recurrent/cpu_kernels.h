@@ -26,12 +26,15 @@ void with_mode(Mode mode, const F& f) {
   }
 }
 
+// Weights that are read again at every step would be a page walk for every 4 KB of them.
+constexpr size_t kLargePagesFrom = size_t(2) << 20;
+
 // Runs task(member) on every thread of a team. The barriers lie at the workspace's beginning.
 template <class Task>
 void run_team(const Sizes& of, void* workspace, size_t bytes, const Parallel& parallel,
               const Task& task) {
   Barrier* barriers = static_cast<Barrier*>(workspace);
-  prefer_large_pages(workspace, bytes);
+  prefer_large_pages(workspace, bytes, kLargePagesFrom);
   for (int i = 0; i <= parallel.threads; ++i) new (barriers + i) Barrier;
   Team team(parallel.threads);
   const auto body = [&](int64_t begin, int64_t end) BIGKERN_FN {

@@ -14,15 +14,17 @@
 
 namespace bigkern {
 
-inline void prefer_large_pages(void* memory, size_t bytes) {
+constexpr size_t kMapped = size_t(32) << 20;  // from where on memory is always new
+
+inline void prefer_large_pages(void* memory, size_t bytes, size_t least = kMapped) {
 #if defined(__linux__)
-  constexpr size_t kLeast = size_t(32) << 20, kPage = size_t(2) << 20;
-  if (bytes < kLeast) return;
+  constexpr size_t kPage = size_t(2) << 20;
+  if (bytes < least) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: may fail
 #else
-  (void)memory, (void)bytes;
+  (void)memory, (void)bytes, (void)least;
 #endif
 }
 
