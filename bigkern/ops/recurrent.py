@@ -311,8 +311,8 @@ def _refuses(backend: str) -> Callable[..., registry.Reason]:
 
 
 # On two Zen 4 cores: steps, below which packing the weights is not paid back; numbers in y, below which a
-# graph costs more than is gained, but for GRU, of which stock has no kernel; and sequences of an LSTM from
-# which on stock's products in bfloat16 are at their best.
+# graph costs more than is gained, but for GRU, of which stock has no kernel; and sequences from which on
+# oneDNN's LSTM is at its best.
 FASTER_FROM, LEAST, MOST = 4, 2048, 32
 
 
@@ -331,8 +331,9 @@ def _cpu_declines(
     B = x.shape[1] if batch_sizes is None else x.shape[0] // T
     if save and mode != "GRU" and T * B * weights[1].shape[1] < LEAST:
         return f"stock is as fast below {LEAST} numbers in y"
-    if mode == "LSTM" and x.dtype == torch.bfloat16 and not save and B >= MOST:
-        return f"stock is as fast from {MOST} sequences on, in bfloat16 without a graph"
+    if mode == "LSTM" and not save and batch_sizes is None and B >= MOST:
+        if x.dtype == torch.bfloat16 or layout_of(weights).directions == 2:
+            return f"stock is as fast from {MOST} sequences on without a graph, in bfloat16 or both ways"
     return None
 
 
