@@ -311,9 +311,9 @@ def _refuses(backend: str) -> Callable[..., registry.Reason]:
 
 
 # On two Zen 4 cores: steps, below which packing the weights is not paid back; numbers in y, below which a
-# graph costs more than is gained, but for GRU, of which stock has no kernel; and sequences from which on
-# oneDNN's LSTM is at its best.
-FASTER_FROM, LEAST, MOST = 4, 2048, 32
+# graph costs more than is gained, but for GRU, of which stock has no kernel; sequences, and units, from which
+# on oneDNN's LSTM is at its best.
+FASTER_FROM, LEAST, MOST, WIDE = 4, 2048, 32, 768
 
 
 def _cpu_declines(
@@ -331,9 +331,19 @@ def _cpu_declines(
     B = x.shape[1] if batch_sizes is None else x.shape[0] // T
     if save and mode != "GRU" and T * B * weights[1].shape[1] < LEAST:
         return f"stock is as fast below {LEAST} numbers in y"
-    if mode == "LSTM" and not save and batch_sizes is None and B >= MOST:
-        if x.dtype == torch.bfloat16 or layout_of(weights).directions == 2:
-            return f"stock is as fast from {MOST} sequences on without a graph, in bfloat16 or both ways"
+    if mode == "LSTM" and batch_sizes is None and B > 1 and x.dtype != torch.float16:
+        return _onednn_is_as_fast(x, B, weights[1].shape[1], save)
+    return None
+
+
+def _onednn_is_as_fast(x: Tensor, B: int, H: int, save: bool) -> registry.Reason:
+    """Of an LSTM on several sequences that are not packed: what oneDNN has a kernel for."""
+    if save and x.dtype == torch.float32 and x.requires_grad:
+        return "stock's LSTM is as fast in float32 where x has a gradient"
+    if not save and B >= MOST:
+        return f"stock's LSTM is as fast from {MOST} sequences on without a graph"
+    if not save and H >= WIDE:
+        return f"stock's LSTM is as fast from {WIDE} units on without a graph"
     return None
 
 
