@@ -38,7 +38,7 @@ BIGKERN_VEC vf widen_fp16(vh h) {
 #if defined(__aarch64__)
   return vf(vcvt_f32_f16(float16x4_t(h)));
 #else
-  vf x;
+  vf x = {};
   for (int i = 0; i < W; ++i) x[i] = to_float(fp16{h[i]});
   return x;
 #endif
@@ -47,7 +47,7 @@ BIGKERN_VEC vh narrow_fp16(vf x) {
 #if defined(__aarch64__)
   return vh(vcvt_f16_f32(float32x4_t(x)));
 #else
-  vh h;
+  vh h = {};
   for (int i = 0; i < W; ++i) h[i] = from_float<fp16>(x[i]).bits;
   return h;
 #endif
@@ -89,7 +89,7 @@ BIGKERN_VEC vi count_above(vi n, vf a, vf b) { return n - (a > b); }
 
 // table[index % 8]
 BIGKERN_VEC vf lookup8(const float* table, vi index) {
-  vf x;
+  vf x = {};
   for (int i = 0; i < W; ++i) x[i] = table[index[i] & 7];
   return x;
 }
