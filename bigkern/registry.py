@@ -101,6 +101,11 @@ class Op:
                 return backend
         raise BackendRefused(str(self.explain(*args)))
 
+    def of_node(self, *args: Any) -> Backend:
+        """The same of an opaque node: what the CPU's kernels decline never became one."""
+        cpu = self.backends["cpu"]
+        return cpu if not _forced and cpu.refuses(*args) is None else self.resolve(*args)
+
     def _forced(self, name: str, *args: Any) -> Backend:
         backend = self.backends.get(name)
         if backend is None:

@@ -92,20 +92,12 @@ def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_wei
     return x.new_empty(x.shape) if want_x else None, dweight if want_weight else None
 
 
-def _of_node(x: Tensor, weight: Tensor, bias: Tensor | None) -> registry.Backend:
-    """The backend of an opaque node: what the CPU's kernels decline never became one."""
-    cpu = LINEAR.backends["cpu"]
-    if not registry.forced() and cpu.refuses(x, weight, bias) is None:
-        return cpu
-    return LINEAR.resolve(x, weight, bias)
-
-
 def _forward(*arguments: Any) -> Tensor:
-    return cast(Tensor, _of_node(*arguments).forward(*arguments))
+    return cast(Tensor, LINEAR.of_node(*arguments).forward(*arguments))
 
 
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool) -> Gradients:
-    backward = cast(Any, _of_node(x, weight, None).backward)
+    backward = cast(Any, LINEAR.of_node(x, weight, None).backward)
     return cast(Gradients, backward(dy, x, weight, want_x, want_weight))
 
 

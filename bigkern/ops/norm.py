@@ -268,21 +268,13 @@ def _fake_backward(
     return s.new_empty(s.shape), s.new_empty(s.shape) if dropout_p > 0.0 else None, dweight, dbias
 
 
-def _backend_of_node(*arguments: Any) -> registry.Backend:
-    """The backend of an opaque node: what the CPU's kernels decline never became one."""
-    cpu = NORM.backends["cpu"]
-    if not registry.forced() and cpu.refuses(*arguments) is None:
-        return cpu
-    return NORM.resolve(*arguments)
-
-
 def _forward(*arguments: Any) -> Result:
-    return cast(Result, _backend_of_node(*arguments).forward(*arguments))
+    return cast(Result, NORM.of_node(*arguments).forward(*arguments))
 
 
 def _backward(dy: Tensor, dsum: Tensor | None, s: Tensor, weight: Tensor | None, *rest: Any) -> Gradients:
     kind = rest[2]
-    backend = _backend_of_node(s, None, weight, None, 0.0, kind, 0.0, None)
+    backend = NORM.of_node(s, None, weight, None, 0.0, kind, 0.0, None)
     return cast(Gradients, cast(Any, backend.backward)(dy, dsum, s, weight, *rest))
 
 

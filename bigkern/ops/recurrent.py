@@ -185,23 +185,15 @@ def _fake_backward(
     )
 
 
-def _of_node(*arguments: Any) -> registry.Backend:
-    """The backend of an opaque node: what the CPU's kernels decline never became one."""
-    cpu = RECURRENT.backends["cpu"]
-    if not registry.forced() and cpu.refuses(*arguments) is None:
-        return cpu
-    return RECURRENT.resolve(*arguments)
-
-
 def _forward(*arguments: Any) -> Result:
     x, batch_sizes = arguments[0], arguments[4]
     if batch_sizes is not None:
         check_batch_sizes(batch_sizes, len(x))
-    return cast(Result, _of_node(*arguments).forward(*arguments))
+    return cast(Result, RECURRENT.of_node(*arguments).forward(*arguments))
 
 
 def _backward(dy: Any, dhn: Any, dcn: Any, *rest: Any) -> Gradients:
-    backend = _of_node(*rest[:6], rest[9], True)
+    backend = RECURRENT.of_node(*rest[:6], rest[9], True)
     return cast(Gradients, cast(Any, backend.backward)(dy, dhn, dcn, *rest))
 
 

@@ -85,8 +85,7 @@ template <class T>
 void linear_backward(const LinearBackwardParams& p, const Parallel& parallel) {
   const Products plans = Products::of(p, parallel.threads, T{});
   float* workspace = static_cast<float*>(p.workspace);
-  const T *dy = in<T>(p.dy), *x = in<T>(p.x);
-  const Matrix<T> dY = {dy, p.dy_row, 1}, X = {x, p.x_row, 1};
+  const Matrix<T> dY = {in<T>(p.dy), p.dy_row, 1}, X = {in<T>(p.x), p.x_row, 1};
   const Matrix<T> weight = {in<T>(p.weight), p.of_weight.row, p.of_weight.column};
   if (p.dx) {
     sum_in_parts<T>(plans.dx, p.N, dY, weight, static_cast<T*>(p.dx), workspace, parallel);

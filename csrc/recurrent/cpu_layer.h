@@ -62,9 +62,10 @@ struct LayerSpace {
 };
 
 template <Mode mode, class T>
-struct Forward {
+struct Forward : Places<T> {
+  using Places<T>::of, Places<T>::chain, Places<T>::in, Places<T>::out, Places<T>::at,
+      Places<T>::of_state;
   const Layer& p;
-  const Chain& chain;
   const Member& member;
   const LayerSpace<T>& space;
   const Layout<T>& layout;
@@ -73,9 +74,6 @@ struct Forward {
   float *h_state, *c_state;     // of the chain's first sequence: [rows, width]
   float* tiles;                 // of the thread
   int64_t* sources;
-
-  static const T* in(const void* x) { return static_cast<const T*>(x); }
-  static T* out(void* x) { return static_cast<T*>(x); }
 
   // Sequences from h0, c0: into both buffers, for those that join later find it in either.
   void begin() const {
@@ -98,11 +96,11 @@ struct Forward {
 
   void walk() const {
     int parity = 0;
-    for (Step now = first_step(p.of, chain.direction); now.rows > 0;) {
+    for (Step now = first_step(of, chain.direction); now.rows > 0;) {
       const Step end = project(now);
       int64_t input_row = 0;
       while (now.t != end.t) {
-        const Step next = next_step(p.of, chain.direction, now);
+        const Step next = next_step(of, chain.direction, now);
         step(now, next, parity, input_row);
         member.wait_for_chain();
         input_row += chain.present(now.rows);
@@ -121,7 +119,7 @@ struct Forward {
       for (int64_t row = 0; row < chain.present(end.rows); ++row) {
         sources[rows++] = end.offset + chain.begin + row;
       }
-      end = next_step(p.of, chain.direction, end);
+      end = next_step(of, chain.direction, end);
     } while (end.rows > 0 && rows + chain.present(end.rows) <= space.chunk_panels * MR);
 
     for (int64_t i = member.column() * MR; i < rows; i += columns * MR) pack_input(i, rows);
@@ -193,20 +191,12 @@ struct Forward {
   float* input_tiles_of(int64_t block) const {
     return input_tiles + block * layout.G * space.chunk_panels * kTile;
   }
-  int64_t of_state(int64_t block, int64_t row) const {
-    return (chain.direction * p.of.B + chain.begin + row) * p.of.H + block * NR;
-  }
-  // Where a block of a row is, in what has `per_unit` values for each h.
-  int64_t at(const Step& now, int64_t row, int64_t block, int64_t per_unit) const {
-    const int64_t n = now.offset + chain.begin + row;
-    return (n * p.of.D + chain.direction) * per_unit * p.of.H + block * NR;
-  }
 
   // A block of one sequence's units: `products` and `inputs` are rows of tiles, the next gates'
   // further on.
   void row_of_cells(const Step& now, const Step& next, int64_t block, int64_t row,
                     const float* products, const float* inputs) const {
-    const int64_t H = p.of.H, here = at(now, row, block, 1);
+    const int64_t H = of.H, here = at(now, row, block, 1);
     const float* bias = space.bias + chain.direction * (layout.G + 1) * layout.width() + block * NR;
     T* gates_row = p.gates ? out(p.gates) + at(now, row, block, layout.G) : nullptr;
     const bool ends = chain.begin + row >= next.rows;
@@ -264,8 +254,8 @@ void layer_by(const Layer& p, const Member& member, const LayerSpace<T>& space) 
   for_chains(of, layout.blocks, member, [&](const Chain& chain) BIGKERN_FN {
     float* state = space.states + chain.first_panel * layout.words * MR;
     const int64_t row = (chain.direction * of.B + chain.begin) * layout.width();
-    const Forward<mode, T> forward = {p,
-                                      chain,
+    const Forward<mode, T> forward = {{of, chain},
+                                      p,
                                       member,
                                       space,
                                       layout,

@@ -119,6 +119,26 @@ struct Chain {
   }
 };
 
+// Where a chain's walk finds things in tensors of type T.
+template <class T>
+struct Places {
+  const Sizes& of;
+  const Chain& chain;
+
+  static const T* in(const void* x) { return static_cast<const T*>(x); }
+  static T* out(void* x) { return static_cast<T*>(x); }
+
+  // A block of a row of a step, in what has `per_unit` values for each h.
+  int64_t at(const Step& step, int64_t row, int64_t block, int64_t per_unit) const {
+    const int64_t n = step.offset + chain.begin + row;
+    return (n * of.D + chain.direction) * per_unit * of.H + block * NR;
+  }
+  // A block of a sequence's state, in [D, B, H].
+  int64_t of_state(int64_t block, int64_t row) const {
+    return (chain.direction * of.B + chain.begin + row) * of.H + block * NR;
+  }
+};
+
 // Row panels of a chain, and at most of all of them.
 inline int64_t row_panels_each(const Sizes& of, int64_t row_parts) {
   return ((of.B + row_parts - 1) / row_parts + MR - 1) / MR;

@@ -42,17 +42,15 @@ struct BackwardSpace {
 constexpr int64_t kRowsAhead = 4;
 
 template <Mode mode, class T>
-struct Backward {
+struct Backward : Places<T> {
+  using Places<T>::of, Places<T>::chain, Places<T>::in, Places<T>::out, Places<T>::at,
+      Places<T>::of_state;
   const ScanBackward& p;
-  const Chain& chain;
   const Layout<T>& layout;
   const float* weights;
   float* operands[2];
   float *dh_state, *dc_state;
   float *dh_tiles, *dgates_tiles;
-
-  static const T* in(const void* x) { return static_cast<const T*>(x); }
-  static T* out(void* x) { return static_cast<T*>(x); }
 
   // The gradients of `now`, whose rows are gone on with in `done`, and came from `before`. Either
   // may have no rows: at the first step and after the last.
@@ -101,21 +99,13 @@ struct Backward {
     }
   }
 
-  int64_t at(const Step& step, int64_t row, int64_t block, int64_t per_unit) const {
-    const int64_t n = step.offset + chain.begin + row;
-    return (n * p.of.D + chain.direction) * per_unit * p.of.H + block * NR;
-  }
-  int64_t of_state(int64_t block, int64_t row) const {
-    return (chain.direction * p.of.B + chain.begin + row) * p.of.H + block * NR;
-  }
-
   // Asks for what row_of_cells() will read and write: rows are too far apart for the hardware to.
   void prefetch(const Step& now, const Step& before, int64_t block, int64_t row) const {
     const int64_t here = at(now, row, block, 1), gates = at(now, row, block, layout.G);
     for (int64_t j = 0; j < NR; j += 64 / int64_t(sizeof(T))) {
       for (int64_t g = 0; g < layout.G; ++g) {
-        __builtin_prefetch(in(p.gates) + gates + g * p.of.H + j);
-        __builtin_prefetch(out(p.dgates) + gates + g * p.of.H + j, 1);
+        __builtin_prefetch(in(p.gates) + gates + g * of.H + j);
+        __builtin_prefetch(out(p.dgates) + gates + g * of.H + j, 1);
       }
       if (p.dy) __builtin_prefetch(in(p.dy) + here + j);
       if (mode == Mode::gru) __builtin_prefetch(in(p.y) + at(before, row, block, 1) + j);
@@ -130,7 +120,7 @@ struct Backward {
   // null at its last step; the gradients that go through them are left at `operand`.
   void row_of_cells(const Step& now, const Step& before, int64_t block, int64_t row,
                     const float* product, float* operand) const {
-    const int64_t H = p.of.H, here = at(now, row, block, 1), gates = at(now, row, block, layout.G);
+    const int64_t H = of.H, here = at(now, row, block, 1), gates = at(now, row, block, layout.G);
     const bool begins = chain.begin + row >= before.rows;
     const int64_t earlier = begins ? of_state(block, row) : at(before, row, block, 1);
     for (int64_t v = 0; v < layout.units(block); v += W) {
@@ -190,8 +180,8 @@ void scan_backward_by(const ScanBackward& p, const Member& member, const Backwar
     float* tiles = space.tiles + member.me * space.tiles_each();
     const int64_t row = (chain.direction * of.B + chain.begin) * layout.width();
     const Backward<mode, T> backward = {
+        {of, chain},
         p,
-        chain,
         layout,
         space.weights + chain.direction * layout.panels(layout.words),
         {operand, operand + space.row_panels * space.panel_each()},

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
+
+from bigkern.models.config_checks import check_fields
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -82,23 +84,7 @@ class RecurrentConfig:
     seed: int = 0  # of the initial weights
 
     def __post_init__(self) -> None:
-        for name in (*SIZES, *OPTIONAL_SIZES):
-            size = getattr(self, name)
-            if size is None and name in OPTIONAL_SIZES:
-                continue
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} must be at least 1, not {size}")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in get_args(choices):
-                known = ", ".join(get_args(choices))
-                raise ValueError(f"{name} must be one of {known}, not {getattr(self, name)!r}")
-        for name in PROBABILITIES:
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
-        for name in TOKENS:
-            token = getattr(self, name)
-            if token is not None and not 0 <= token < self.vocab_size:
-                raise ValueError(f"{name} must be within the vocabulary of {self.vocab_size}, not {token}")
+        check_fields(self, SIZES, OPTIONAL_SIZES, CHOICES, PROBABILITIES, TOKENS)
         self._check_together()
 
     def _check_together(self) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
+from bigkern.models.config_checks import check_fields
 from bigkern.models.transformer.presets import Presets
 from bigkern.ops.layernorm_ffn import GATED, Activation, Placement, Save
 
@@ -105,23 +106,7 @@ class TransformerConfig(Presets):
     checkpointing: bool = False  # keep only the blocks' inputs for backward, and compute the rest again
 
     def __post_init__(self) -> None:
-        for name in (*SIZES, *OPTIONAL_SIZES):
-            size = getattr(self, name)
-            if size is None and name in OPTIONAL_SIZES:
-                continue
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} must be at least 1, not {size}")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in get_args(choices):
-                known = ", ".join(get_args(choices))
-                raise ValueError(f"{name} must be one of {known}, not {getattr(self, name)!r}")
-        for name in DROPOUTS:
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
-        for name in TOKENS:
-            token = getattr(self, name)
-            if token is not None and not 0 <= token < self.vocab_size:
-                raise ValueError(f"{name} must be within the vocabulary of {self.vocab_size}, not {token}")
+        check_fields(self, SIZES, OPTIONAL_SIZES, CHOICES, DROPOUTS, TOKENS)
         if self.segments < 0:
             raise ValueError(f"segments must not be negative, not {self.segments}")
         if not 0.0 <= self.eps < math.inf:
