@@ -17,7 +17,7 @@ demo: build
 	$(BIN)/bigkern train gpt --compare --seconds 150 --out runs/demo
 
 test: build
-	rm -rf build/parity build/features
+	rm -rf build/parity build/features build/planted
 	$(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal
 	$(BIN)/python tests/parity_table.py
 	$(BIN)/python tests/feature_table.py --check

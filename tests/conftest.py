@@ -57,6 +57,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         for (op, feature, backend), cases in sorted(RECORD.features.items())
     ]
     _write("features", ["op", "feature", "backend", "tier", "cases"], passed)
+    planted = [[*key, found] for key, found in RECORD.mistakes.items()]
+    _write("planted", ["op", "dtype", "mistake", "found"], planted)
 
 
 def _write(table: str, columns: list[str], rows: list[list[object]]) -> None:

@@ -1,7 +1,7 @@
 """How the tests hold an op's backends to parity, and how they remember what they saw.
 
-``run_backend(op, backend)`` forces a backend for a block; ``assert_parity`` judges a tensor by the rule of
-``bigkern.parity`` and records the verdict; ``RECORD.passed`` records which features a case has shown. At the
+``run_backend(op, backend)`` forces a backend for a block; ``assert_parity`` judges results by the rule of
+``bigkern.parity`` and records the verdicts; ``RECORD.passed`` records which features a case has shown. At the
 end of the run conftest writes both down, for ``parity_table.py`` and ``feature_table.py``.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import pytest
@@ -19,9 +19,10 @@ from torch import Tensor
 
 import bigkern
 from bigkern import info, registry
-from bigkern.parity import compare
+from bigkern.parity import Yardstick
 
 GPU = torch.cuda.is_available()
+FUZZ_FROM = int(os.environ.get("BIGKERN_FUZZ_FROM", "0"))  # added to the seeds of all fuzzed cases
 
 TIERS = {
     "cpu": "native CPU",
@@ -73,6 +74,7 @@ class Record:
     def __init__(self) -> None:
         self.worst: dict[tuple[str, str, str, str], tuple[float, int]] = {}
         self.features: Counter[tuple[str, str, str]] = Counter()  # cases passed: (op, feature, backend)
+        self.mistakes: dict[tuple[str, str, str], str] = {}  # (op, dtype, mistake): how many were found
 
     def add(self, op: str, backend: str, dtype: str, kind: str, ratio: float) -> None:
         key = (op, backend, dtype, kind)
@@ -83,30 +85,26 @@ class Record:
         """A whole case has passed that used these features."""
         self.features.update((op, feature, backend) for feature in features)
 
+    def planted(self, op: str, dtype: str, mistake: str, found: str) -> None:
+        """The parity rule has caught a mistake that was planted."""
+        self.mistakes[op, dtype, mistake] = found
+
 
 RECORD = Record()
 
 
 def assert_parity(
-    op: str,
-    backend: str,
-    tensor: str,
-    ours: Tensor | None,
-    reference: Tensor,
-    stock: Tensor,
-    *,
-    grad: bool = False,
+    op: str, backend: str, ours: Mapping[str, Tensor], yardstick: Yardstick, case: object = ""
 ) -> None:
-    """Fail unless ``ours`` is as right as the parity rule asks; remember the ratio either way."""
-    assert ours is not None, f"{op} on {backend}: {tensor} is missing"
-    assert ours.dtype == stock.dtype, f"{op} on {backend}: {tensor} has {ours.dtype}, not {stock.dtype}"
-    verdict = compare(ours, reference, stock, gradient=grad)
-    dtype = str(ours.dtype).removeprefix("torch.")
-    RECORD.add(op, backend, dtype, "gradient" if grad else "forward", verdict.ratio)
-    if not verdict.passed:
-        pytest.fail(
-            f"{op} on {backend}, {tensor} {tuple(ours.shape)} {dtype}: {verdict.problem}", pytrace=True
-        )
+    """Fail unless every result is as right as the parity rule asks; remember the ratios either way."""
+    assert ours.keys() == yardstick.exact.keys(), f"{op} on {backend}: {list(ours)}, {list(yardstick.exact)}"
+    for name, tensor in ours.items():
+        verdict = yardstick.judge(name, tensor)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        RECORD.add(op, backend, dtype, "gradient" if name.startswith("d") else "forward", verdict.ratio)
+        if not verdict.passed:
+            where = f"{op} on {backend}, {case} {name} {tuple(tensor.shape)} {dtype}"
+            pytest.fail(f"{where}: {verdict.problem}", pytrace=True)
 
 
 def poisoned_empty_memory(megabytes: int = 64) -> None:

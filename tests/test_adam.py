@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ import bigkern
 from bigkern.ops.adam import ADAM, adam
 from bigkern.ops.adam_arguments import LISTS as ALL_LISTS
 from bigkern.ops.adam_arguments import bind
+from bigkern.parity import Yardstick
 from bigkern.reference.adam import adam as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -99,31 +100,34 @@ def gradients(step: int, params: list[Tensor]) -> list[Tensor]:
 
 
 @cache
-def expected(dtype: torch.dtype, device: torch.device, steps: int, decoupled: bool, *options: Any) -> Any:
-    """torch.optim's trajectories in float64 and in ``dtype``, computed once for all backends."""
+def expected(
+    dtype: torch.dtype, device: torch.device, steps: int, decoupled: bool, *options: Any
+) -> Yardstick:
+    """torch.optim's trajectories in float64 and in ``dtype``, for all backends."""
     torch.manual_seed(0)
     params = call(dtype, device)["params"]
-    reference64 = torch_trajectory([p.double() for p in params], params, steps, decoupled, **dict(options))
-    stock = torch_trajectory([p.clone() for p in params], params, steps, decoupled, **dict(options))
-    return reference64, stock
+    grads = [gradients(step, params) for step in range(steps)]
+    exact = torch_trajectory([p.double() for p in params], grads, decoupled, **dict(options))
+    return Yardstick(exact, partial(torch_trajectory, params, grads, decoupled, **dict(options)))
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def torch_trajectory(
-    params: list[Tensor], grads_like: list[Tensor], steps: int, decoupled: bool, **options: Any
+    params: list[Tensor], grads: list[list[Tensor]], decoupled: bool, **options: Any
 ) -> dict[str, Tensor]:
-    """torch.optim in params' own dtype on the gradients of ``grads_like``'s dtype."""
-    leaves = [torch.nn.Parameter(p) for p in params]
+    """torch.optim in params' own dtype on the gradients of each step."""
+    leaves = [torch.nn.Parameter(p.clone()) for p in params]
     optimizer = (torch.optim.AdamW if decoupled else torch.optim.Adam)(leaves, **options)
-    for step in range(steps):
-        for p, g in zip(leaves, gradients(step, grads_like), strict=True):
+    for now in grads:
+        for p, g in zip(leaves, now, strict=True):
             p.grad = g.to(p.dtype)
         optimizer.step()
+    states = [key for key in optimizer.state[leaves[0]] if key != "step"]
     return {
         "p": flat(leaves),
-        **{key: flat([optimizer.state[p][key] for p in leaves]) for key in optimizer.state[leaves[0]]},
+        **{key: flat([optimizer.state[p][key] for p in leaves]) for key in states},
     }
 
 
@@ -142,15 +146,15 @@ def test_trajectory(
     steps = STEPS[backend]
     arguments = call(dtype, device_of(backend), amsgrad)
     params = arguments["params"]
-    reference64, stock = expected(dtype, params[0].device, steps, decoupled, *options.items())
+    yardstick = expected(dtype, params[0].device, steps, decoupled, *options.items())
     with run_backend("adam", backend):
         for step in range(steps):
             arguments["grads"] = gradients(step, params)
             adam(**arguments, decoupled=decoupled, **options)
     names = {"p": "params", "exp_avg": "exp_avgs", "exp_avg_sq": "exp_avg_sqs"}
     names |= {"max_exp_avg_sq": "max_exp_avg_sqs"} if amsgrad else {}
-    for name, ours in names.items():
-        assert_parity("adam", backend, name, flat(arguments[ours]), reference64[name], stock[name])
+    found = {name: flat(arguments[listed]) for name, listed in names.items()}
+    assert_parity("adam", backend, found, yardstick)
     assert flat(arguments["state_steps"]).tolist() == [steps] * len(params)
 
 
@@ -161,11 +165,12 @@ def test_reference_is_torch_in_float64(dtype: torch.dtype, decoupled: bool) -> N
     params = [p.double() for p in parameters(dtype, torch.device("cpu"))]
     hyper = {"lr": 1e-2, "weight_decay": 0.1}
     start = [p.clone() for p in params]
-    want = torch_trajectory(start, params, 20, decoupled, amsgrad=True, maximize=True, **hyper)
+    grads = [gradients(step, params) for step in range(20)]
+    want = torch_trajectory(start, grads, decoupled, amsgrad=True, maximize=True, **hyper)
     states = [like(params) for _ in range(3)]
     steps = [torch.zeros(()) for _ in params]
     for step in range(20):
-        arguments = dict(zip(LISTS, (params, gradients(step, params), *states, steps), strict=True))
+        arguments = dict(zip(LISTS, (params, grads[step], *states, steps), strict=True))
         reference(*raw(arguments, decoupled=decoupled, amsgrad=True, maximize=True, **hyper))
     torch.testing.assert_close(flat(params), want["p"], rtol=1e-12, atol=1e-13)
 

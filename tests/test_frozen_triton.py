@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from parity import BACKENDS, assert_parity, device_of, poisoned_empty_memory
 from torch import Tensor
 from triton_interpreter import from_e4m3, to_e4m3
 
+from bigkern.parity import Yardstick
 from bigkern.reference.layernorm_ffn import GATED, activate
 
 if "triton" not in BACKENDS:
@@ -59,14 +62,21 @@ def product(x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor, b: Te
     return p if b is None else p + b
 
 
-def exact_and_stock(
-    x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor, b: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """The product with its bias in float64; and as stock torch makes it, in fp32 or in x's type."""
-    exact = product(*map(double, (x, x_scale, w, w_scale, b)))
+def in_torch(
+    x: Tensor,
+    x_scale: Tensor | None,
+    w: Tensor,
+    w_scale: Tensor,
+    b: Tensor | None,
+    dtype: torch.dtype,
+    exactly: bool,
+) -> Tensor:
+    """The product with its bias in float64; or as stock torch makes it, in fp32 or in x's type."""
+    if exactly:
+        return product(*map(double, (x, x_scale, w, w_scale, b)))
     if x_scale is None:  # the weights thawed
-        return exact, F.linear(x, (w * w_scale[:, None]).to(dtype), b)
-    return exact, product(x.float(), x_scale, w.float(), w_scale, b).to(dtype)
+        return F.linear(x, (w * w_scale[:, None]).to(dtype), b)
+    return product(x.float(), x_scale, w.float(), w_scale, b).to(dtype)
 
 
 def check_block(M: int, D: int, width: int, kind: torch.dtype, activation: str, bias: bool = True) -> None:
@@ -80,18 +90,19 @@ def check_block(M: int, D: int, width: int, kind: torch.dtype, activation: str, 
     residual = draw(M, D, dtype=dtype) if bias else None
     poisoned_empty_memory()
     a = frozen_up(x, x_scale, w1, w1_scale, b1, activation, dtype)
-    exact, stock = exact_and_stock(x, x_scale, w1, w1_scale, b1, dtype)
-    check("a", a, activate(exact, activation), activate(stock, activation))
+    first = partial(in_torch, x, x_scale, w1, w1_scale, b1, dtype)
+    check("a", a, lambda exactly: activate(first(exactly), activation))
     left, a_scale = quantize_rows(a) if kind == E4M3 else (a, None)
     poisoned_empty_memory()
     y = frozen_down(left, a_scale, w2, w2_scale, b2, residual, dtype)
-    exact, stock = exact_and_stock(left, a_scale, w2, w2_scale, b2, dtype)
-    exact, stock = (exact, stock) if residual is None else (exact + residual.double(), stock + residual)
-    check("y", y, exact, stock)
+    second = partial(in_torch, left, a_scale, w2, w2_scale, b2, dtype)
+    check("y", y, lambda exactly: second(exactly) if residual is None else second(exactly) + residual)
 
 
-def check(name: str, ours: Tensor, exact: Tensor, stock: Tensor) -> None:
-    assert_parity("frozen_ffn", "triton", name, ours, exact, stock)
+def check(name: str, ours: Tensor, by_stock: Callable[[bool], Tensor]) -> None:
+    """``by_stock(exactly)`` computes in float64 or as stock does."""
+    yardstick = Yardstick({name: by_stock(True)}, lambda: {name: by_stock(False)})
+    assert_parity("frozen_ffn", "triton", {name: ours}, yardstick)
 
 
 # ---- the products ----------------------------------------------------------------------------------
@@ -174,7 +185,7 @@ def test_strided_inputs(kind: torch.dtype) -> None:
 def test_fp8_products_can_leave_in_any_type(dtype: torch.dtype) -> None:
     (x, x_scale), (w, w_scale) = rows_of(9, 40, E4M3), frozen(20, 40, E4M3)
     y = frozen_down(x, x_scale, w, w_scale, None, None, dtype)
-    check("y", y, *exact_and_stock(x, x_scale, w, w_scale, None, dtype))
+    check("y", y, partial(in_torch, x, x_scale, w, w_scale, None, dtype))
 
 
 def test_no_rows() -> None:

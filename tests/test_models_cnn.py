@@ -8,6 +8,7 @@ import pickle
 import re
 from typing import Any
 
+import parity
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ import bigkern.nn
 from bigkern.models import cnn
 from bigkern.models.cnn import inception
 from bigkern.models.cnn.convnext import Block, LayerNorm2d
-from bigkern.parity import compare
+from bigkern.parity import Yardstick
 
 # Parameters as torchvision publishes them with its weights, and the sha256 of its state dict's sorted
 # "key shape" lines; both from torchvision 0.28.0.
@@ -138,16 +139,16 @@ def results(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     logits = model(images)
     weights = torch.arange(logits.numel()).view_as(logits).to(logits).cos()
     (logits * weights).sum().backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    return {"logits": logits, "images": images.grad, **gradients}  # type: ignore[dict-item]
+    gradients = {f"d {name}": p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    return {"logits": logits, "d images": images.grad, **gradients}  # type: ignore[dict-item]
 
 
 def assert_parity(model: nn.Module, images: Tensor) -> None:
-    reference = results(twin(model).double(), images.double())
-    stock, ours = results(twin(model), images), results(model, images)
-    for name, tensor in ours.items():
-        verdict = compare(tensor, reference[name], stock[name], gradient=name != "logits")
-        assert verdict.passed, f"{name}: {verdict.problem}"
+    yardstick = Yardstick(
+        results(twin(model).double(), images.double()), lambda: results(twin(model), images)
+    )
+    parity.assert_parity("models", "cpu", results(model, images), yardstick)
 
 
 SMALL: dict[str, tuple[dict[str, Any], int]] = {
@@ -282,9 +283,10 @@ def test_folded_networks_compute_the_same(family: str) -> None:
     model, images = small(family).eval(), images_of(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     folded = cnn.fold(model)
-    reference, stock = twin(model).double()(images.double()), twin(model)(images)
-    verdict = compare(folded(images), reference, stock)
-    assert verdict.passed, verdict.problem
+    yardstick = Yardstick(
+        {"logits": twin(model).double()(images.double())}, lambda: {"logits": twin(model)(images)}
+    )
+    parity.assert_parity("models", "cpu", {"logits": folded(images)}, yardstick)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
     assert not any("layer_scale" in name for name in folded.state_dict())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

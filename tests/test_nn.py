@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import bigkern
+from bigkern.parity import Yardstick
 
 DTYPES = [torch.float32, torch.bfloat16]
 E, H = 64, 4
@@ -34,29 +36,23 @@ def held_to_parity(stock: nn.Module, ours: nn.Module, inputs: tuple[Tensor, ...]
         key: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
         for key, x in options.items()
     }
-    results = []
-    for module, arguments, extra in (
-        (reference, [x.double() for x in inputs], wide),
-        (stock, inputs, options),
-        (ours, inputs, options),
-    ):
+    out = reference(*[x.double() for x in inputs], **wide)
+    upstream = torch.randn((out[0] if isinstance(out, tuple) else out).shape).to(inputs[0].dtype)
+
+    def results(module: nn.Module, arguments: Any, extra: dict[str, Any]) -> dict[str, Tensor]:
         arguments = [x.detach().clone().requires_grad_() for x in arguments]
         module.zero_grad()
         out = module(*arguments, **extra)
         out = out[0] if isinstance(out, tuple) else out
-        torch.manual_seed(1)
-        out.backward(torch.randn(out.shape, dtype=torch.float64).to(out.dtype))
-        gradients = [x.grad for x in arguments] + [p.grad for p in module.parameters()]
-        results.append((out, gradients))
-    (ref, ref_grads), (low, low_grads), (out, grads) = results
-    assert_parity("nn", "cpu", "output", out, ref, low)
-    names = [f"d input {i}" for i in range(len(inputs))] + [
-        f"d {name}" for name, _ in ours.named_parameters()
-    ]
-    for name, g, r, s in zip(names, grads, ref_grads, low_grads, strict=True):
-        assert (g is None) == (r is None), name
-        if r is not None:
-            assert_parity("nn", "cpu", name, g, r, s, grad=True)
+        out.backward(upstream.to(out.dtype))
+        gradients = {f"d input {i}": x.grad for i, x in enumerate(arguments)}
+        gradients |= {f"d {name}": p.grad for name, p in module.named_parameters()}
+        return {"output": out} | {name: g for name, g in gradients.items() if g is not None}
+
+    yardstick = Yardstick(
+        results(reference, [x.double() for x in inputs], wide), partial(results, stock, inputs, options)
+    )
+    assert_parity("nn", "cpu", results(ours, inputs, options), yardstick)
 
 
 def twins(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import bigkern
 from bigkern.ops import norm as ops
+from bigkern.parity import Yardstick
 from bigkern.reference import norm as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -42,28 +43,37 @@ def stock(kind: str, x: Tensor, weight: Any, bias: Any, residual: Any, eps: floa
     return (y,) if residual is None else (y, s)
 
 
-def with_gradients(function: Any, kind: str, inputs: Sequence[Any], grads: Sequence[Tensor]) -> list[Tensor]:
+def with_gradients(
+    function: Any, kind: str, inputs: Sequence[Any], grads: Sequence[Tensor]
+) -> dict[str, Tensor]:
     """Outputs, then the gradients of those inputs that are tensors."""
     inputs = [None if t is None else t.detach().requires_grad_() for t in inputs]
     outputs = function(kind, *inputs)
-    wanted = [t for t in inputs if t is not None]
-    return [*outputs, *torch.autograd.grad(outputs, wanted, [g.to(outputs[0].dtype) for g in grads])]
+    wanted = {name: t for name, t in zip(INPUTS, inputs, strict=True) if t is not None}
+    found = torch.autograd.grad(outputs, list(wanted.values()), [g.to(outputs[0].dtype) for g in grads])
+    return {
+        **dict(zip(("y", "sum"), outputs, strict=False)),
+        **{f"d{name}": grad for name, grad in zip(wanted, found, strict=True)},
+    }
+
+
+INPUTS = ("x", "weight", "bias", "residual")
+
+
+def widened(inputs: Sequence[Any]) -> list[Any]:
+    return [None if t is None else t.double() for t in inputs]
 
 
 def judge(backend: str, kind: str, inputs: Sequence[Any]) -> None:
     """Outputs and every gradient by the parity rule."""
     x, _, _, residual = inputs
-    count = 1 if residual is None else 2
-    grads = [torch.randn_like(x) for _ in range(count)]
+    grads = [torch.randn_like(x) for _ in range(1 if residual is None else 2)]
+    yardstick = Yardstick(
+        with_gradients(stock, kind, widened(inputs), grads),
+        partial(with_gradients, stock, kind, inputs, grads),
+    )
     with run_backend("norm", backend):
-        ours = with_gradients(call, kind, inputs, grads)
-    exact = with_gradients(stock, kind, [None if t is None else t.double() for t in inputs], grads)
-    low = with_gradients(stock, kind, inputs, grads)
-    names = ["y", "sum"][:count] + [
-        n for n, t in zip(("dx", "dweight", "dbias", "dresidual"), inputs, strict=True) if t is not None
-    ]
-    for i, name in enumerate(names):
-        assert_parity("norm", backend, f"{kind} {name}", ours[i], exact[i], low[i], grad=i >= count)
+        assert_parity("norm", backend, with_gradients(call, kind, inputs, grads), yardstick, kind)
 
 
 def tensors(
@@ -104,18 +114,20 @@ def test_dropout(backend: str, dtype: torch.dtype, kind: str) -> None:
     ):
         drop: dict[str, Any] = {"dropout_p": p, "seed": seed}
         inputs = tensors(backend, dtype, shape, True, kind == "layer", True)
-        grads = [torch.randn(shape, device=device_of(backend)) for _ in range(2)]
+        grads = [torch.randn(shape, device=device_of(backend)).to(dtype) for _ in range(2)]
+        by_stock = partial(with_gradients, partial(call, **drop), kind)
+
+        def low(inputs: Any = inputs, grads: Any = grads, by_stock: Any = by_stock) -> Any:
+            with bigkern.use("torch"):
+                return by_stock(inputs, grads)
+
+        with bigkern.use("torch"):
+            yardstick = Yardstick(by_stock(widened(inputs), grads), low)
         with run_backend("norm", backend):
             ours = with_gradients(partial(call, **drop), kind, inputs, grads)
-        with bigkern.use("torch"):
-            double = [None if t is None else t.double() for t in inputs]
-            exact = with_gradients(partial(call, **drop), kind, double, grads)
-            low = with_gradients(partial(call, **drop), kind, inputs, grads)
-        names = ["y", "sum", "dx", "dweight", *(["dbias"] if kind == "layer" else []), "dresidual"]
-        for i, name in enumerate(names):
-            assert_parity("norm", backend, f"{kind} dropout {name}", ours[i], exact[i], low[i], grad=i > 1)
-        untouched = (inputs[3] == ours[1]).float().mean().item()
-        assert abs(untouched - p) < 5 * (p * (1 - p) / ours[1].numel()) ** 0.5 + 0.01
+        assert_parity("norm", backend, ours, yardstick, f"{kind} dropout")
+        untouched = (inputs[3] == ours["sum"]).float().mean().item()
+        assert abs(untouched - p) < 5 * (p * (1 - p) / ours["sum"].numel()) ** 0.5 + 0.01
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -200,12 +212,14 @@ def test_strided_inputs(backend: str) -> None:
 def test_gradient_of_a_sum_is_a_broadcast(backend: str) -> None:
     x = torch.randn(4, 32, device=device_of(backend), requires_grad=True)
     weight = torch.randn(32, device=x.device)
-    with run_backend("norm", backend):
-        (ours,) = torch.autograd.grad(bigkern.layer_norm(x, 32, weight).sum(), x)
-    (low,) = torch.autograd.grad(F.layer_norm(x, (32,), weight).sum(), x)
+
+    def gradient(function: Any, x: Tensor) -> dict[str, Tensor]:
+        return {"dx": torch.autograd.grad(function(x, (32,), weight.to(x.dtype)).sum(), x)[0]}
+
     wide = x.detach().double().requires_grad_()
-    (exact,) = torch.autograd.grad(F.layer_norm(wide, (32,), weight.double()).sum(), wide)
-    assert_parity("norm", backend, "dx of a sum", ours, exact, low, grad=True)
+    yardstick = Yardstick(gradient(F.layer_norm, wide), partial(gradient, F.layer_norm, x))
+    with run_backend("norm", backend):
+        assert_parity("norm", backend, gradient(bigkern.layer_norm, x), yardstick, "of a sum")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -227,7 +241,8 @@ def test_several_normalized_dimensions(backend: str) -> None:
         y, s = bigkern.layer_norm(x, (5, 6), weight, bias, residual=x)
     assert s.shape == y.shape == x.shape
     exact = F.layer_norm(2 * x.double(), (5, 6), weight.double(), bias.double())
-    assert_parity("norm", backend, "y", y, exact, F.layer_norm(2 * x, (5, 6), weight, bias))
+    yardstick = Yardstick({"y": exact}, lambda: {"y": F.layer_norm(2 * x, (5, 6), weight, bias)})
+    assert_parity("norm", backend, {"y": y}, yardstick)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -237,9 +252,9 @@ def test_no_rows(backend: str, shape: tuple[int, ...], kind: str) -> None:
     inputs = tensors(backend, torch.float32, shape, True, kind == "layer", True)
     grads = [torch.zeros(shape, device=device_of(backend))] * 2
     with run_backend("norm", backend):
-        y, s, dx, dweight, *_ = with_gradients(call, kind, inputs, grads)
-    assert y.shape == s.shape == dx.shape == shape
-    assert torch.equal(dweight, torch.zeros_like(dweight))
+        found = with_gradients(call, kind, inputs, grads)
+    assert found["y"].shape == found["sum"].shape == found["dx"].shape == shape
+    assert torch.equal(found["dweight"], torch.zeros_like(found["dweight"]))
 
 
 def test_empty_rows_run_on_stock() -> None:
@@ -277,7 +292,7 @@ def test_backward_is_deterministic(backend: str) -> None:
     grads = [torch.randn(37, 264, device=device_of(backend))] * 2
     with run_backend("norm", backend):
         first, second = (with_gradients(call, "layer", inputs, grads) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import parity
 import pytest
 import torch
 from torch import Tensor, nn
 
 import bigkern
 from bigkern import info
-from bigkern.parity import compare
+from bigkern.parity import Yardstick
 
 hf = pytest.importorskip("transformers")
 
@@ -178,7 +179,7 @@ pytestmark = [
 # ---- parity ----------------------------------------------------------------------------------------
 
 
-def run(model: nn.Module, given: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def run(model: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """The last hidden state, where there are tokens, and the gradient of every parameter that has one."""
     dtype = next(model.parameters()).dtype
     given = {key: x.to(dtype) if x.is_floating_point() else x for key, x in given.items()}
@@ -187,37 +188,22 @@ def run(model: nn.Module, given: dict[str, Tensor]) -> tuple[Tensor, dict[str, T
         o = o[given["attention_mask"].bool()]
     model.zero_grad()
     o.backward(torch.randn(o.shape, generator=torch.Generator().manual_seed(2)).to(dtype))
-    return o.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {f"d {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"output": o.detach(), **{name: x.clone() for name, x in gradients.items()}}
 
 
-def run_in_float64(model: nn.Module, given: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def run_in_float64(model: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """The truth. Norms and softmax that ask for float32 would round it."""
     with mock.patch.object(torch, "float32", torch.float64):
         return run(copy.deepcopy(model).double(), given)
 
 
 def assert_parity(eager: nn.Module, given: dict[str, Tensor]) -> None:
-    """Output and gradients of the patched model, judged by those of the stock one.
-
-    Every gradient counts by its own largest value, and all are judged as one vector: in a few numbers stock
-    may be exact by luck. The gradient of a key's bias is 0 but for rounding, and says nothing.
-    """
-    output, gradients = run_in_float64(eager, given)
-    stock_output, stock_gradients = run(eager, given)
+    """Output and gradients of the patched model, judged by those of the stock one."""
+    stock = copy.deepcopy(eager)
+    yardstick = Yardstick(run_in_float64(eager, given), lambda: run(stock, given))
     bigkern.patch(eager)
-    our_output, our_gradients = run(eager, given)
-    verdict = compare(our_output, output, stock_output)
-    assert verdict.passed, verdict.problem
-
-    assert our_gradients.keys() == stock_gradients.keys()
-    largest = {name: x.abs().max() for name, x in gradients.items()}
-    names = [name for name in gradients if largest[name] > 1e-9 * max(largest.values())]
-    ours, reference, stock = (
-        torch.cat([(of[name].double() / largest[name]).flatten() for name in names])
-        for of in (our_gradients, gradients, stock_gradients)
-    )
-    verdict = compare(ours.to(our_output.dtype), reference, stock, gradient=True)
-    assert verdict.passed, verdict.problem
+    parity.assert_parity("patch", "cpu", run(eager, given), yardstick)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import parity
 import pytest
 import torch
 from torch import Tensor, nn
 
 import bigkern
-from bigkern.parity import compare
+from bigkern.parity import Yardstick
 
 hf = pytest.importorskip("transformers")
 
@@ -132,11 +133,8 @@ def inputs(takes: str, padding: str) -> tuple[dict[str, Tensor], Tensor | None]:
     return {"input_ids": ids, "attention_mask": mask, **decoder}, decoder_mask.bool()
 
 
-def run(model: nn.Module, given: dict[str, Tensor], valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The last hidden state where there are tokens, and the gradients of all parameters as one vector.
-
-    One vector: the gradient of a key's bias is 0 but for rounding, of which alone nothing can be said.
-    """
+def run(model: nn.Module, given: dict[str, Tensor], valid: Tensor | None) -> dict[str, Tensor]:
+    """The last hidden state where there are tokens, and the gradients of all parameters."""
     dtype = next(model.parameters()).dtype
     given = {key: x.to(dtype) if x.is_floating_point() else x for key, x in given.items()}
     o = model(**given).last_hidden_state
@@ -144,10 +142,11 @@ def run(model: nn.Module, given: dict[str, Tensor], valid: Tensor | None) -> tup
     do = torch.randn(o.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
     model.zero_grad()
     o.backward(do)
-    return o.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    gradients = {f"d {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"output": o.detach(), **{name: x.clone() for name, x in gradients.items()}}
 
 
-def run_in_float64(model: nn.Module, given: dict[str, Tensor], valid: Tensor | None) -> tuple[Tensor, Tensor]:
+def run_in_float64(model: nn.Module, given: dict[str, Tensor], valid: Tensor | None) -> dict[str, Tensor]:
     """The truth. Many eager models ask softmax for float32, which would round it, and make NaN of padding."""
     softmax = nn.functional.softmax
     with mock.patch.object(nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim)):
@@ -177,12 +176,9 @@ PARITY = [(name, p) for name, case in CASES.items() for p in PADDINGS.get(case.t
 
 def assert_parity(eager: nn.Module, given: dict[str, Tensor], valid: Tensor | None = None) -> None:
     """Output and gradients of the model on our attention, judged by those of the eager one."""
-    reference = run_in_float64(eager, given, valid)
-    stock = run(eager, given, valid)
-    mine = run(ours.enable(eager), given, valid)
-    for is_gradient in (False, True):
-        verdict = compare(mine[is_gradient], reference[is_gradient], stock[is_gradient], gradient=is_gradient)
-        assert verdict.passed, verdict.problem
+    stock = copy.deepcopy(eager)
+    yardstick = Yardstick(run_in_float64(eager, given, valid), lambda: run(stock, given, valid))
+    parity.assert_parity("attention", "cpu", run(ours.enable(eager), given, valid), yardstick)
 
 
 @pytest.mark.parametrize(("name", "padding"), PARITY)
@@ -251,13 +247,18 @@ def test_grouped_heads_are_not_repeated(calls: Spy) -> None:
 def test_autocast(calls: Spy) -> None:
     eager = build("llama")
     given, _ = inputs("text", "none")
-    with torch.no_grad():
-        reference = copy.deepcopy(eager).double()(**given).last_hidden_state
+    stock = copy.deepcopy(eager)
+
+    @torch.no_grad()
+    def output(model: nn.Module) -> dict[str, Tensor]:
         with torch.autocast("cpu", torch.bfloat16):
-            stock = eager(**given).last_hidden_state
-            mine = ours.enable(eager)(**given).last_hidden_state
+            return {"output": model(**given).last_hidden_state}
+
+    with torch.no_grad():
+        exact = copy.deepcopy(eager).double()(**given).last_hidden_state
+    mine = output(ours.enable(eager))
     assert calls[0]["q"].dtype == torch.bfloat16
-    assert compare(mine, reference, stock).passed
+    parity.assert_parity("attention", "cpu", mine, Yardstick({"output": exact}, lambda: output(stock)))
 
 
 def test_dropout_is_the_models(calls: Spy) -> None:
@@ -315,12 +316,13 @@ def test_queries_dropped_after_the_mask_is_made(kept: int) -> None:
     eager = build("gemma4_text", "Gemma4ForCausalLM")
     given, _ = inputs("text", "none")
 
-    def logits(model: nn.Module) -> Tensor:
+    def logits(model: nn.Module) -> dict[str, Tensor]:
         cache = hf.StaticCache(config=model.config, max_cache_len=2 * LENGTH)
-        return model(**given, past_key_values=cache, logits_to_keep=kept).logits
+        return {"logits": model(**given, past_key_values=cache, logits_to_keep=kept).logits}
 
-    reference, stock = logits(copy.deepcopy(eager).double()), logits(eager)
-    assert compare(logits(ours.enable(eager)), reference, stock).passed
+    stock = copy.deepcopy(eager)
+    yardstick = Yardstick(logits(copy.deepcopy(eager).double()), lambda: logits(stock))
+    parity.assert_parity("attention", "cpu", logits(ours.enable(eager)), yardstick)
 
 
 @pytest.mark.parametrize("padding", ["none", "left"])

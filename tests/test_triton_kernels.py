@@ -5,6 +5,7 @@ The ops' own tests run every backend through the public functions; here the kern
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from parity import BACKENDS, assert_parity, device_of, poisoned_empty_memory
 from torch import Tensor
 
+from bigkern.parity import Yardstick
 from bigkern.reference import attention as attention_reference
 from bigkern.reference import layernorm_ffn as ffn_reference
 from bigkern.reference import norm as norm_reference
@@ -49,11 +51,14 @@ def double(*tensors: Tensor | None) -> list[Any]:
     return [None if t is None else t.double() for t in tensors]
 
 
-def check(op: str, names: str, ours: Any, exact: Any, low: Any, *, grad: bool = False) -> None:
-    for name, a, b, c in zip(names.split(), ours, exact, low, strict=True):
-        assert (a is None) == (b is None), name
-        if a is not None:
-            assert_parity(op, "triton", name, a, b, c, grad=grad)
+def check(op: str, names: str, ours: Any, by_stock: Callable[..., Any], *inputs: Any) -> None:
+    """``by_stock(*inputs)`` gives what ``names`` says, in the inputs' dtype."""
+
+    def named(results: Any) -> dict[str, Tensor]:
+        return {name: t for name, t in zip(names.split(), results, strict=True) if t is not None}
+
+    yardstick = Yardstick(named(by_stock(*double(*inputs))), lambda: named(by_stock(*inputs)))
+    assert_parity(op, "triton", named(ours), yardstick)
 
 
 # ---- attention -------------------------------------------------------------------------------------
@@ -177,24 +182,20 @@ def check_norm(x: Tensor, residual: Tensor | None, weight: Any, bias: Any, kind:
     s = x if total is None else total
     ds, dx, *others = layernorm_ffn.norm_backward(dy, dsum, s, weight, mean, rstd, kind, *wanted)
     assert dx is None
-    grads = ds, *others
     if residual is not None:
         torch.testing.assert_close(total, x + residual, rtol=0, atol=0)
-    y64, _, mean64, rstd64 = norm_reference.norm(s.double(), None, *double(weight, bias), 1e-5, kind)
-    ds64, _, *others = norm_reference.norm_backward(
-        *double(dy, dsum, s, weight), mean64, rstd64, kind, *wanted
-    )
-    grads64 = ds64, *others
-    _, _, mean_low, rstd_low = norm_reference.norm(s, None, weight, bias, 1e-5, kind)
-    inputs = [None if t is None else t.clone().requires_grad_() for t in (s, weight, bias)]
-    stock = stock_norm(*inputs, kind)
-    given = [t for t in inputs if t is not None]
-    low = iter(torch.autograd.grad(stock, given, dy))
-    grads_low = [None if t is None else next(low) for t in inputs]
-    if dsum is not None:
-        grads_low[0] = grads_low[0] + dsum
-    check("norm", "y mean rstd", (y, mean, rstd), (y64, mean64, rstd64), (stock, mean_low, rstd_low))
-    check("norm", "ds dweight dbias", grads, grads64, grads_low, grad=True)
+
+    def by_stock(s: Any, weight: Any, bias: Any, dy: Any, dsum: Any) -> Any:
+        _, _, mean, rstd = norm_reference.norm(s, None, weight, bias, 1e-5, kind)
+        inputs = [None if t is None else t.clone().requires_grad_() for t in (s, weight, bias)]
+        y = stock_norm(*inputs, kind)
+        found = iter(torch.autograd.grad(y, [t for t in inputs if t is not None], dy))
+        ds, dweight, dbias = (None if t is None else next(found) for t in inputs)
+        ds = ds if dsum is None else ds + dsum
+        return y, mean, rstd, ds, dweight, dbias
+
+    names, found = "y mean rstd ds dweight dbias", (y, mean, rstd, ds, *others)
+    check("norm", names, found, by_stock, s, weight, bias, dy, dsum)
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms"])
@@ -254,14 +255,14 @@ def test_bias_activation(activation: str, dtype: torch.dtype, M: int, width: int
     )
     assert rebuilt is not None
     assert torch.equal(rebuilt, out)
-    results = []
-    for x, d in (double(preactivation, dout), (preactivation.clone(), dout)):
-        stock = dropped(stock_activation(x.requires_grad_(), activation), KEY, p, HIDDEN)
-        (gradient,) = torch.autograd.grad(stock, x, d)
-        results.append(((stock,), (gradient, gradient.sum(0))))
-    (out64, grads64), (out_low, grads_low) = results
-    check("layernorm_ffn", "out", (out,), out64, out_low)
-    check("layernorm_ffn", "dp dbias", (dp, dbias), grads64, grads_low, grad=True)
+
+    def by_stock(x: Tensor, dout: Tensor) -> Any:
+        x = x.clone().requires_grad_()
+        out = dropped(stock_activation(x, activation), KEY, p, HIDDEN)
+        (gradient,) = torch.autograd.grad(out, x, dout)
+        return out, gradient, gradient.sum(0)
+
+    check("layernorm_ffn", "out dp dbias", (out, dp, dbias), by_stock, preactivation, dout)
 
 
 def stock_activation(p: Tensor, activation: str) -> Tensor:
@@ -286,10 +287,12 @@ def test_dropout_add(dtype: torch.dtype) -> None:
     x, residual = draw(40, 130, dtype=dtype)[:, :65], draw(65, 40, dtype=dtype).t()
     for r in (None, residual):
         out = layernorm_ffn.dropout_add(x, r, 0.25, KEY)
-        low = dropped(x, KEY, 0.25, OUTPUT)
-        exact = dropped(x.double(), KEY, 0.25, OUTPUT)
-        low, exact = (low, exact) if r is None else (low + r, exact + r.double())
-        check("layernorm_ffn", "out", (out,), (exact,), (low,))
+        check("layernorm_ffn", "out", (out,), dropped_and_added, x, r)
+
+
+def dropped_and_added(x: Tensor, residual: Tensor | None) -> tuple[Tensor]:
+    left = dropped(x, KEY, 0.25, OUTPUT)
+    return (left if residual is None else left + residual,)
 
 
 # ---- an FFN's products -----------------------------------------------------------------------------
@@ -322,13 +325,11 @@ def test_products_in_every_configuration(
     def plain(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, dz: Any, p: Any, a: Any, dp: Any) -> Any:
         forward = *ffn_reference.up(x, w1, b1, activation, drop, True), ffn_reference.down(a, w2, b2, x, drop)
         dp_, _, db1_ = ffn_reference.up_backward(dz, w2, p, activation, drop, True, False)
-        return forward, (dp_, db1_, dp.t() @ x)
+        return *forward, dp_, db1_, dp.t() @ x
 
     inputs = (x, w1, b1, w2, b2, dz, p, a, dp)
-    (exact, exact_grads), (low, low_grads) = plain(*double(*inputs)), plain(*inputs)
-    check("layernorm_ffn", "p a y", (p, a, y), exact, low)
-    check("layernorm_ffn", "dp db1 dw", (dp, db1, dw), exact_grads, low_grads, grad=True)
-    torch.testing.assert_close(into - 1, exact_grads[2].float(), rtol=1e-4, atol=1e-4)
+    check("layernorm_ffn", "p a y dp db1 dw", (p, a, y, dp, db1, dw), plain, *inputs)
+    torch.testing.assert_close(into - 1, (dp.t().double() @ x.double()).float(), rtol=1e-4, atol=1e-4)
 
 
 def test_rows_that_are_not_whole_vectors_are_padded_with_zeros() -> None:

@@ -14,7 +14,8 @@ from bigkern import evidence, info, registry
 from bigkern.cli import problems
 from bigkern.cli.console import Console, machine
 from bigkern.cli.env import devices
-from bigkern.cli.problem import Expected, Problem, expect, judge
+from bigkern.cli.problem import Problem, expect, judge
+from bigkern.parity import Yardstick
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -100,7 +101,7 @@ def _try(
     problem: Problem,
     dtype: torch.dtype,
     device: torch.device,
-    expected: Expected,
+    expected: Yardstick,
 ) -> None:
     where = f"{problem.label} {str(dtype).removeprefix('torch.')}"
     try:

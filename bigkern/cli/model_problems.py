@@ -20,7 +20,7 @@ import bigkern
 from bigkern.cli.adam_problems import adam
 from bigkern.cli.console import Failure
 from bigkern.cli.problem import Inputs, Problem, judge
-from bigkern.parity import Verdict, compare
+from bigkern.parity import Verdict, Yardstick
 from bigkern.patch import Report
 
 LIKE = "like"  # an empty input: the dtype and the device that the model is built in
@@ -161,19 +161,11 @@ class ModelProblem(Problem):
         """The parity rule for logits and gradients of the patched model, and for a step of the optimizer."""
         inputs = self.make(dtype, device)
         wide = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
-        found = [
-            self.results(model, given)
-            for model, given in (
-                (self.patched(inputs)[0], inputs),
-                (self.model(wide), wide),
-                (self.model(inputs), inputs),
-            )
-        ]
-        ours, reference, stock = found
-        verdicts = {
-            name: compare(value, reference[name], stock[name], gradient=name != "logits")
-            for name, value in ours.items()
-        }
+        ours = self.results(self.patched(inputs)[0], inputs)
+        yardstick = Yardstick(
+            self.results(self.model(wide), wide), lambda: self.results(self.model(inputs), inputs)
+        )
+        verdicts = {name: yardstick.judge(name, value) for name, value in ours.items()}
         return verdicts | (self._judge_step(dtype, device) if self.training else {})
 
     def _judge_step(self, dtype: torch.dtype, device: torch.device) -> dict[str, Verdict]:

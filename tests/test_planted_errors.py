@@ -1,0 +1,256 @@
+"""Mistakes that the parity rule must catch, planted one at a time in every op.
+
+Stock's own computation is run with one mistake in it: in one of its sums, forward or backward, or in one
+element of a result. By the yardstick of the same computation the rule has to find each. ``make test`` prints
+what was found: in how many of an op's sums a mistake shows, all of which are caught.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import test_attention
+import test_batch_norm
+import test_layernorm_ffn
+import test_linear
+import test_norm
+import test_recurrent
+import torch
+import torch.nn.functional as F
+from parity import RECORD
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bigkern.parity import Yardstick
+from bigkern.random_rounding import COMPOUND, SUMS, aten, taken_apart
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+Results = Mapping[str, Tensor]
+
+
+# ---- the ops: stock's computation, in float64 and in a dtype ------------------------------------------
+
+
+def attention(dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
+    case = test_attention.Case(dtype=dtype, Sq=20, Sk=20, D=4, Dv=4)
+    tensors = case.tensors(torch.device("cpu"))
+    return test_attention.exact(case, "cpu"), partial(test_attention.by_reference, case, tensors)
+
+
+def norm(dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
+    inputs = test_norm.tensors("torch", dtype, (12, 24), True, True, True)
+    grads = [torch.randn(12, 24).to(dtype) for _ in range(2)]
+    by_stock = partial(test_norm.with_gradients, test_norm.stock, "layer")
+    return by_stock(test_norm.widened(inputs), grads), partial(by_stock, inputs, grads)
+
+
+def layernorm_ffn(dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
+    inputs = test_layernorm_ffn.inputs_of("torch", dtype, (12, 12), 8)
+    options = {"norm": "layer", "activation": "gelu", "placement": "pre", "residual": False}
+    by_stock = partial(test_layernorm_ffn.with_gradients, test_layernorm_ffn.stock)
+    grad = torch.randn(12, 12).to(dtype)
+    wide = [None if t is None else t.double() for t in inputs]
+    return by_stock(wide, grad, options), partial(by_stock, inputs, grad, options)
+
+
+def linear(dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
+    inputs = {"x": torch.randn(12, 16), "weight": torch.randn(24, 16), "bias": torch.randn(24)}
+    inputs, dy = {name: t.to(dtype) for name, t in inputs.items()}, torch.randn(12, 24).to(dtype)
+    by_stock = partial(test_linear.results, inputs, dy, F.linear)
+    return by_stock(torch.float64), partial(by_stock, dtype)
+
+
+def batch_norm(dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
+    inputs = test_batch_norm.tensors("torch", dtype, (2, 6, 4, 4), True, True)
+    running, dy = [torch.randn(6), 0.5 + torch.rand(6)], torch.randn(2, 6, 4, 4).to(dtype)
+    by_stock = partial(test_batch_norm.results, test_batch_norm.stock)
+    wide = [None if t is None else t.double() for t in inputs]
+    exact = by_stock(wide, [t.double() for t in running], dy, True, False)
+    return exact, partial(by_stock, inputs, running, dy, True, False)
+
+
+def recurrent(dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
+    case = test_recurrent.Case("GRU", dtype, (1, 12, 8, 16))
+    inputs = case.inputs(torch.device("cpu"))
+    by_stock = partial(case.run, test_recurrent.by_stock, inputs)
+    return by_stock(torch.float64), partial(by_stock, dtype)
+
+
+def adam(dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
+    p, *grads = ((1 + torch.rand(64)) * torch.randn(64).sign() for _ in range(4))
+    p, *grads = (4 * p).to(dtype), *(g.to(dtype) for g in grads)  # none whose square is 0 in float16
+
+    def steps(dtype: torch.dtype) -> Results:
+        leaf = torch.nn.Parameter(p.to(dtype, copy=True))
+        optimizer = torch.optim.AdamW([leaf], lr=0.1, eps=1e-3, weight_decay=0.1)
+        for g in grads:
+            leaf.grad = g.to(dtype)
+            optimizer.step()
+        state = optimizer.state[leaf]
+        return {"p": leaf.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+
+    return steps(torch.float64), partial(steps, dtype)
+
+
+def grad_norm(dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
+    grads = [torch.randn(n).to(dtype) for n in (40, 30)]
+
+    def norm(wide: torch.dtype) -> Results:
+        squares = torch.stack([g.to(wide).square().sum() for g in grads])
+        return {"norm": squares.sum().sqrt()}
+
+    return norm(torch.float64), partial(norm, torch.float32)
+
+
+OPS = [attention, norm, layernorm_ffn, linear, batch_norm, recurrent, adam, grad_norm]
+
+
+@cache
+def stock_and_yardstick(op: Any, dtype: torch.dtype) -> tuple[Callable[[], Results], Yardstick]:
+    exact, stock = op(dtype)
+    return stock, Yardstick(exact, stock)
+
+
+# ---- mistakes in a sum -----------------------------------------------------------------------------
+
+FOLDED = {aten.lerp, aten.lerp_, aten.addcmul, aten.addcmul_, aten.addcdiv, aten.addcdiv_}  # Adam's
+
+
+class Mistaken(TorchDispatchMode):
+    """Makes the mistake in sum number ``which`` alone; ``sums`` counts them."""
+
+    def __init__(self, mistake: Callable[..., Any], which: int):
+        super().__init__()
+        self.mistake, self.which, self.sums = mistake, which, 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if op.overloadpacket in COMPOUND:
+            with self:
+                return taken_apart(op, args, kwargs)
+        if op.overloadpacket in SUMS | FOLDED and args[0].is_floating_point():
+            self.sums += 1
+            if self.sums - 1 == self.which:
+                return self.mistake(op, args, kwargs)
+        return op(*args, **kwargs)
+
+
+def terms(op: Any, args: Any) -> tuple[int, int]:
+    """Which argument holds the terms that are added, and along which dimension of it."""
+    place = {aten.addmm: 1, aten.baddbmm: 1, aten.addmv: 1}.get(op.overloadpacket, 0)
+    if op.overloadpacket in (aten.sum, aten.mean) and len(args) > 1 and args[1]:
+        return 0, args[1][0]
+    return place, -1
+
+
+def without(op: Any, args: Any, kwargs: Any, rows: slice, last: int) -> Any:
+    """The sums of ``rows`` lack their ``last`` terms."""
+    if op.overloadpacket in FOLDED:  # the last elements stay as they were
+        kept = args[0].clone()
+        result = op(*args, **kwargs)
+        result.view(-1)[-last:] = kept.view(-1)[-last:]
+        return result
+    place, along = terms(op, args)
+    x = args[place].clone()
+    ends = x.movedim(along, -1)
+    ends = ends.reshape(1, -1) if ends.dim() == 1 else ends
+    ends[..., rows, max(0, ends.shape[-1] - last) :] = 0.0
+    return op(*args[:place], x, *args[place + 1 :], **kwargs)
+
+
+def in_bfloat16(op: Any, args: Any, kwargs: Any) -> Any:
+    """Each partial sum is rounded to bfloat16."""
+    if op.overloadpacket in FOLDED:
+        result = op(*args, **kwargs)
+        return result.copy_(result.bfloat16())
+    result = op(*args, **kwargs)
+    place, along = terms(op, args)
+    x, total = args[place], torch.zeros_like(result)
+    for i in range(x.shape[along]):
+        one = torch.zeros_like(x)
+        one.movedim(along, -1)[..., i] = x.movedim(along, -1)[..., i]
+        only = (torch.zeros_like(args[0]), one, *args[2:]) if place else (one, *args[1:])
+        total = (total + op(*only, **kwargs)).bfloat16().to(result.dtype)
+    return total + (args[0] if place else 0.0)
+
+
+MISTAKES: dict[str, Callable[..., Any]] = {
+    "a dropped term": partial(without, rows=slice(0, 1), last=1),
+    "a skipped block": partial(without, rows=slice(None), last=8),
+    "a mask off by one": partial(without, rows=slice(None), last=1),
+    "sums in bfloat16": in_bfloat16,
+}
+
+
+def beyond(yardstick: Yardstick, results: Results) -> float:
+    """How many times what the rule allows the worst result is off: above 1 it is caught."""
+    verdicts = [yardstick.judge(name, t) for name, t in results.items()]
+    return max(v.ratio / v.factor if v.passed else max(1.001, v.ratio / v.factor) for v in verdicts)
+
+
+def roundings(wrong: Tensor, right: Tensor) -> float:
+    """The largest difference, in roundings of the largest element."""
+    wide = right.double()
+    largest = float(wide.abs().max()) * torch.finfo(right.dtype).eps
+    return float((wrong.double() - wide).abs().max()) / largest if largest > 0.0 else 0.0
+
+
+SHOWN = {torch.float32: 16.0, torch.bfloat16: 5.0, torch.float16: 5.0}  # roundings
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_in_a_sum(mistake: str, op: Any, dtype: torch.dtype) -> None:
+    """In each sum in turn. Where it changes nothing by more roundings than ``SHOWN``, it counts as none."""
+    if mistake == "sums in bfloat16" and dtype != torch.float32:
+        return  # short sums end as they should; test_long_sums_in_bfloat16 has long ones
+    stock, yardstick = stock_and_yardstick(op, dtype)
+    with Mistaken(MISTAKES[mistake], -1) as counted:
+        right = stock()
+    assert beyond(yardstick, right) <= 1.0
+    found: list[float] = []
+    for which in range(counted.sums):
+        with Mistaken(MISTAKES[mistake], which):
+            wrong = stock()
+        if max(roundings(wrong[name], right[name]) for name in right) > SHOWN[dtype]:
+            found.append(beyond(yardstick, wrong))
+    RECORD.planted(op.__name__, str(dtype).removeprefix("torch."), mistake, f"{len(found)}/{counted.sums}")
+    assert found
+    assert min(found) > 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_long_sums_in_bfloat16(dtype: torch.dtype) -> None:
+    x, w = torch.randn(8, 512).to(dtype), torch.randn(8, 512).to(dtype)
+    yardstick = Yardstick({"y": x.double() @ w.double().t()}, lambda: {"y": x @ w.t()})
+    with Mistaken(in_bfloat16, 0):
+        assert beyond(yardstick, {"y": x @ w.t()}) > 1.0
+
+
+# ---- mistakes in an element ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+def test_roundings_in_one_element(op: Any, dtype: torch.dtype) -> None:
+    """The largest element of a result, off by 4 roundings in an output or by 16 in a gradient."""
+    stock, yardstick = stock_and_yardstick(op, dtype)
+    for number, of_gradients in ((4, False), (16, True)):
+        missed = []
+        for name, right in stock().items():
+            wrong = right.detach().clone()
+            largest = torch.unravel_index(wrong.abs().argmax(), wrong.shape)
+            wrong[largest] *= 1 + number * torch.finfo(wrong.dtype).eps
+            if (
+                of_gradients or not name.startswith("d")
+            ) and wrong.dtype == dtype:  # stock sums some coarsely
+                missed += [] if beyond(yardstick, {name: wrong}) > 1.0 else [name]
+        assert not missed, number
+        of = "all results" if of_gradients else "outputs"
+        RECORD.planted(op.__name__, str(dtype).removeprefix("torch."), f"{number} roundings, {of}", "found")
