@@ -68,7 +68,7 @@ def read(path: Path) -> list[Row]:
     with path.open(newline="") as file:
         try:
             return [Row(**{k: kinds[k](v) for k, v in line.items()}) for line in csv.DictReader(file)]
-        except (KeyError, TypeError, ValueError) as error:
+        except (csv.Error, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a result of `bigkern bench` ({error!r})") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bigkern import registry
-from bigkern.cli import problems
+from bigkern.cli import options, problems
 from bigkern.cli.console import Console, Failure, machine
+from bigkern.cli.files import require_writable
 
 if TYPE_CHECKING:
     from bigkern.benchmarks.harness import Bench
@@ -58,12 +60,14 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     for name in arguments.op:
         if name not in OPS:
             raise Failure(f"there is no benchmark {name!r}; there are {', '.join(OPS)}")
-    device = torch.device(arguments.device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", 0)
+    device = options.device(arguments.device)
     old = _old_rows(arguments.compare) if arguments.compare else None
     bench = harness.Bench(device, arguments.quick, console, compile_all=arguments.compile)
     out = (arguments.out or (CHECKOUT if CHECKOUT.is_dir() else Path("bigkern-results"))) / bench.name()
+    require_writable(out)
+    part = bool(arguments.only or arguments.dtype)
+    if part:
+        _check_tables(out, arguments.op or OPS)
     rows: list[Row] = []
     for name in arguments.op or OPS:
         try:
@@ -78,7 +82,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
             continue
         rows += found
         if found:
-            _write(out / f"{name}.csv", found, bench, part=bool(arguments.only or arguments.dtype))
+            _write(out / f"{name}.csv", found, bench, part)
     if arguments.only and not rows:
         raise Failure(f"--only: no case has {' and '.join(map(repr, arguments.only))} in its name")
     summary = _summarise(rows, console)
@@ -95,6 +99,20 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     document = {"machine": machine(), "peaks": bench.peaks, "rows": [asdict(row) for row in rows]}
     console.emit({**document, "summary": summary, "wrong": wrong, "regressions": slower})
     return 1 if wrong or slower else 0
+
+
+def _check_tables(out: Path, names: Iterable[str]) -> None:
+    """Find out now whether the rows that a part leaves as they are can be read."""
+    from bigkern.benchmarks import breakdown, table
+
+    try:
+        for name in names:
+            if (rows := out / f"{name}.csv").exists():
+                table.read(rows)
+            if (times := out / f"{name}_time.json").exists():
+                breakdown.read(times)
+    except (OSError, ValueError) as error:
+        raise Failure(f"--out: {error}") from error
 
 
 def _old_rows(path: Path) -> list[Row]:

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
+INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+
 
 class Failure(Exception):
-    """An error the user can act on: printed as one line, without a traceback."""
+    """A wrong call, which the user can mend: printed as one line, without a traceback."""
+
+    code = 2
+
+
+class RunFailed(Failure):
+    """The call was right, and the work failed."""
+
+    code = 1
+
+
+class OutputClosed(RunFailed):
+    """Nobody reads standard output any more, or what it goes to is full."""
 
 
 class Console:
@@ -34,7 +50,7 @@ class Console:
         if self._rich is not None:
             self._rich.print(text, markup=False)
         else:
-            print(text, file=self._out, flush=True)
+            _print(text, self._out)
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> None:
         """Numbers to the right, words to the left; the last column takes the width that is left."""
@@ -62,10 +78,42 @@ class Console:
     def emit(self, document: Any) -> None:
         """Print the command's JSON document, if JSON was asked for."""
         if self.as_json:
-            print(json.dumps(document, indent=2, default=str), flush=True)
+            _print(to_json(document), sys.stdout)
 
     def progress(self, total: int, start: int = 0, lines: int = 20) -> Progress:
         return Progress(self, total, start, lines)
+
+
+def to_json(document: Any) -> str:
+    """The document as JSON, which has no NaN and no infinities: they become null."""
+    return json.dumps(_finite(document), indent=2, default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _print(text: str, out: TextIO) -> None:
+    """Print at once; characters that ``out`` cannot show become question marks.
+
+    Raises:
+        OutputClosed: it cannot be written; what is said from now on is dropped.
+    """
+    encoding = getattr(out, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), file=out, flush=True)
+    except OSError as error:
+        if out is sys.__stdout__:  # or Python would try once more at its end
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), out.fileno())
+        name = "standard error" if out is sys.stderr else "standard output"
+        raise OutputClosed(f"cannot write to {name}: {error.strerror}") from error
 
 
 def _is_number(cell: str) -> bool:

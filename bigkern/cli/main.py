@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import suppress
 from importlib import import_module
 
-from bigkern.cli.console import Console, Failure
+import torch
+
+from bigkern.cli.console import INTERRUPTED, Console, Failure
 
 COMMANDS = {
     "env": "versions, build, devices, and which backend runs each op here",
@@ -27,11 +30,27 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0 good, 1 the command found a problem, 2 a wrong call."""
+    """Run one command; returns its exit code.
+
+    0: good; 1: the command failed, or found a problem; 2: a wrong call; 130: interrupted.
+    """
     arguments = parser().parse_args(argv)
     console = Console(arguments.json)
     try:
         return int(import_module(f"bigkern.cli.{arguments.command}").run(arguments, console))
+    except KeyboardInterrupt:
+        code, words = INTERRUPTED, "interrupted"
     except Failure as failure:
-        print(f"bigkern {arguments.command}: {failure}", file=sys.stderr)
-        return 2
+        code, words = failure.code, str(failure)
+    except (MemoryError, RuntimeError) as error:
+        if not _of_memory(error):
+            raise
+        code, words = 1, f"out of memory: {error}"
+    with suppress(OSError):
+        print(f"bigkern {arguments.command}: {' '.join(words.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def _of_memory(error: Exception) -> bool:
+    """Return whether torch or Python ran out of memory; torch says so on a CPU only in its message."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
