@@ -19,17 +19,9 @@ from typing import Any
 
 import torch
 
-from bigkern.cli import figures
-from bigkern.cli.console import Console, Failure, machine
-from bigkern.cli.train import (
-    INTERRUPTED,
-    Run,
-    build,
-    caption,
-    describe,
-    sample,
-    write_json,
-)
+from bigkern.cli import figures, files
+from bigkern.cli.console import INTERRUPTED, Console, Failure, RunFailed, machine
+from bigkern.cli.train import Run, build, caption, describe, sample, write_json
 from bigkern.cli.trainer import Interruptible, Recipe, Trainer
 
 BLOCK = 5  # steps a turn
@@ -45,6 +37,7 @@ VARIANTS: dict[str, Callable[[Run], Trainer]] = {
 
 
 def run(this: Run, console: Console, seconds: float | None = None) -> int:
+    files.sweep(this.out)
     if seconds is not None:
         this = _fitted(this, seconds)
     memory = measure_memory(this)
@@ -55,7 +48,7 @@ def run(this: Run, console: Console, seconds: float | None = None) -> int:
         blocks = 0
         while (done := trainers["bigkern"].step) < this.recipe.steps and not interrupt.asked:
             for name in _rotated(list(trainers), blocks):
-                _take_turn(trainers[name], min(BLOCK, this.recipe.steps - done))
+                _take_turn(name, trainers[name], min(BLOCK, this.recipe.steps - done))
             blocks += 1
             first = trainers["bigkern"]
             progress.update(first.step, caption(first, first.history.train[-1]))
@@ -63,14 +56,13 @@ def run(this: Run, console: Console, seconds: float | None = None) -> int:
         console.say("interrupted; nothing was written")
         return INTERRUPTED
     report = summarise(this, trainers, memory)
-    _show(report, console)
     prompt, continuation = sample(this, trainers["bigkern"].model, 200)
-    console.say(f"\n--- prompt\n{prompt}\n--- bigkern goes on\n{continuation}\n---")
     report["sample"] = {"prompt": prompt, "continuation": continuation}
-    this.out.mkdir(parents=True, exist_ok=True)
     rates = {name: tuple(v["tokens_per_second"]) for name, v in report["variants"].items()}
     report["figure"] = figures.comparison(this.out / "compare.png", _curves(trainers), rates, console)
     write_json(this.out / "compare.json", report)
+    _show(report, console)
+    console.say(f"\n--- prompt\n{prompt}\n--- bigkern goes on\n{continuation}\n---")
     console.say(f"written to {this.out / 'compare.json'}")
     console.emit(report)
     return 0
@@ -93,11 +85,14 @@ def _rotated(names: list[str], by: int) -> list[str]:
     return names[by:] + names[:by]
 
 
-def _take_turn(trainer: Trainer, steps: int) -> None:
-    for _ in range(steps):
-        trainer.train_step()
-        if trainer.due_evaluation():
-            trainer.evaluate()
+def _take_turn(name: str, trainer: Trainer, steps: int) -> None:
+    try:
+        for _ in range(steps):
+            trainer.train_step()
+            if trainer.due_evaluation():
+                trainer.evaluate()
+    except RunFailed as error:
+        raise RunFailed(f"{name}: {error}; nothing was written") from error
 
 
 def _check_same_start(trainers: dict[str, Trainer]) -> None:
@@ -219,7 +214,7 @@ def measure_memory(this: Run) -> dict[str, dict[str, int | None]]:
         output, errors = child.communicate(json.dumps({"variant": name, **request}))
         if child.returncode != 0:
             last = (errors.strip().splitlines() or ["no message"])[-1]
-            raise Failure(f"the memory measurement of {name} failed: {last}")
+            raise RunFailed(f"the memory measurement of {name} failed: {last}")
         found[name] = json.loads(output.splitlines()[-1])
     return found
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
 import random
 import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bigkern.cli.console import Failure
+from bigkern.cli.files import write_atomically
 
 VALIDATION_SHARE = 0.1
 
@@ -94,25 +96,31 @@ class Bpe:
     @classmethod
     def train(cls, text: bytes, vocab_size: int) -> Bpe:
         tokenizers = _tokenizers()
+        most = 256 + len(text)  # every byte, and a merge at every place
         tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = tokenizers.decoders.ByteLevel()
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
         trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False
+            vocab_size=min(vocab_size, most), initial_alphabet=alphabet, show_progress=False
         )
         tokenizer.train_from_iterator(_pieces(text), trainer)
         return cls(tokenizer)
 
     @classmethod
-    def load(cls, path: Path) -> Bpe:
-        try:
-            return cls(_tokenizers().Tokenizer.from_file(str(path)))
-        except Exception as error:  # the library raises a bare Exception
-            raise Failure(f"{path} is not a tokenizer ({error}); delete it to train it anew") from error
+    def load(cls, content: bytes) -> Bpe:
+        """The tokenizer that ``dump`` gave the content of.
 
-    def save(self, path: Path) -> None:
-        write_atomically(path, lambda scratch: self._tokenizer.save(str(scratch)))
+        Raises:
+            ValueError: this version of the package cannot read it.
+        """
+        try:
+            return cls(_tokenizers().Tokenizer.from_buffer(content))
+        except Exception as error:  # the library raises a bare Exception
+            raise ValueError(f"it is not a tokenizer ({error})") from error
+
+    def dump(self) -> bytes:
+        return str(self._tokenizer.to_str()).encode()
 
     def encode(self, text: bytes) -> np.ndarray:
         encoded = self._tokenizer.encode_batch(_pieces(text))
@@ -170,8 +178,17 @@ class Corpus:
         return rows[:, :-1], rows[:, 1:].contiguous()
 
 
-def load(paths: list[Path], tokenizer: str, vocab_size: int, least: int, cache: Path) -> Corpus:
+def load(
+    paths: list[Path],
+    tokenizer: str,
+    vocab_size: int,
+    least: int,
+    cache: Path,
+    say: Callable[[str], object] = lambda line: None,
+) -> Corpus:
     """Read, tokenise and split; a BPE tokenizer and its tokens are kept in ``cache`` and found again there.
+
+    ``say`` is told if they are damaged and therefore made anew.
 
     Raises:
         Failure: the data cannot be read, or one of its parts has less than ``least`` tokens.
@@ -182,43 +199,69 @@ def load(paths: list[Path], tokenizer: str, vocab_size: int, least: int, cache: 
         chosen: Tokenizer = Bytes()
         tokens = chosen.encode(text)
     else:
-        chosen, tokens = _bpe(text, vocab_size, digest, cache)
+        chosen, tokens = _bpe(text, vocab_size, digest, cache, say)
+        digest += "-" + hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
     split = int(len(tokens) * (1 - VALIDATION_SHARE))
     shortest = min(split, len(tokens) - split)
     if shortest < least:
         raise Failure(
             f"the data is too short: its smaller part has {shortest} tokens, and a step needs {least}; "
-            "give more text or a smaller --context"
+            "give more text or a smaller --context or --batch"
         )
     whole = torch.from_numpy(tokens.astype(np.uint8 if chosen.vocab_size <= 256 else np.int32))
     return Corpus(chosen, whole[:split], whole[split:], f"{tokenizer}-{chosen.vocab_size}-{digest}")
 
 
-def _bpe(text: bytes, vocab_size: int, digest: str, cache: Path) -> tuple[Bpe, np.ndarray]:
-    label, words, numbers = cache / "tokens.json", cache / "tokenizer.json", cache / "tokens.npy"
-    key = {"text": digest, "vocab_size": vocab_size}
-    if words.exists() and numbers.exists() and label.exists() and json.loads(label.read_text()) == key:
-        return Bpe.load(words), np.load(numbers)
+# ---- the cache of a BPE tokenizer ------------------------------------------------------------------
+
+LABEL, WORDS, NUMBERS = "tokens.json", "tokenizer.json", "tokens.npy"
+
+
+def _bpe(
+    text: bytes, vocab_size: int, digest: str, cache: Path, say: Callable[[str], object]
+) -> tuple[Bpe, np.ndarray]:
+    made_of = {"text": digest, "vocab_size": vocab_size}
+    try:
+        if (found := _read_cache(cache, made_of)) is not None:
+            return found
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        say(f"the tokenizer in {cache} is damaged ({reason}); it is trained anew")
     bpe = Bpe.train(text, vocab_size)
     tokens = bpe.encode(text)
-    cache.mkdir(parents=True, exist_ok=True)
-    label.unlink(missing_ok=True)
-    bpe.save(words)
-    write_atomically(numbers, lambda scratch: _save_array(scratch, tokens))
-    write_atomically(label, lambda scratch: scratch.write_text(json.dumps(key)))  # last: it vouches for both
+    _write_cache(cache, made_of, {WORDS: bpe.dump(), NUMBERS: _dump_array(tokens)})
     return bpe, tokens
 
 
-def _save_array(path: Path, array: np.ndarray) -> None:
-    with open(path, "wb") as file:
-        np.save(file, array)
+def _read_cache(cache: Path, made_of: dict[str, Any]) -> tuple[Bpe, np.ndarray] | None:
+    """What was made of this text; None if there is nothing, or it was made of another.
+
+    Raises:
+        OSError, ValueError: a file is missing, or not what was written.
+    """
+    if not (cache / LABEL).exists():
+        return None
+    label = json.loads((cache / LABEL).read_text())
+    if not isinstance(label, dict) or not isinstance(digests := label.pop("digests", None), dict):
+        raise ValueError(f"{LABEL} has no digests")
+    if label != made_of:
+        return None
+    contents = {name: (cache / name).read_bytes() for name in (WORDS, NUMBERS)}
+    for name, content in contents.items():
+        if digests.get(name) != hashlib.sha256(content).hexdigest():
+            raise ValueError(f"{name} is not what was written")
+    return Bpe.load(contents[WORDS]), np.load(io.BytesIO(contents[NUMBERS]))
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a file beside ``path``, then put it in place: never half a file."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(scratch)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+def _write_cache(cache: Path, made_of: dict[str, Any], contents: dict[str, bytes]) -> None:
+    for name, content in contents.items():
+        write_atomically(cache / name, methodcaller("write_bytes", content))
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    label = json.dumps({**made_of, "digests": digests})
+    write_atomically(cache / LABEL, methodcaller("write_text", label))  # last: it vouches for both
+
+
+def _dump_array(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()

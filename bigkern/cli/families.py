@@ -41,6 +41,10 @@ CHOICES = {
 }
 COUNTS = ("steps", "batch", "context", "layers", "heads", "width", "embedding", "vocab_size")
 AMOUNTS = ("lr", "weight_decay", "clip", "warmup", "seed")
+MOST = {  # what the integers of torch and NumPy hold
+    **dict.fromkeys(COUNTS, 2**31 - 1),
+    **dict.fromkeys(("steps", "warmup", "seed"), 2**63 - 1),
+}
 MAY_CHANGE = ("steps", "compile")  # when resuming
 
 
@@ -146,4 +150,7 @@ def merged(model: str, given: dict[str, Any], saved: dict[str, Any]) -> dict[str
     for name in AMOUNTS:
         if not 0 <= settings[name] < float("inf"):
             raise Failure(f"{flag(name)} must be finite and not negative, not {settings[name]}")
+    for name, most in MOST.items():
+        if name in settings and settings[name] > most:
+            raise Failure(f"{flag(name)} must be at most {most}, not {settings[name]}")
     return settings

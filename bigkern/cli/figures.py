@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bigkern.cli.console import Console
-from bigkern.cli.corpus import write_atomically
+from bigkern.cli.files import write_atomically
 
 Curve = Sequence[tuple[int, float]]  # (step, loss)
 Curves = dict[str, dict[str, Curve]]  # run -> "train" and "validation"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,14 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from bigkern.cli import checkpoint, corpus, figures
-from bigkern.cli.console import Console, Failure, machine
+from bigkern.cli import checkpoint, corpus, figures, files, options
+from bigkern.cli.console import (
+    INTERRUPTED,
+    Console,
+    Failure,
+    OutputClosed,
+    Progress,
+    RunFailed,
+    machine,
+    to_json,
+)
 from bigkern.cli.families import CHOICES, FAMILIES, all_settings, flag, merged
 from bigkern.cli.trainer import BETAS, Interruptible, Recipe, Trainer, parameter_groups
 
-INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -76,13 +83,14 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         raise Failure("--seconds goes with --compare; say --steps instead")
     if arguments.out is None:
         arguments.out = Path("runs") / arguments.model
+    files.require_writable(arguments.out)
     folder = _newest(arguments) if arguments.resume else None
     restored = checkpoint.load(folder) if folder is not None else None
-    if restored and (of := restored[2].get("model", "gpt")) != arguments.model:
+    if restored and (of := restored[2]["model"]) != arguments.model:
         raise Failure(f"cannot resume {arguments.model} from {folder}: the checkpoint is of {of}")
     given = {name: value for name in all_settings() if (value := getattr(arguments, name)) is not None}
     settings = merged(arguments.model, given, restored[2]["settings"] if restored else {})
-    this = prepare(settings, arguments)
+    this = prepare(settings, arguments, console)
     if arguments.compare:
         from bigkern.cli import compare
 
@@ -107,15 +115,19 @@ def _newest(arguments: argparse.Namespace) -> Path:
     return found[-1]
 
 
-def prepare(settings: dict[str, Any], arguments: argparse.Namespace) -> Run:
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise Failure("--device cuda: torch sees no GPU here")
+def prepare(settings: dict[str, Any], arguments: argparse.Namespace, console: Console) -> Run:
+    device = options.device(arguments.device)
     if arguments.eval_every < 1:
         raise Failure(f"--eval-every must be at least 1, not {arguments.eval_every}")
+    if arguments.save_every < 0:
+        raise Failure(f"--save-every must not be negative, not {arguments.save_every}")
+    if arguments.sample < 0:
+        raise Failure(f"--sample must not be negative, not {arguments.sample}")
     paths = [Path(path) for path in settings["data"]]
     least = FAMILIES[arguments.model].trainer.least(settings["batch"], settings["context"])
-    data = corpus.load(paths, settings["tokenizer"], settings["vocab_size"], least, arguments.out)
+    data = corpus.load(
+        paths, settings["tokenizer"], settings["vocab_size"], least, arguments.out, console.say
+    )
     names = ("steps", "batch", "context", "lr", "warmup", "weight_decay", "clip", "seed")
     recipe = Recipe(**{name: settings[name] for name in names}, eval_every=arguments.eval_every)
     return Run(arguments.model, settings, arguments.out, device, data, recipe)
@@ -143,16 +155,30 @@ def _restore(trainer: Trainer, this: Run, restored: tuple[dict[str, Any], ...], 
         raise Failure(
             f"cannot resume from {folder}: the data or its tokenizer has changed since it was written"
         )
+    if this.recipe.steps < state["step"]:
+        raise Failure(f"cannot resume with --steps {this.recipe.steps}: {folder} has more behind it")
+    model_file, optimizer_file = (folder / name for name in checkpoint.FILES)
+    if problem := checkpoint.misfit(trainer.model.state_dict(), weights):
+        raise checkpoint.damaged(model_file, problem)
+    trainer.model.load_state_dict(weights)
+    if problem := checkpoint.misfit(_moments(trainer.optimizer), checkpoint.flatten(optimizer)[0]):
+        raise checkpoint.damaged(optimizer_file, problem)
+    trainer.optimizer.load_state_dict(optimizer)
     try:
-        trainer.model.load_state_dict(weights)
-        trainer.optimizer.load_state_dict(optimizer)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise Failure(f"cannot resume: {folder} does not fit this model ({error})") from error
-    checkpoint.restore_rng(state["rng"])  # last: building the model drew random numbers
+        trainer.carry(state["carried"])
+        checkpoint.restore_rng(state["rng"])  # last: what comes before drew random numbers
+    except ValueError as error:
+        raise checkpoint.damaged(optimizer_file, str(error)) from error
     trainer.step = state["step"]
-    trainer.carry(state["carried"])
     trainer.history.train = state["history"]["train"]
     trainer.history.validation = [(step, loss) for step, loss in state["history"]["validation"]]
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Tensors as those of the optimizer's state after a step, by name."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    usual = {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(parameters)}
+    return checkpoint.flatten({"state": usual, "param_groups": []})[0]
 
 
 def describe(this: Run, model: nn.Module, console: Console) -> None:
@@ -165,21 +191,36 @@ def describe(this: Run, model: nn.Module, console: Console) -> None:
 
 
 def _train(this: Run, trainer: Trainer, arguments: argparse.Namespace, console: Console) -> int:
+    files.sweep(this.out)
+    try:
+        with Interruptible() as interrupt, console.progress(this.recipe.steps, trainer.step) as progress:
+            _take_steps(this, trainer, arguments.save_every, interrupt, progress)
+        if interrupt.asked:
+            console.say(f"interrupted after step {trainer.step}; go on with --resume --out {this.out}")
+            return INTERRUPTED
+        return _finish(this, trainer, arguments, console)
+    except RunFailed as error:
+        raise RunFailed(f"{error}; {checkpoint.newest(this.out)}") from error
+
+
+def _take_steps(
+    this: Run, trainer: Trainer, save_every: int, interrupt: Interruptible, progress: Progress
+) -> None:
+    """Train until the last step, or until someone interrupts; what was trained is saved."""
     saved_at = trainer.step
-    with Interruptible() as interrupt, console.progress(this.recipe.steps, trainer.step) as progress:
+    try:
         while trainer.step < this.recipe.steps and not interrupt.asked:
             loss = trainer.train_step()
             if trainer.due_evaluation():
                 trainer.evaluate()
-            progress.update(trainer.step, caption(trainer, loss))
-            if arguments.save_every and trainer.step % arguments.save_every == 0:
+            if save_every and trainer.step % save_every == 0:
                 saved_at = save(this, trainer)
+            progress.update(trainer.step, caption(trainer, loss))
+    except OutputClosed:
+        save(this, trainer)
+        raise
     if trainer.step != saved_at:
         save(this, trainer)
-    if interrupt.asked:
-        console.say(f"interrupted after step {trainer.step}; go on with --resume --out {this.out}")
-        return INTERRUPTED
-    return _finish(this, trainer, arguments, console)
 
 
 def caption(trainer: Trainer, loss: float) -> str:
@@ -192,13 +233,8 @@ def caption(trainer: Trainer, loss: float) -> str:
 def save(this: Run, trainer: Trainer) -> int:
     history = {"train": trainer.history.train, "validation": trainer.history.validation}
     extra = {"model": this.model, "settings": this.settings, "corpus": this.corpus.digest, "history": history}
-    optimizer = trainer.optimizer.state_dict()
-    try:
-        checkpoint.save(
-            this.out, trainer.step, trainer.model.state_dict(), optimizer, extra, trainer.carried()
-        )
-    except OSError as error:
-        raise Failure(f"cannot write a checkpoint into {this.out}: {error}") from error
+    model, optimizer = trainer.model.state_dict(), trainer.optimizer.state_dict()
+    checkpoint.save(this.out, trainer.step, model, optimizer, extra, trainer.carried())
     return trainer.step
 
 
@@ -212,9 +248,10 @@ def sample(this: Run, model: nn.Module, count: int) -> tuple[str, str]:
 
 def _finish(this: Run, trainer: Trainer, arguments: argparse.Namespace, console: Console) -> int:
     history = trainer.history
+    if not history.validation or history.validation[-1][0] != trainer.step:
+        trainer.evaluate()
     losses = {"train": history.train[-1], "validation": history.validation[-1][1]}
     perplexity = float(torch.tensor(losses["validation"]).exp())
-    console.say(f"validation loss {losses['validation']:.3f}, perplexity {perplexity:.2f}")
     summary: dict[str, Any] = {
         "machine": machine(),
         "model": this.model,
@@ -227,9 +264,10 @@ def _finish(this: Run, trainer: Trainer, arguments: argparse.Namespace, console:
         "validation": history.validation,
         "out": str(this.out),
     }
+    lines = [f"validation loss {losses['validation']:.3f}, perplexity {perplexity:.2f}"]
     if arguments.sample > 0:
         prompt, continuation = sample(this, trainer.model, arguments.sample)
-        console.say(f"\n--- prompt\n{prompt}\n--- continuation\n{continuation}\n---")
+        lines.append(f"\n--- prompt\n{prompt}\n--- continuation\n{continuation}\n---")
         summary["sample"] = {"prompt": prompt, "continuation": continuation}
     figure = this.out / "loss.png"
     curves: dict[str, figures.Curve] = {
@@ -238,11 +276,10 @@ def _finish(this: Run, trainer: Trainer, arguments: argparse.Namespace, console:
     }
     summary["figure"] = figures.losses(figure, {"bigkern": curves}, console)
     write_json(this.out / "summary.json", summary)
+    console.say("\n".join(lines))
     console.emit(summary)
     return 0
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(document, indent=2) + "\n"
-    corpus.write_atomically(path, lambda scratch: scratch.write_text(text))
+    files.write_atomically(path, lambda scratch: scratch.write_text(to_json(document) + "\n"))

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bigkern.cli.checkpoint import misfit
+from bigkern.cli.console import RunFailed
 from bigkern.cli.corpus import Corpus
 
 BETAS = (0.9, 0.95)  # AdamW's; the usual second one, 0.999, forgets too slowly for short runs
@@ -87,15 +89,19 @@ class Trainer:
 
     @staticmethod
     def least(batch: int, context: int) -> int:
-        """How many tokens each part of the text must have."""
-        return context + 1
+        """How many tokens each part of the text must have: a batch may begin at different places."""
+        return context + batch
 
     def carried(self) -> dict[str, Tensor]:
         """What a checkpoint must keep besides the model and the optimizer."""
         return {}
 
     def carry(self, tensors: dict[str, Tensor]) -> None:
-        """Go on from what was carried when the checkpoint was written."""
+        """Go on from what was carried when the checkpoint was written.
+
+        Raises:
+            ValueError: it is not what this model carries.
+        """
 
     def batch(self, part: str, step: int) -> tuple[Tensor, Tensor]:
         r = self.recipe
@@ -107,7 +113,11 @@ class Trainer:
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def train_step(self) -> float:
-        """One step: forward, backward, clip, update. Returns the loss; its seconds go to the history."""
+        """One step: forward, backward, clip, update. Returns the loss; its seconds go to the history.
+
+        Raises:
+            RunFailed: the loss is not finite.
+        """
         inputs, targets = self.batch("train", self.step)
         lr = self.recipe.lr_at(self.step)
         for group in self.optimizer.param_groups:
@@ -121,6 +131,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         value = loss.item()  # waits for the device
+        if not math.isfinite(value):
+            raise RunFailed(f"training diverged: the loss of step {self.step + 1} is {value}")
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.history.seconds.append(time.perf_counter() - began)
@@ -130,10 +142,16 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Mean validation loss over the same batches every time."""
+        """Mean validation loss over the same batches every time.
+
+        Raises:
+            RunFailed: it is not finite.
+        """
         self.model.eval()
         losses = [self.loss(*self.batch("validation", i)).item() for i in range(self.recipe.eval_batches)]
         value = sum(losses) / len(losses)
+        if not math.isfinite(value):
+            raise RunFailed(f"training diverged: the validation loss after step {self.step} is {value}")
         self.history.validation.append((self.step, value))
         return value
 
@@ -160,10 +178,14 @@ class Streaming(Trainer):
         return batch * (context + 1)
 
     def carried(self) -> dict[str, Tensor]:
-        states = (self.state,) if isinstance(self.state, Tensor) else self.state or ()
-        return dict(zip(("h", "c"), states, strict=False))
+        return _named(self.state)
 
+    @torch.no_grad()
     def carry(self, tensors: dict[str, Tensor]) -> None:
+        inputs, _ = self.batch("train", 0)
+        _, usual = self.model(inputs[:, :1], None)
+        if problem := misfit(_named(usual), tensors):
+            raise ValueError(f"the carried state: {problem}")
         # Copied into memory of torch's own alignment: on a file's, a product may round otherwise.
         states = tuple(tensors[name].to(self.device, copy=True) for name in ("h", "c") if name in tensors)
         self.state = states if len(states) == 2 else next(iter(states), None)
@@ -185,6 +207,12 @@ class Streaming(Trainer):
         value = super().evaluate()
         self.state = kept
         return value
+
+
+def _named(state: Any) -> dict[str, Tensor]:
+    """The tensors of a recurrent state by name: h, and c where there is one."""
+    states = (state,) if isinstance(state, Tensor) else state or ()
+    return dict(zip(("h", "c"), states, strict=False))
 
 
 class Interruptible:
