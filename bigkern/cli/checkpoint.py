@@ -63,7 +63,7 @@ def save(
     extra: dict[str, Any],
     carried: dict[str, Tensor],
 ) -> Path:
-    """Write the checkpoint of ``step`` and drop all that are older but the newest; ``KEPT`` remain.
+    """Write the checkpoint of ``step``; of all up to it the newest ``KEPT`` remain.
 
     ``extra`` goes into state.json; ``carried`` is what one step hands to the next, a recurrent model's state.
 

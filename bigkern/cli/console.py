@@ -36,7 +36,8 @@ class Console:
 
     def __init__(self, as_json: bool = False):
         self.as_json = as_json
-        self._out = sys.stderr if as_json else sys.stdout
+        standard = sys.stderr if as_json else sys.stdout
+        self._out: TextIO = standard or open(os.devnull, "w")  # noqa: SIM115 - closed when the process ends
         self._rich: Any = None
         if self._out.isatty():
             try:

@@ -58,12 +58,15 @@ def read(paths: list[Path]) -> bytes:
 def _files(paths: list[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
-        if path.is_dir():
-            files.extend(p for p in sorted(path.rglob("*")) if p.is_file())
-        elif path.exists():
-            files.append(path)
-        else:
-            raise Failure(f"cannot read {path}: no such file or folder")
+        try:
+            if path.is_dir():
+                files.extend(p for p in sorted(path.rglob("*")) if p.is_file())
+            elif path.exists():
+                files.append(path)
+            else:
+                raise Failure(f"cannot read {path}: no such file or folder")
+        except OSError as error:
+            raise Failure(f"cannot read {path}: {error.strerror}") from error
     return files
 
 

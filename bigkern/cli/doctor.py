@@ -12,7 +12,7 @@ import torch
 
 from bigkern import evidence, info, registry
 from bigkern.cli import problems
-from bigkern.cli.console import Console, machine
+from bigkern.cli.console import Console, RunFailed, machine
 from bigkern.cli.env import devices
 from bigkern.cli.problem import Problem, expect, judge
 from bigkern.parity import Yardstick
@@ -178,7 +178,10 @@ def verify(findings: list[Finding]) -> list[evidence.Entry]:
                 )
             )
     if entries:
-        evidence.write(evidence.user_file(), entries)
+        try:
+            evidence.write(evidence.user_file(), entries)
+        except (OSError, ValueError) as error:
+            raise RunFailed(f"cannot record in {evidence.user_file()}: {error}") from error
     return entries
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -18,7 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from bigkern.cli import checkpoint, corpus, files
+from bigkern import evidence
+from bigkern.cli import checkpoint, corpus, doctor, files
 from bigkern.cli.console import Console, RunFailed
 from bigkern.cli.main import main
 from bigkern.cli.trainer import Trainer
@@ -678,6 +680,7 @@ def test_going_on_to_the_same_steps_only_finishes(text: Path, tmp_path: Path) ->
         (["--dropout", "1.5"], "dropout must be in [0, 1)"),
         (["--dropout", "nan"], "dropout must be in [0, 1)"),
         (["--lr", "inf"], "--lr must be finite"),
+        (["--data", "x" * 300], "cannot read xxx"),
     ],
 )
 def test_wrong_options_end_in_one_line(
@@ -741,3 +744,36 @@ def test_interrupting_any_command_ends_in_one_line(
     monkeypatch.setattr("bigkern.cli.env.run", interrupt)
     assert main(["env"]) == 130
     assert the_line(capsys) == "bigkern env: interrupted"
+
+
+def test_a_closed_output_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that was started without a standard output has None in its place."""
+    monkeypatch.setattr(sys, "stdout", None)
+    console = Console()
+    console.say("nobody hears it")
+    console.table(("a", "b"), [("1", "2")])
+    console.emit({})
+
+
+def test_characters_that_the_output_cannot_show_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    Console().say("one \ufffd, two \udcff")
+    assert ascii_only.buffer.getvalue() == b"one ?, two ?\n"
+
+
+@pytest.mark.parametrize("damage", ["malformed", "a folder"])
+def test_evidence_that_cannot_be_recorded_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("bigkern.evidence.device_arch", lambda index: "sm_90")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    file = evidence.user_file()
+    if damage == "malformed":
+        file.parent.mkdir()
+        file.write_text("[1")
+    else:
+        file.mkdir(parents=True)
+    with pytest.raises(RunFailed, match=f"cannot record in {file}"):
+        doctor.verify([doctor.Finding("attention", "cuda", "cuda:0", cases=5)])
