@@ -53,6 +53,11 @@ def ordinary(*tensors: Tensor | None) -> bool:
     return all(t is None or type(t) is Tensor or type(t) is Parameter for t in tensors)
 
 
+def lazily_negated(x: Tensor) -> bool:
+    """Whether x's memory holds other numbers than x: their negatives or conjugates. Kernels read memory."""
+    return x.is_neg() or x.is_conj()
+
+
 def in_functorch() -> bool:
     """Whether a transform of torch.func (grad, vmap, ...) is in force."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None

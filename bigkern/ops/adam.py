@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
@@ -17,6 +18,7 @@ from bigkern.ops._library import (
     LIBRARY,
     define,
     define_native,
+    lazily_negated,
     plain,
     triton_kernel,
     unavailable,
@@ -233,20 +235,24 @@ def stock(
         rest: Any = (zero_grads, max_norm, seed, grad_scale, found_inf, lr_tensor, grad_norm)
         reference.adam(*lists, *beyond, *hyper, *rest)
         return
-    fused = all(
-        p.is_floating_point() and dense(p) and _same_layout(p, g) for p, g in zip(params, grads, strict=True)
+    alike = (grads, exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if amsgrad else []))
+    lazy = any(map(lazily_negated, itertools.chain(params, *alike)))
+    fused = not lazy and all(
+        p.is_floating_point() and dense(p) and all(same_layout(p, x) for x in others)
+        for p, *others in zip(params, *alike, strict=True)
     )
     if not fused:
         if found_inf is not None and bool(found_inf):
             return
         if grad_scale is not None:
-            torch._foreach_div_(grads, grad_scale.to(grads[0].device))
+            for g in grads:
+                g.div_(grad_scale.to(g.device))
         grad_scale = found_inf = None
     if found_inf is not None:
         found_inf = found_inf.reshape(())  # torch subtracts it from the 0-dim steps
     torch_adam(
         *lists,
-        foreach=False if fused else None,
+        foreach=False if fused or lazy else None,
         fused=fused,
         capturable=not fused and state_steps[0].device.type == "cuda",
         grad_scale=grad_scale,
@@ -263,7 +269,8 @@ def stock(
     )
 
 
-def _same_layout(p: Tensor, other: Tensor) -> bool:
+def same_layout(p: Tensor, other: Tensor) -> bool:
+    """Whether an element lies as far from the first in ``other`` as in p, which is of the same shape."""
     return p.stride() == other.stride() or (p.is_contiguous() and other.is_contiguous())
 
 
@@ -302,8 +309,10 @@ def kernel_refuses(backend: str, *arguments: Any) -> registry.Reason:
                 return f"{name} are {tensors[0].dtype} and {x.dtype}"
             if x.layout != torch.strided:
                 return f"a tensor's layout is {x.layout}"
-            if like_params and not (dense(x) if x is p else _same_layout(p, x)):
+            if like_params and not (dense(x) if x is p else same_layout(p, x)):
                 return f"strides {x.stride()} are not dense, or not the parameter's {p.stride()}"
+            if lazily_negated(x):
+                return f"{name} are lazily negated"
     for step in lists["state_steps"]:
         if step.dtype != torch.float32:
             return f"a step is {step.dtype}, not float32"

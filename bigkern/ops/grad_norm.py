@@ -16,6 +16,7 @@ from bigkern.ops._library import (
     LIBRARY,
     define,
     define_native,
+    lazily_negated,
     plain,
     triton_kernel,
     unavailable,
@@ -105,6 +106,8 @@ def kernel_refuses(backend: str, grads: list[Tensor]) -> registry.Reason:
             return f"dtype {g.dtype} is not float32, bfloat16 or float16"
         if g.layout != torch.strided or not dense(g):
             return f"strides {g.stride()} are not dense"
+        if lazily_negated(g):
+            return "gradients are lazily negated"
     return None
 
 

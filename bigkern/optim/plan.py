@@ -22,7 +22,7 @@ from bigkern.ops.adam import ADAM, Packed
 from bigkern.ops.grad_norm import GRAD_NORM
 from bigkern.optim.offload import Transfer
 from bigkern.optim.options import Group
-from bigkern.optim.shards import Layout, is_dtensor, raw
+from bigkern.optim.shards import Layout, is_dtensor, is_lazy, raw
 from bigkern.optim.states import State
 
 Tensors = list[Tensor]
@@ -54,7 +54,7 @@ class Bucket:
     _packed: Packed | None = None
     _packs_norm: bool = False
     _found: Tensor | None = None  # where the last lists' gradients lie
-    _resolved_for: list[Any] | None = None  # params and grads, as they were stored
+    _resolved_for: list[Any] | None = None  # the lists, as they were stored
     _keys: tuple[str, ...] = field(init=False)
     _wrapped: bool = field(init=False)
 
@@ -75,6 +75,8 @@ class Bucket:
             return None
         found_as_they_are = self._packed is not None and not self._wrapped and self.transfer is None
         if not found_as_they_are and any(map(attrgetter("is_sparse"), grads)):
+            return None
+        if any(map(is_lazy if self._wrapped else Tensor.is_neg, grads)):  # only complex ones are conjugated
             return None
         params = self.params
         states = [list(map(itemgetter(k), self.states)) if k in self._keys else [] for k in KEYS]
@@ -136,9 +138,10 @@ class Bucket:
 
 
 def _stored(lists: Lists) -> list[Any]:
-    """How parameters and gradients are stored: what a backend was chosen by."""
-    params, grads, *_ = lists
-    return [(x.device, x.dtype, x.shape, x.stride()) for x in (*params, *grads)]
+    """How everything is stored: what a backend was chosen by."""
+    params, grads, *states = lists
+    alike = [(x.dtype, x.stride()) for tensors in states for x in tensors]
+    return [*((x.device, x.dtype, x.shape, x.stride()) for x in (*params, *grads)), *alike]
 
 
 @dataclass

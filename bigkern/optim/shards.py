@@ -13,6 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from bigkern.ops._library import lazily_negated
+
 Layout = tuple[Any, tuple[Any, ...]]  # device mesh, placements
 
 
@@ -45,11 +47,19 @@ def like(local: Tensor, p: Tensor) -> Tensor:
     return cast(Tensor, from_local(local, *where, run_check=False, shape=p.shape, stride=p.stride()))
 
 
+def is_lazy(x: Tensor) -> bool:
+    """Whether x, or this process's part of it, is lazily negated or conjugated."""
+    return lazily_negated(cast(Any, x).to_local() if is_dtensor(x) else x)
+
+
 def align_gradient(p: Tensor) -> None:
-    """Give p's gradient p's own placements."""
+    """Give p's gradient p's own placements, and memory that holds the very numbers."""
     grad = cast(Any, p.grad)
     if is_dtensor(p) and grad.placements != cast(Any, p).placements:
-        p.grad = grad.redistribute(placements=cast(Any, p).placements)
+        p.grad = grad = grad.redistribute(placements=cast(Any, p).placements)
+    if is_lazy(grad):
+        local = grad.to_local() if is_dtensor(p) else grad
+        p.grad = like(local.resolve_conj().resolve_neg(), p)
 
 
 def coordinate(layout: Layout | None) -> list[int]:

@@ -15,10 +15,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bigkern.ops._library import lazily_negated
+from bigkern.ops.adam import dense, same_layout
 from bigkern.optim.options import Storage
 from bigkern.optim.shards import is_dtensor, like, raw
-from bigkern.reference.adam import in_memory, joined, store
-from bigkern.reference.dynamic8 import blocks_of, dequantised, quantised
+from bigkern.reference.adam import decoded, encode, joined, shaped
+from bigkern.reference.dynamic8 import blocks_of
 
 State = dict[str, Tensor]
 
@@ -29,7 +31,7 @@ SCALES = {name: f"{name}_scales" for name in SIGNED}
 
 def new(p: Tensor, storage: Storage) -> State:
     """The state of a parameter that no step has reached yet."""
-    empty = _allocator(p, storage)
+    empty = _allocator(p, storage.offload)
     device = torch.device("cpu") if storage.offload else raw(p).device
     state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
     for name in MOMENTS if storage.amsgrad else SIGNED:
@@ -44,15 +46,31 @@ def new(p: Tensor, storage: Storage) -> State:
     return state
 
 
-def _allocator(p: Tensor, storage: Storage) -> Callable[[torch.dtype], Tensor]:
+def _allocator(p: Tensor, offload: bool) -> Callable[[torch.dtype], Tensor]:
     """Of tensors like p, of p's strides, where the storage keeps them."""
 
     def empty(dtype: torch.dtype) -> Tensor:
-        if not storage.offload:
+        if not offload:
             return torch.empty_like(p.detach(), dtype=dtype)
         return torch.empty_like(p.detach(), dtype=dtype, device="cpu", pin_memory=p.is_cuda)
 
     return empty
+
+
+@torch.no_grad()
+def align(state: State, p: Tensor, offload: bool) -> None:
+    """Bring what lies in memory in another order than p, as after a change of p's format, into p's order."""
+    local = raw(p)
+    if not dense(local):
+        return
+    for name in (*MOMENTS, "master"):
+        if name not in state:
+            continue
+        x = raw(state[name])
+        if not same_layout(local, x) or lazily_negated(x):
+            values = fp32_moment(state, name)
+            state[name] = _allocator(p, offload)(state[name].dtype)
+            _put(state, name, values)
 
 
 def problem(saved: State, p: Tensor) -> str | None:
@@ -111,10 +129,7 @@ def fp32_moment(saved: State, name: str) -> Tensor:
     x = saved[name]
     if SCALES.get(name) not in saved:
         return x
-    codes, scales = raw(x), saved[SCALES[name]].to(x.device)
-    values = torch.empty_like(codes, dtype=torch.float32)
-    store(values, dequantised(in_memory(codes), scales, SIGNED[name]))
-    return like(values, x)
+    return like(decoded(raw(x), saved[SCALES[name]].to(x.device), SIGNED[name]), x)
 
 
 def fp32_master(saved: State, p: Tensor) -> Tensor:
@@ -123,19 +138,15 @@ def fp32_master(saved: State, p: Tensor) -> Tensor:
     if master.dtype == torch.float32:
         return master
     local, remainder = raw(p.detach()), raw(master).to(p.device)
-    values = torch.empty_like(local, dtype=torch.float32)
-    store(values, joined(local, remainder))
-    return like(values, p)
+    return like(shaped(joined(local, remainder), local), p)
 
 
 def _put(state: State, name: str, values: Tensor) -> None:
     if state[name].dtype != torch.uint8:
         state[name].copy_(values)
         return
-    target = torch.empty_like(state[name], dtype=torch.float32)
-    codes, scales = quantised(in_memory(raw(target.copy_(values))), SIGNED[name])
-    store(raw(state[name]), codes)
-    state[SCALES[name]].copy_(scales)
+    target = torch.empty_like(state[name], dtype=torch.float32).copy_(values)
+    encode(raw(state[name]), state[SCALES[name]], raw(target), SIGNED[name])
 
 
 def _put_master(master: Tensor, p: Tensor, values: Tensor) -> None:

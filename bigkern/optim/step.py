@@ -210,6 +210,14 @@ class Step(StateDicts):
             kinds.setdefault(kind, []).append(p)
         return [self._bucket(group, (*key, n), chosen) for n, chosen in enumerate(kinds.values())]
 
+    def _init_group(self, group: Group, *lists: Any) -> Any:
+        """torch's, of states that lie in memory as their parameters do: no fused step looks at strides."""
+        if not group["differentiable"]:
+            for p in group["params"]:
+                if p.grad is not None and p in self.state:
+                    states.align(self.state[p], p, self._options.offload)
+        return super()._init_group(group, *lists)
+
     def _bucket(self, group: Group, place: Key, params: Tensors) -> Bucket:
         layout, seed = layout_of(params[0]), None
         if SEED in group and Storage.of(params[0], group, False).rounds_at_random(params[0]):

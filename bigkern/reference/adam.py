@@ -11,7 +11,8 @@
     p    = p - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
 
 The math is fp32 (fp64 for fp64), rounded to each tensor's storage once, at the end. Where found_inf is not 0
-nothing changes, t included. Three things are stored in ways of their own:
+nothing changes, t included. What goes with a parameter may lie in memory in another order than p does.
+Three things are stored in ways of their own:
 
     p    in bf16 or fp16 may have a master: p in fp32; or, for bf16, the 16 bits that rounding took from it
     m, v may be 8-bit codes with a scale for each 256 neighbours: see dynamic8.py
@@ -66,11 +67,10 @@ def adam(
     for i, param in enumerate(params):
         p = _master_of(param, masters[i]) if masters else in_memory(param)
         g = in_memory(grads[i], order_of=param).to(p.dtype)
-        m, v = in_memory(exp_avgs[i]), in_memory(exp_avg_sqs[i])
+        m, v = exp_avgs[i], exp_avg_sqs[i]
         if exp_avg_scales:
-            m = dequantised(m, exp_avg_scales[i], signed=True)
-            v = dequantised(v, exp_avg_sq_scales[i], signed=False)
-        m, v = m.to(p.dtype), v.to(p.dtype)
+            m, v = decoded(m, exp_avg_scales[i], signed=True), decoded(v, exp_avg_sq_scales[i], signed=False)
+        m, v = in_memory(m, order_of=param).to(p.dtype), in_memory(v, order_of=param).to(p.dtype)
         state_steps[i] += 1
         t = float(state_steps[i])
         if grad_scale is not None:
@@ -89,19 +89,14 @@ def adam(
         v = beta2 * v + (1 - beta2) * g * g
         bits = None if seed is None else drawn(seed, SQUARES, int(t), before, len(p), p.device)
         if exp_avg_scales:
-            for x, codes, scales, signed in (
-                (m, exp_avgs[i], exp_avg_scales[i], True),
-                (v, exp_avg_sqs[i], exp_avg_sq_scales[i], False),
-            ):
-                new_codes, new_scales = quantised(x, signed)
-                store(codes, new_codes)
-                scales.copy_(new_scales)
+            encode(exp_avgs[i], exp_avg_scales[i], shaped(m, param), signed=True)
+            encode(exp_avg_sqs[i], exp_avg_sq_scales[i], shaped(v, param), signed=False)
         else:
-            store(exp_avgs[i], m)
-            store(exp_avg_sqs[i], v, bits)
+            store(exp_avgs[i], m, order_of=param)
+            store(exp_avg_sqs[i], v, bits, order_of=param)
         if amsgrad:
-            v = torch.maximum(in_memory(max_exp_avg_sqs[i]).to(p.dtype), v)
-            store(max_exp_avg_sqs[i], v, bits)
+            v = torch.maximum(in_memory(max_exp_avg_sqs[i], order_of=param).to(p.dtype), v)
+            store(max_exp_avg_sqs[i], v, bits, order_of=param)
         denominator = v.sqrt() / (1 - beta2**t) ** 0.5 + eps
         p = p - lr / (1 - beta1**t) * m / denominator
         if masters:
@@ -138,8 +133,27 @@ def store(x: Tensor, values: Tensor, bits: Tensor | None = None, order_of: Tenso
     outer_to_inner.copy_(values.view(outer_to_inner.shape))
 
 
+def shaped(values: Tensor, like: Tensor) -> Tensor:
+    """Values ``[n]`` in ``like``'s shape, each where ``like`` has its element."""
+    made = torch.empty_like(like, dtype=values.dtype)
+    store(made, values, order_of=like)
+    return made
+
+
 def _outer_to_inner(x: Tensor) -> list[int]:
     return sorted(range(x.dim()), key=x.stride, reverse=True)
+
+
+def decoded(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
+    """What 8-bit codes stand for, in their shape; a scale is that of 256 codes as they lie in memory."""
+    return shaped(dequantised(in_memory(codes), scales, signed), codes)
+
+
+def encode(codes: Tensor, scales: Tensor, values: Tensor, signed: bool) -> None:
+    """Store values of the codes' shape as codes and their scales."""
+    new_codes, new_scales = quantised(in_memory(values, order_of=codes), signed)
+    store(codes, new_codes)
+    scales.copy_(new_scales)
 
 
 def stochastically_rounded(x: Tensor, bits: Tensor) -> Tensor:
@@ -167,14 +181,14 @@ def drawn(seed: int, head: int, t: int, before: int, n: int, device: torch.devic
 def _master_of(param: Tensor, master: Tensor) -> Tensor:
     """p in fp32: the master itself, or bf16's bits in the upper half plus the signed remainder."""
     if master.dtype == torch.float32:
-        return in_memory(master)
+        return in_memory(master, order_of=param)
     return joined(param, master)
 
 
 def joined(param: Tensor, remainder: Tensor) -> Tensor:
     """``[n]`` fp32 from bf16 p and the int16 that its rounding left."""
     upper = in_memory(param.view(torch.int16)).to(torch.int32) << 16
-    return (upper + in_memory(remainder).to(torch.int32)).view(torch.float32)
+    return (upper + in_memory(remainder, order_of=param).to(torch.int32)).view(torch.float32)
 
 
 def split(p: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,9 +200,9 @@ def split(p: Tensor) -> tuple[Tensor, Tensor]:
 
 def _store_master(param: Tensor, master: Tensor, p: Tensor) -> None:
     if master.dtype == torch.float32:
-        store(master, p)
+        store(master, p, order_of=param)
         store(param, p)
     else:
         rounded, remainder = split(p)
         store(param, rounded)
-        store(master, remainder)
+        store(master, remainder, order_of=param)
