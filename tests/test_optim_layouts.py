@@ -15,7 +15,6 @@ import bigkern
 from bigkern import info
 from bigkern.ops.adam import adam
 from bigkern.ops.adam_arguments import LISTS
-from bigkern.ops.grad_norm import grad_norm
 from bigkern.optim import Adam, AdamW
 from bigkern.reference.dynamic8 import blocks_of
 
@@ -318,5 +317,3 @@ def test_kernels_refuse_lazy_negation(backend: str) -> None:
     arguments["grads"] = [torch._neg_view(g) for g in arguments["grads"]]
     with run_backend("adam", backend), pytest.raises(bigkern.BackendRefused, match="negated"):
         adam(**arguments)
-    with run_backend("grad_norm", backend), pytest.raises(bigkern.BackendRefused, match="negated"):
-        grad_norm(arguments["grads"])

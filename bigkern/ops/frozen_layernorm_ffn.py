@@ -89,7 +89,7 @@ def freeze_weight(weight: Tensor, weights: Weights, *, gated: bool = False) -> F
         raise ValueError(f"weight must be [N, K], not of shape {tuple(weight.shape)}")
     if gated and weight.shape[0] % 2 != 0:
         raise ValueError(f"weight must have an even number of rows to be gated, not {weight.shape[0]}")
-    values, scale = weight.detach(), None
+    values, scale = weight.detach().resolve_neg(), None
     if weights in STORED:
         if weights == "fp8":
             check_fp8(weight.device, "weights")

@@ -16,7 +16,6 @@ from bigkern.ops._library import (
     LIBRARY,
     define,
     define_native,
-    lazily_negated,
     plain,
     triton_kernel,
     unavailable,
@@ -72,7 +71,7 @@ def bind(grads: Sequence[Tensor]) -> tuple[list[Tensor]]:
         if (g.dtype, g.device) != (grads[0].dtype, grads[0].device):
             want, have = (f"{x.dtype} on {x.device}" for x in (grads[0], g))
             raise ValueError(f"grads[{i}] must be {want} as grads[0] is, not {have}")
-    return (list(grads),)
+    return ([g.resolve_neg() for g in grads],)
 
 
 @torch.library.register_fake("bigkern::grad_norm", lib=LIBRARY)
@@ -106,8 +105,6 @@ def kernel_refuses(backend: str, grads: list[Tensor]) -> registry.Reason:
             return f"dtype {g.dtype} is not float32, bfloat16 or float16"
         if g.layout != torch.strided or not dense(g):
             return f"strides {g.stride()} are not dense"
-        if lazily_negated(g):
-            return "gradients are lazily negated"
     return None
 
 
