@@ -119,6 +119,22 @@ def fsdp_in_backward(mesh: DeviceMesh, scratch: Path) -> None:
     assert_same(model.parameters(), expected.parameters())
 
 
+def in_backward_refuses_replicas(mesh: DeviceMesh, scratch: Path) -> None:
+    """Whether the model is wrapped before the optimizer is made or after, or there were no processes yet."""
+    model = network()
+    with pytest.raises(ValueError, match="in_backward must be False for plain parameters"):
+        optimizer_of(DistributedDataParallel(model), {"in_backward": True})
+    with pytest.raises(ValueError, match="in_backward must be False for plain parameters"):
+        optimizer_of(model, {"in_backward": True})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "get_world_size", lambda: 1)  # as before the processes have met
+        optimizer = optimizer_of(model, {"in_backward": True})
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="in_backward must be False for plain parameters"):
+        train(DistributedDataParallel(model), optimizer, 0, 1, halves=True)
+    assert_same(model.parameters(), before, rtol=0.0, atol=0.0)
+
+
 def ddp(mesh: DeviceMesh, scratch: Path, name: str) -> None:
     expected, single = alone(OPTIONS[name])
     model = network()
@@ -173,6 +189,27 @@ def norm_of_any_placement(mesh: DeviceMesh, scratch: Path) -> None:
     other.step()
     torch.testing.assert_close(optimizer.grad_norm, torch.cat([v.flatten() for v in values]).norm())
     assert_same(params, plain)
+
+
+def shards_in_any_order(mesh: DeviceMesh, scratch: Path) -> None:
+    """The state of contiguous shards goes on with channels last ones; gradients are lazily negated."""
+    torch.manual_seed(0)
+    whole_weight = torch.randn(8, 3, 2, 2)
+    p, q = nn.Parameter(distribute_tensor(whole_weight, mesh, [Shard(0)])), nn.Parameter(whole_weight.clone())
+    optimizer, other = AdamW([p], lr=0.1), torch.optim.AdamW([q], lr=0.1)
+    for step in range(4):
+        if step == 2:
+            turned = p.data.to_local().to(memory_format=torch.channels_last)
+            p = nn.Parameter(DTensor.from_local(turned, mesh, [Shard(0)]))
+            saved, optimizer = optimizer.state_dict(), AdamW([p])
+            optimizer.load_state_dict(saved)
+        q.grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(step))
+        mine = distribute_tensor(q.grad, mesh, [Shard(0)]).to_local()
+        p.grad = DTensor.from_local(torch._neg_view(-mine) if step % 2 else mine, mesh, [Shard(0)])
+        optimizer.step()
+        other.step()
+    assert optimizer.state[p]["exp_avg"].to_local().stride() == p.to_local().stride() == (12, 1, 6, 3)
+    assert_same([p], [q])
 
 
 def saved_sharded(mesh: DeviceMesh, scratch: Path, name: str) -> None:
@@ -234,6 +271,8 @@ CHECKS: dict[str, Callable[[DeviceMesh, Path], None]] = {
     **{f"saved sharded, {n}": lambda m, s, n=n: saved_sharded(m, s, n) for n in COMPACT},  # type: ignore[misc]
     **{f"saved full, {n}": lambda m, s, n=n: saved_full(m, s, n) for n in COMPACT},  # type: ignore[misc]
     "fsdp in backward": fsdp_in_backward,
+    "shards in any order": shards_in_any_order,
+    "in backward refuses replicas": in_backward_refuses_replicas,
     "replicas round alike": replicas_round_alike,
     "shards round apart": shards_round_apart,
     "offload is refused": offload_is_refused,

@@ -77,7 +77,8 @@ class Adam(Step):
         zero_grads: leave zeros in the gradients.
         in_backward: update each parameter during the backward pass, as soon as its gradient is there, and
             free the gradient. ``step()`` updates whatever else has a gradient. Not for gradients that
-            arrive later (DistributedDataParallel, accumulation), not with ``max_norm`` or GradScaler.
+            arrive later (accumulation), not with ``max_norm`` or GradScaler; where several processes train,
+            for DTensors (FSDP2) alone: DistributedDataParallel reduces gradients too late.
         offload: keep m, v and masters in the CPU's memory; copy gradients and parameters there, step there,
             copy parameters back.
 
@@ -90,6 +91,7 @@ class Adam(Step):
         ValueError, RuntimeError: as torch's class, naming the argument.
         ValueError: an option is not one of the above, or two do not go together: ``amsgrad`` with 8 bits,
             ``stochastic_rounding`` with masters, any with ``differentiable``.
+        RuntimeError: from the backward pass, where ``in_backward`` finds itself in several processes.
 
     Source: Kingma and Ba, Adam (2015); :class:`torch.optim.Adam`; Dettmers et al., 8-bit Optimizers via
     Block-wise Quantization (2022); Zamirai et al., Revisiting BFloat16 Training (2020).

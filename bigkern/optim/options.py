@@ -116,10 +116,13 @@ def check_group(group: Group) -> None:
 
 def _drawn_seed() -> int:
     """From torch's CPU generator; where several processes train, 0: replicas have to round alike."""
+    return 0 if several_processes() else int(torch.randint(2**63 - 1, ()))
+
+
+def several_processes() -> bool:
+    """Whether this is one of several processes that train together."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and torch.distributed.get_world_size() > 1:
-        return 0
-    return int(torch.randint(2**63 - 1, ()))
+    return distributed and torch.distributed.get_world_size() > 1
 
 
 def mixed(*parts: int) -> int:

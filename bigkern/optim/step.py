@@ -112,6 +112,8 @@ class Step(StateDicts):
             Storage.of(p, group, self._options.offload)
             if self._options.offload and is_dtensor(p):
                 raise ValueError("offload is not for DTensors: FSDP2 has its own, CPUOffloadPolicy")
+            if self._options.in_backward and (why := backward.problem(p)) is not None:
+                raise ValueError(why)
 
     def _check_torch_step(self, group: Group, reason: str | None) -> None:
         """Refuse options where only torch's own step will do."""
