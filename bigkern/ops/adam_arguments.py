@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from numbers import Real
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ LISTS = (
     "exp_avg_sq_scales",
 )
 NARROW = (torch.bfloat16, torch.float16)
+NUMBERS = (float, int, Real)  # the usual ones first: asking an abstract class takes time
 
 
 def bind(
@@ -70,7 +72,12 @@ def bind(
             strict=True,
         )
     )
-    codes = len(exp_avgs) > 0 and getattr(exp_avgs[0], "dtype", None) == torch.uint8
+    for name, tensors in lists.items():
+        check_tensors(name, tensors)
+    flags = {"decoupled": decoupled, "amsgrad": amsgrad, "maximize": maximize, "zero_grads": zero_grads}
+    for name, flag in flags.items():
+        check_flag(name, flag)
+    codes = len(exp_avgs) > 0 and exp_avgs[0].dtype == torch.uint8
     if amsgrad and codes:
         raise ValueError("amsgrad must be False with 8-bit moments: a maximum of codes would creep upwards")
     optional = {"max_exp_avg_sqs": (amsgrad, "amsgrad"), "masters": (len(masters) > 0, "")}
@@ -79,8 +86,8 @@ def bind(
         wanted, why = optional.get(name, (True, ""))
         if not wanted and len(tensors) != 0:
             raise ValueError(f"{name} must be empty without {why}, not of length {len(tensors)}")
-        if wanted:
-            _check_list(name, tensors, params)
+        if wanted and len(tensors) != len(params):
+            raise ValueError(f"{name} must have one tensor a parameter, {len(params)}, not {len(tensors)}")
     _check_like_params("params", params, params)
     _check_like_params("grads", grads, params)
     for name in ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"):
@@ -90,32 +97,33 @@ def bind(
     if codes:
         _check_scales("exp_avg_scales", exp_avg_scales, params)
         _check_scales("exp_avg_sq_scales", exp_avg_sq_scales, params)
+    device = params[0].device if params else torch.device("cpu")
     for i, step in enumerate(state_steps):
-        if step.numel() != 1:
-            raise ValueError(f"state_steps[{i}] must have 1 element, not shape {tuple(step.shape)}")
+        _check_scalar_tensor(f"state_steps[{i}]", step, device)
+        if not step.is_floating_point():
+            raise TypeError(f"state_steps[{i}] must be floating point, not {step.dtype}")
     _check_distinct(params)
     if isinstance(lr, Tensor):
-        _check_scalar_tensor("lr", lr)
-    else:
-        _check_hyper("lr", lr, 0.0, math.inf)
-    _check_hyper("beta1", beta1, 0.0, 1.0)
-    _check_hyper("beta2", beta2, 0.0, 1.0)
-    _check_hyper("eps", eps, 0.0, math.inf)
-    _check_hyper("weight_decay", weight_decay, 0.0, math.inf)
+        _check_scalar_tensor("lr", lr, device)
+    rate, lr_tensor = split_lr(lr, device) if isinstance(lr, Tensor) else (lr, None)
+    rates = (
+        _hyper("lr", rate, math.inf),
+        _hyper("beta1", beta1, 1.0),
+        _hyper("beta2", beta2, 1.0),
+        _hyper("eps", eps, math.inf),
+        _hyper("weight_decay", weight_decay, math.inf),
+    )
     if (max_norm is None) != (grad_norm is None):
         raise ValueError("max_norm and grad_norm must be given together")
-    if max_norm is not None:
-        _check_hyper("max_norm", max_norm, 0.0, math.inf)
+    norm = 0.0 if max_norm is None else _hyper("max_norm", max_norm, math.inf)
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
         raise ValueError(f"seed must be an int in [0, 2^63), not {seed!r}")
-    scalars = {"grad_scale": grad_scale, "found_inf": found_inf, "grad_norm": grad_norm}
-    for name, scalar in scalars.items():
-        if scalar is not None:
-            _check_scalar_tensor(name, scalar)
-    rate, lr_tensor = split_lr(lr, params[0].device if params else torch.device("cpu"))
-    hyper = (rate, float(beta1), float(beta2), float(eps), float(weight_decay), decoupled, amsgrad, maximize)
-    rest = (zero_grads, 0.0 if max_norm is None else float(max_norm), seed)
-    return (*map(list, lists.values()), *hyper, *rest, grad_scale, found_inf, lr_tensor, grad_norm)
+    scale, skip, total = (
+        _scalar(name, scalar, device)
+        for name, scalar in (("grad_scale", grad_scale), ("found_inf", found_inf), ("grad_norm", grad_norm))
+    )
+    hyper = (*rates, decoupled, amsgrad, maximize, zero_grads, norm, seed)
+    return (*map(list, lists.values()), *hyper, scale, skip, lr_tensor, total)
 
 
 def split_lr(lr: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
@@ -127,14 +135,28 @@ def split_lr(lr: float | Tensor, device: torch.device) -> tuple[float, Tensor | 
     return 0.0, lr.detach().to(device=device, dtype=torch.float32, non_blocking=True)
 
 
-def _check_list(name: str, tensors: Any, params: Any) -> None:
+def check_tensors(name: str, tensors: Any) -> None:
+    """Refuse what is not a list of tensors."""
     if not isinstance(tensors, (list, tuple)):
         raise TypeError(f"{name} must be a list of Tensors, not {type(tensors).__name__}")
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}[{i}] must be a Tensor, not {type(tensor).__name__}")
-    if len(tensors) != len(params):
-        raise ValueError(f"{name} must have one tensor a parameter, {len(params)}, not {len(tensors)}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is not a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+
+
+def finite(value: Any) -> float | None:
+    """A real number as a float; None if it is not one, or not finite."""
+    try:
+        number = float(value) if isinstance(value, NUMBERS) else math.nan
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _check_like_params(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
@@ -208,15 +230,31 @@ def _check_distinct(params: Sequence[Tensor]) -> None:
             raise ValueError(f"params[{i}] shares its memory with params[{first}]; each must be given once")
 
 
-def _check_hyper(name: str, value: Any, low: float, end: float) -> None:
-    if not isinstance(value, (int, float)):
+def _hyper(name: str, value: Any, end: float) -> float:
+    if not isinstance(value, NUMBERS):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
-    if not low <= value < end:
-        raise ValueError(f"{name} must be in [{low}, {end}), not {value}")
+    number = finite(value)
+    if number is None or not 0.0 <= number < end:
+        raise ValueError(f"{name} must be in [0.0, {end}), not {value}")
+    return number
 
 
-def _check_scalar_tensor(name: str, tensor: Any) -> None:
+def _scalar(name: str, tensor: Any, device: torch.device) -> Tensor | None:
+    """A one-element tensor as the op takes it, or None."""
+    if tensor is None:
+        return None
+    _check_scalar_tensor(name, tensor, device)
+    return cast(Tensor, tensor.detach().to(device, torch.float32, non_blocking=True))
+
+
+def _check_scalar_tensor(name: str, tensor: Any, device: torch.device) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, not {tensor.layout}")
     if tensor.numel() != 1:
         raise ValueError(f"{name} must have 1 element, not shape {tuple(tensor.shape)}")
+    if tensor.is_complex():
+        raise TypeError(f"{name} must be real, not {tensor.dtype}")
+    if tensor.is_meta and device.type != "meta":
+        raise ValueError(f"{name} must be on params' device {device}, not on {tensor.device}")

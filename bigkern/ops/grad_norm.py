@@ -22,6 +22,7 @@ from bigkern.ops._library import (
     unproven,
 )
 from bigkern.ops.adam import dense
+from bigkern.ops.adam_arguments import check_tensors
 
 define("grad_norm(Tensor[] grads) -> Tensor")
 # The same from adam's table of addresses, of the gradients that it is given: see ops/adam.py, Packed.
@@ -41,7 +42,7 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
         One float32 (float64 for float64), 0-dim, on their device; 0 for an empty list.
 
     Raises:
-        TypeError: an element is not a tensor, or not floating point.
+        TypeError: ``grads`` is not a list of tensors, or one is not floating point, or sparse.
         ValueError: the tensors are of several dtypes or devices.
 
     Source: :func:`torch.nn.utils.get_total_norm`.
@@ -63,9 +64,10 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
 
 def bind(grads: Sequence[Tensor]) -> tuple[list[Tensor]]:
     """Check a call of grad_norm."""
+    check_tensors("grads", grads)
     for i, g in enumerate(grads):
-        if not isinstance(g, Tensor):
-            raise TypeError(f"grads[{i}] must be a Tensor, not {type(g).__name__}")
+        if g.layout != torch.strided:
+            raise TypeError(f"grads[{i}] must be dense, not {g.layout}")
         if not g.is_floating_point():
             raise TypeError(f"grads[{i}] must be floating point, not {g.dtype}")
         if (g.dtype, g.device) != (grads[0].dtype, grads[0].device):

@@ -7,7 +7,6 @@ options groups and state dicts are torch's to the letter.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bigkern.ops._library import KERNEL_DTYPES
+from bigkern.ops.adam_arguments import check_flag, finite
 
 Group = dict[str, Any]
 
@@ -39,9 +39,11 @@ class Options:
 
     def __post_init__(self) -> None:
         seed, norm = self.seed, self.max_norm
+        for name in ("stochastic_rounding", "zero_grads", "in_backward", "offload"):
+            check_flag(name, getattr(self, name))
         if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
             raise ValueError(f"seed must be an int in [0, 2^63), not {seed!r}")
-        if norm is not None and not (isinstance(norm, (int, float)) and 0 < norm < math.inf):
+        if norm is not None and (isinstance(norm, bool) or (finite(norm) or 0.0) <= 0.0):
             raise ValueError(f"max_norm must be a positive number, not {norm!r}")
         if self.in_backward and norm is not None:
             raise ValueError("max_norm needs all gradients at once, and in_backward never has them")
@@ -49,7 +51,7 @@ class Options:
     def complete(self, group: Group) -> None:
         """Give a new group what it leaves unsaid, and check it."""
         for name in STORAGE:
-            if (default := getattr(self, name)) is not None and default is not False:
+            if (default := getattr(self, name)) is not getattr(Options, name):
                 group.setdefault(name, default)
         check_group(group)
         if group.get("stochastic_rounding") or group.get("state_dtype") == torch.bfloat16:
@@ -99,14 +101,16 @@ class Storage:
 def check_group(group: Group) -> None:
     """
     Raises:
+        TypeError: stochastic_rounding is not a bool.
         ValueError: the group's storage is not one that there is.
     """
     state_dtype, masters = group.get("state_dtype"), group.get("master_weights", False)
+    check_flag("stochastic_rounding", group.get("stochastic_rounding", False))
     if state_dtype is not None and state_dtype not in STATE_DTYPES:
         raise ValueError(
             f"state_dtype must be None, {', '.join(map(str, STATE_DTYPES))}, not {state_dtype!r}"
         )
-    if masters not in MASTERS:
+    if not isinstance(masters, (bool, str)) or masters not in MASTERS:
         raise ValueError(f"master_weights must be False, True or 'remainder', not {masters!r}")
     if masters and group.get("stochastic_rounding"):
         raise ValueError("stochastic_rounding is for parameters without master_weights, which lose nothing")
