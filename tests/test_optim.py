@@ -81,14 +81,15 @@ def test_same_trajectory_and_state(name: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.complex64], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_other_dtypes(name: str, dtype: torch.dtype) -> None:
-    """Low precision against torch's fused path, which also computes in float32; the rest is torch itself."""
+    """Low precision against torch's fused path, which also computes in float32; float64 is torch itself."""
     ours, theirs = leaves(dtype), leaves(dtype)
     low = dtype in (torch.bfloat16, torch.float16)
     options = {"eps": 1e-3, "fused": True} if low else {}
     optimizer = OURS[name](ours, **options)
     run(optimizer, ours, 0, 10)
     run(STOCK[name](theirs, **options), theirs, 0, 10)
-    assert_same(ours, theirs, **({"rtol": 0.02, "atol": 0.02} if low else {"rtol": 1e-6, "atol": 1e-7}))
+    tolerance = {torch.float64: {"rtol": 1e-12, "atol": 1e-13}, torch.complex64: {}}
+    assert_same(ours, theirs, **tolerance.get(dtype, {"rtol": 0.02, "atol": 0.02}))
     if dtype == torch.float64:
         assert optimizer.explain()[0].chosen == "torch"
 
@@ -204,7 +205,8 @@ def test_scheduler_groups_names_hooks_and_closure(name: str) -> None:
         assert calls == ["pre", "post"] * 5
         results.append((params, losses, optimizer.state_dict()["param_groups"]))
     assert_same(results[0][0], results[1][0])
-    torch.testing.assert_close(results[0][1], results[1][1])
+    # Losses of float32 parameters that differ as above: Python's numbers would be compared as float64.
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=0.0)
     assert results[0][2] == results[1][2]
 
 
