@@ -317,3 +317,19 @@ def test_kernels_refuse_lazy_negation(backend: str) -> None:
     arguments["grads"] = [torch._neg_view(g) for g in arguments["grads"]]
     with run_backend("adam", backend), pytest.raises(bigkern.BackendRefused, match="negated"):
         adam(**arguments)
+
+
+def test_parameter_turned_where_it_lies_with_a_gradient_in_the_old_order() -> None:
+    ours, theirs = (
+        Parameter(torch.randn(5, 5, generator=torch.Generator().manual_seed(0))) for _ in range(2)
+    )
+    optimizer, other = AdamW([ours], lr=0.1), torch.optim.AdamW([theirs], lr=0.1)
+    for step in range(4):
+        g = torch.randn(5, 5, generator=torch.Generator().manual_seed(step))
+        for p in (ours, theirs):
+            p.grad = g.clone()
+            if step == 2:
+                p.data = p.data.t()
+        optimizer.step()
+        other.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

@@ -100,8 +100,9 @@ def adam(
         params: the parameters, any shapes; float32, bfloat16 or float16 on one device, stored densely
             in any order of dimensions (float64, complex and other layouts run on stock PyTorch).
         grads: g, like ``params``. With ``grad_scale`` they are divided by it in place.
-        exp_avgs: m, like ``params`` in shape and strides; of their dtype, float32, bfloat16, or uint8
-            codes (block-wise dynamic quantisation, see :mod:`bigkern.reference.dynamic8`).
+        exp_avgs: m, like ``params`` in shape, and for kernels in strides (other orders run on stock
+            PyTorch); of their dtype, float32, bfloat16, or uint8 codes (block-wise dynamic quantisation,
+            see :mod:`bigkern.reference.dynamic8`).
         exp_avg_sqs: v, likewise.
         max_exp_avg_sqs: the running maximum of v with ``amsgrad``, likewise; otherwise empty.
         state_steps: t, one float32 scalar tensor a parameter on its device; 1 is added to each.
@@ -110,7 +111,7 @@ def adam(
             ``params`` become its rounding.
         exp_avg_scales, exp_avg_sq_scales: with uint8 moments a float32 for each 256 elements, as they
             lie in memory; otherwise empty.
-        lr: learning rate; a one-element tensor is read on its device, without waiting for it.
+        lr: learning rate; a one-element tensor is read on its device, without waiting for a GPU.
         beta1, beta2: decay of m and v, in [0, 1).
         eps: added to the denominator.
         weight_decay: decay of the parameters: ``g + weight_decay * p`` takes g's place, or, where
@@ -356,11 +357,13 @@ class Packed:
         self._layouts = info.layouts(lists[0])
 
     def find(self, grads: list[Tensor], lists: Sequence[list[Tensor]]) -> Tensor | None:
-        """The gradients' addresses, for :meth:`update`; None unless each is stored as its parameter was, and
-        ``lists`` lie where they lay when they were packed."""
+        """The gradients' addresses, for :meth:`update`; None unless each is stored as its parameter was and
+        is, and ``lists`` lie where they lay when they were packed. None may be lazily negated."""
         try:
             found = info.addresses(grads)
-            if info.layouts(grads) != self._layouts or list(map(info.addresses, lists)) != self._addresses:
+            if any(info.layouts(tensors) != self._layouts for tensors in (lists[0], grads)):
+                return None
+            if list(map(info.addresses, lists)) != self._addresses:
                 return None
         except RuntimeError:  # one has no address
             return None

@@ -244,7 +244,7 @@ def _scalar(name: str, tensor: Any, device: torch.device) -> Tensor | None:
     if tensor is None:
         return None
     _check_scalar_tensor(name, tensor, device)
-    return cast(Tensor, tensor.detach().to(device, torch.float32, non_blocking=True))
+    return cast(Tensor, tensor.detach().to(device, torch.float32))
 
 
 def _check_scalar_tensor(name: str, tensor: Any, device: torch.device) -> None:

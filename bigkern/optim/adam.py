@@ -82,7 +82,9 @@ class Adam(Step):
         offload: keep m, v and masters in the CPU's memory; copy gradients and parameters there, step there,
             copy parameters back.
 
-    float64 and complex parameters are stored as torch stores them, whatever is said here.
+    float64 and complex parameters are stored as torch stores them, whatever is said here. Moments and
+    masters that lie in memory in another order than their parameter, as after
+    ``model.to(memory_format=torch.channels_last)``, are brought into its order in the next step.
 
     On a GPU the counts ``state["step"]`` live there, so every step can be captured in a CUDA graph and none
     waits for the device (but with ``offload``).
