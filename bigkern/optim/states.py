@@ -115,7 +115,7 @@ def converted(saved: State, p: Tensor, storage: Storage) -> State:
 def _as_asked(saved: State, name: str, state: State) -> bool:
     codes = state[name].dtype == torch.uint8
     same = saved[name].dtype == state[name].dtype and (SCALES.get(name) in saved) == codes
-    return same and (not codes or raw(saved[name]).stride() == raw(state[name]).stride())
+    return same and (not codes or same_layout(raw(saved[name]), raw(state[name])))
 
 
 def _copy_bits(state: State, name: str, saved: State) -> None:
