@@ -215,3 +215,22 @@ def test_torchs_arguments_are_taken_and_refused_as_torch_does(kind: str, name: s
         torch.testing.assert_close(ends[0], ends[1], rtol=1e-5, atol=1e-6, equal_nan=True)
     else:
         assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("value", ["a", None, [], torch.ones(2)], ids=repr)
+@pytest.mark.parametrize("name", ["lr", "eps", "weight_decay", "betas"])
+def test_step_names_what_was_put_into_a_group_between_steps(name: str, value: Any) -> None:
+    if isinstance(value, Tensor) and name != "lr":
+        return  # torch's own step takes it
+    p = Parameter(torch.ones(3))
+    optimizer = AdamW([p])
+    for changed in (False, True):
+        p.grad = torch.ones(3)
+        if changed:
+            optimizer.param_groups[0][name] = (0.9, value) if name == "betas" else value
+            before = p.detach().clone()
+            with pytest.raises(ValueError, match=rf"^{name} must be .*, not "):
+                optimizer.step()
+            assert torch.equal(p, before)
+        else:
+            optimizer.step()

@@ -128,10 +128,8 @@ def bind(
 
 def split_lr(lr: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
     """``lr`` as the op takes it: a number, or a tensor where reading the number would wait for a GPU."""
-    if not isinstance(lr, Tensor):
-        return float(lr), None
-    if lr.device.type == "cpu":
-        return float(lr), None
+    if not isinstance(lr, Tensor) or lr.device.type == "cpu":
+        return number("lr", lr), None
     return 0.0, lr.detach().to(device=device, dtype=torch.float32, non_blocking=True)
 
 
@@ -148,6 +146,14 @@ def check_flag(name: str, value: Any) -> None:
     """Refuse what is not a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, not {value!r}")
+
+
+def number(name: str, value: Any) -> float:
+    """``value`` as a float."""
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a number, not {value!r}") from error
 
 
 def finite(value: Any) -> float | None:

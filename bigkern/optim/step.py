@@ -22,7 +22,7 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 from bigkern import registry
 from bigkern.ops.adam import ADAM
-from bigkern.ops.adam_arguments import split_lr
+from bigkern.ops.adam_arguments import number, split_lr
 from bigkern.optim import backward, states
 from bigkern.optim.offload import Transfer
 from bigkern.optim.options import SEED, Group, Storage, mixed, name_of
@@ -252,8 +252,8 @@ class Step(StateDicts):
         """The op's arguments after the lists."""
         device = bucket.device
         lr, lr_tensor = split_lr(group["lr"], device)
-        beta1, beta2 = group["betas"]
-        rates = (lr, float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"]))
+        beta1, beta2 = (number("betas", beta) for beta in group["betas"])
+        rates = (lr, beta1, beta2, number("eps", group["eps"]), number("weight_decay", group["weight_decay"]))
         flags = (bool(group["decoupled_weight_decay"]), bool(group["amsgrad"]), bool(group["maximize"]))
         folded = (self._options.zero_grads, float(self._options.max_norm or 0.0), bucket.seed)
         grad_scale, found_inf = (self._scalar(name, device) for name in ("grad_scale", "found_inf"))
