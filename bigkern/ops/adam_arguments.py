@@ -159,10 +159,10 @@ def number(name: str, value: Any) -> float:
 def finite(value: Any) -> float | None:
     """A real number as a float; None if it is not one, or not finite."""
     try:
-        number = float(value) if isinstance(value, NUMBERS) else math.nan
+        real = float(value) if isinstance(value, NUMBERS) else math.nan
     except OverflowError:
         return None
-    return number if math.isfinite(number) else None
+    return real if math.isfinite(real) else None
 
 
 def _check_like_params(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
@@ -239,10 +239,10 @@ def _check_distinct(params: Sequence[Tensor]) -> None:
 def _hyper(name: str, value: Any, end: float) -> float:
     if not isinstance(value, NUMBERS):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
-    number = finite(value)
-    if number is None or not 0.0 <= number < end:
+    real = finite(value)
+    if real is None or not 0.0 <= real < end:
         raise ValueError(f"{name} must be in [0.0, {end}), not {value}")
-    return number
+    return real
 
 
 def _scalar(name: str, tensor: Any, device: torch.device) -> Tensor | None:
