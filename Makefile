@@ -11,7 +11,7 @@ WORKERS ?= $(shell nproc)
 BIN     := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -path 'csrc/simt/*')
 
-.PHONY: demo test setup build bench lint types gates check cuda-build-check gpu-check clean
+.PHONY: demo test setup build bench lint types gates check parity-settings cuda-build-check gpu-check clean
 
 demo: build
 	$(BIN)/bigkern train gpt --compare --seconds 150 --out runs/demo
@@ -63,6 +63,10 @@ gates: build
 	$(BIN)/python tests/gate_triton.py $(GATE)
 
 check: lint types gates test
+
+# The parity tests on the CPU under other instruction sets, other roundings of stock's libraries, other threads.
+parity-settings: build
+	$(BIN)/python tests/parity_settings.py --workers $(WORKERS)
 
 # ---- machines of other kinds --------------------------------------------------------------------------
 

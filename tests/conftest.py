@@ -12,8 +12,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # Test processes side by side share the cores: threads that outnumber them would spin at every barrier.
-if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+if "BIGKERN_TEST_THREADS" in os.environ:  # of parity_settings.py
+    torch.set_num_threads(int(os.environ["BIGKERN_TEST_THREADS"]))
+elif "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
+if "BIGKERN_TEST_ISA" in os.environ:
+    from bigkern import info
+
+    info.set_isa(os.environ["BIGKERN_TEST_ISA"])
 
 BUILD = Path(__file__).parent.parent / "build"
 
