@@ -1,8 +1,8 @@
 """The CPU's parity tests under other instruction sets, other roundings of stock, other numbers of threads.
 
-Stock's rounding differs from machine to machine; here it is made to differ on one. Each setting runs all tests
-that hold the CPU to parity, and their fuzzed cases from three places of the seeds. ``make parity-settings``
-prints a line for each and exits with 1 if any fails.
+Stock's rounding differs from machine to machine; here it is made to differ on one. Each setting runs all
+tests that hold the CPU to parity, and their fuzzed cases from three places of the seeds. ``make
+parity-settings`` prints a line for each and exits with 1 if any fails.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from bigkern import info
 
 TESTS = Path(__file__).parent
 FILES = (
-    "attention", "decode_attention", "varlen_attention", "norm", "layernorm_ffn", "frozen_layernorm_ffn", "linear",
-    "recurrent", "adam", "adam_storage", "grad_norm", "nn", "nn_recurrent", "optim", "models_cnn",
+    "attention", "decode_attention", "varlen_attention", "norm", "layernorm_ffn", "frozen_layernorm_ffn",
+    "linear", "recurrent", "adam", "adam_storage", "grad_norm", "nn", "nn_recurrent", "optim", "models_cnn",
 )  # fmt: skip
 SLOW = "not triton and not simt and not compile and not opcheck"
 
-# Ours: instruction set and threads. Stock's: the code paths of MKL, oneDNN and ATen. Each stands in one line.
+# Ours: instruction set and threads. Stock's: the code paths of MKL, oneDNN and ATen.
 SETTINGS: list[dict[str, str]] = [
     {"BIGKERN_TEST_ISA": "portable", "BIGKERN_TEST_THREADS": "1", "MKL_CBWR": "COMPATIBLE"},
     {"BIGKERN_TEST_ISA": "avx2", "BIGKERN_TEST_THREADS": "2", "MKL_CBWR": "AVX2"},
