@@ -13,10 +13,15 @@ has somewhere to run.
 
 from __future__ import annotations
 
+import threading
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from bigkern import evidence
 
@@ -93,7 +98,7 @@ class Op:
 
     def resolve(self, *args: Any) -> Backend:
         """The backend that runs a call with these arguments."""
-        forced = _forced.get(self.name) or _forced.get("*")
+        forced = _forced_backend(self.name)
         if forced is not None:
             return self._forced(forced, *args)
         for backend in self.backends.values():
@@ -104,7 +109,7 @@ class Op:
     def of_node(self, *args: Any) -> Backend:
         """The same of an opaque node: what the CPU's kernels decline never became one."""
         cpu = self.backends["cpu"]
-        return cpu if not _forced and cpu.refuses(*args) is None else self.resolve(*args)
+        return cpu if not forced() and cpu.refuses(*args) is None else self.resolve(*args)
 
     def _forced(self, name: str, *args: Any) -> Backend:
         backend = self.backends.get(name)
@@ -116,7 +121,7 @@ class Op:
         return backend
 
     def explain(self, *args: Any) -> Explanation:
-        forced = _forced.get(self.name) or _forced.get("*")
+        forced = _forced_backend(self.name)
         choices: list[Choice] = []
         found = False
         for backend in self.backends.values():
@@ -135,7 +140,6 @@ class Op:
 
 
 _ops: dict[str, Op] = {}
-_forced: dict[str, str] = {}
 
 
 def declare(name: str, bind: Callable[..., tuple[Any, ...]]) -> Op:
@@ -179,12 +183,52 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     return declared.explain(*declared.bind(*args, **kwargs))
 
 
+# ---- the choice that is in force -------------------------------------------------------------------
+
+Blocks = tuple[dict[str, str], ...]  # of use() that were entered and not left: op, or "*", -> backend
+
+_BLOCKS: ContextVar[Blocks] = ContextVar("bigkern.use")
+_HANDED_ON = "bigkern.use"
+
+
+class _Here(types.ModuleType):
+    """The blocks of this thread or asyncio task.
+
+    A module's attribute is read, guarded and written by torch.compile as it is; a ContextVar it cannot trace.
+    """
+
+    @property
+    def blocks(self) -> Blocks:
+        blocks = _BLOCKS.get(None)
+        if blocks is not None:
+            return blocks
+        return _handed_on() if torch._C._current_graph_task_id() != -1 else ()
+
+    @blocks.setter
+    def blocks(self, blocks: Blocks) -> None:
+        _BLOCKS.set(blocks)
+        torch._C._stash_obj_in_tls(_HANDED_ON, (threading.get_ident(), blocks))
+
+
+def _handed_on() -> Blocks:
+    """In a thread of autograd's own, which has no context: the blocks of the thread that called backward."""
+    if not torch._C._is_key_in_tls(_HANDED_ON):
+        return ()
+    thread, blocks = torch._C._get_obj_in_tls(_HANDED_ON)
+    return () if thread == threading.get_ident() else blocks
+
+
+_here = _Here("bigkern.registry.here")
+
+
 @contextmanager
 def use(backend: str | None = None, **per_op: str) -> Iterator[None]:
     """Force a backend for every op, or op by op, while the block lasts.
 
     Inside it, a call that the backend cannot run raises :class:`BackendRefused` with the reason. It
-    does not fall back. The choice is the process's, not the thread's.
+    does not fall back. The choice is that of the thread or asyncio task that enters the block, and of the
+    tasks that it starts there; other threads and tasks choose for themselves. In eager mode a backward runs
+    on the backend of its forward, wherever it is called; in a compiled graph, on what is in force there.
 
     Args:
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"torch"``, for all ops.
@@ -205,18 +249,27 @@ def use(backend: str | None = None, **per_op: str) -> Iterator[None]:
             get(op)
         if name not in ORDER:
             raise ValueError(f"backend {name!r} is not one of {', '.join(ORDER)}")
-    before = dict(_forced)
-    _forced.update(wanted)
+    _here.blocks = (*_here.blocks, wanted)
     try:
         yield
     finally:
-        _forced.clear()
-        _forced.update(before)
+        wanted.clear()  # wherever a context that has a copy may be: the block is over
+        _here.blocks = tuple(block for block in _here.blocks if block)
+
+
+def _forced_backend(op: str) -> str | None:
+    """What the innermost block says that names the op, else the innermost that speaks of all ops."""
+    if not (blocks := _here.blocks):
+        return None
+    wanted: dict[str, str] = {}
+    for block in blocks:
+        wanted.update(block)
+    return wanted.get(op) or wanted.get("*")
 
 
 def forced() -> bool:
     """Whether :func:`use` is in force for any op."""
-    return bool(_forced)
+    return any(_here.blocks)
 
 
 def unproven(op: str, backend: str, device_index: int) -> Reason:
