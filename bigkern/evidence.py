@@ -1,16 +1,21 @@
 """What has been shown to be right, and on which architecture.
 
-A GPU kernel is used by default on an architecture only when it passed there. The proof is an entry in
-one of two files of the same form: ``evidence.json`` beside this module, committed with the kernels, or
-the one that ``bigkern doctor --verify`` writes into the user's cache.
+A GPU kernel is used by default on an architecture only when it passed there, with these versions of torch and
+bigkern. The proof is an entry in one of two files of the same form: ``evidence.json`` beside this module,
+committed with the kernels, or the one that ``bigkern doctor --verify`` writes into the user's cache. They are
+read once, when this module is imported; one that cannot be read is a warning, and proves nothing.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+import stat
+import tempfile
+import warnings
+from dataclasses import asdict, dataclass, fields
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -30,19 +35,41 @@ class Entry:
     torch: str
     bigkern: str
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int if field.type == "int" else str) or isinstance(value, bool):
+                raise TypeError(f"{field.name} must be of type {field.type}, not {type(value).__name__}")
+
+
+def version() -> str:
+    """bigkern's, as it is installed."""
+    try:
+        return metadata.version("bigkern")
+    except metadata.PackageNotFoundError:
+        return "source"
+
 
 def user_file() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~"), ".cache")
     return Path(root) / "bigkern" / "evidence.json"
 
 
 def read(path: Path) -> list[Entry]:
-    if not path.exists():
-        return []
     try:
-        return [Entry(**row) for row in json.loads(path.read_text())["entries"]]
-    except (ValueError, KeyError, TypeError) as error:
+        return [Entry(**row) for row in json.loads(_text(path))["entries"]]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not an evidence file ({error}); delete it or write it anew") from error
+
+
+def _text(path: Path) -> str:
+    """The text of a regular file; opening anything else must not wait for a writer."""
+    with open(path, encoding="utf-8", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is not a regular file")
+        return file.read()
 
 
 def write(path: Path, entries: list[Entry]) -> None:
@@ -51,19 +78,35 @@ def write(path: Path, entries: list[Entry]) -> None:
     kept.update({(e.op, e.backend, e.arch): e for e in entries})
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [asdict(kept[key]) for key in sorted(kept)]
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps({"entries": rows}, indent=2) + "\n")
-    scratch.replace(path)
-    _entries.cache_clear()
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as scratch:
+        scratch.write(json.dumps({"entries": rows}, indent=2) + "\n")
+    os.replace(scratch.name, path)
+    refresh()
 
 
-@cache
-def _entries() -> frozenset[tuple[str, str, str]]:
-    return frozenset((e.op, e.backend, e.arch) for e in [*read(COMMITTED), *read(user_file())])
+def refresh() -> None:
+    """Read both files again."""
+    global _proven
+    entries: list[Entry] = []
+    for path in (COMMITTED, user_file()):
+        try:
+            entries += read(path)
+        except ValueError as error:
+            warnings.warn(f"{error}: its entries are ignored", stacklevel=2)
+    _proven = frozenset((e.op, e.backend, e.arch) for e in entries if _counts(e))
+
+
+def _counts(entry: Entry) -> bool:
+    """Whether an entry is about what runs here."""
+    return entry.cases > 0 and (entry.torch, entry.bigkern) == (torch.__version__, version())
+
+
+_proven: frozenset[tuple[str, str, str]] = frozenset()
+refresh()
 
 
 def verified(op: str, backend: str, arch: str) -> bool:
-    return (op, backend, arch) in _entries()
+    return (op, backend, arch) in _proven
 
 
 @cache

@@ -146,6 +146,7 @@ def test_doctor_survives_a_crashing_kernel(
 def test_verify_records_gpu_kernels_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("bigkern.evidence.device_arch", lambda index: "sm_90")
+    monkeypatch.setattr(evidence, "_proven", frozenset())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     passed = doctor.Finding("attention", "cuda", "cuda:0", cases=5)
     failed = doctor.Finding("adam", "cuda", "cuda:0", cases=5, problem="wrong")
@@ -154,7 +155,7 @@ def test_verify_records_gpu_kernels_alone(monkeypatch: pytest.MonkeyPatch, tmp_p
     recorded = doctor.verify([passed, failed, on_cpu, untested])
     assert [(e.op, e.backend, e.arch, e.cases) for e in recorded] == [("attention", "cuda", "sm_90", 5)]
     assert evidence.read(evidence.user_file()) == recorded
-    evidence._entries.cache_clear()
+    assert evidence.verified("attention", "cuda", "sm_90")
 
 
 def test_wrong_calls_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,8 @@ from typing import Any, TextIO
 
 import torch
 
+from bigkern import evidence
+
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
 
@@ -168,15 +170,10 @@ class Progress:
 def machine() -> dict[str, Any]:
     """The machine and the versions that a result belongs to."""
     import platform
-    from importlib import metadata
 
-    try:
-        version = metadata.version("bigkern")
-    except metadata.PackageNotFoundError:
-        version = "source"
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "bigkern": version,
+        "bigkern": evidence.version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
