@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bigkern.nn.torchscript import ScriptsAsStock
 from bigkern.ops.attention import attention
 from bigkern.ops.linear import linear
 
@@ -26,7 +27,7 @@ def canonical_masks(
     return padding, F._canonical_mask(mask, mask_name, None, "", dtype, check_other=False)
 
 
-class MultiheadAttention(nn.MultiheadAttention):
+class MultiheadAttention(ScriptsAsStock, nn.MultiheadAttention):
     r"""Drop-in for :class:`torch.nn.MultiheadAttention`: same constructor, parameters, keys and errors.
 
     ``o = softmax(scale * q k^T + mask) v`` for each head, between the input and output projections.

@@ -7,10 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from bigkern import registry
+from bigkern.nn.torchscript import ScriptsAsStock
 from bigkern.ops.batch_norm import Activation, batch_norm
 
 
-class BatchNorm2d(nn.BatchNorm2d):
+class BatchNorm2d(ScriptsAsStock, nn.BatchNorm2d):
     r"""Drop-in for :class:`torch.nn.BatchNorm2d`: same constructor, parameters, buffers, keys and errors.
 
     ``y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)``
@@ -72,6 +73,9 @@ class BatchNorm2d(nn.BatchNorm2d):
             return 0.0 if self.momentum is None else self.momentum
         self.num_batches_tracked.add_(1)
         return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+
+    def _beyond_stock(self) -> str | None:
+        return None if self.activation is None else "an activation"
 
     def extra_repr(self) -> str:
         said = str(super().extra_repr())

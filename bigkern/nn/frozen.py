@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from torch import Tensor, nn
 
 from bigkern import registry
+from bigkern.nn.torchscript import refuse
 from bigkern.ops.frozen_layernorm_ffn import (
     FP8,
     FrozenWeight,
@@ -75,6 +76,9 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return frozen_linear(x, self.frozen(), self.bias)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse(type(self).__name__)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"

@@ -6,10 +6,11 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from bigkern.nn.torchscript import ScriptsAsStock
 from bigkern.ops.norm import layer_norm, rms_norm
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(ScriptsAsStock, nn.LayerNorm):
     r"""Drop-in for :class:`torch.nn.LayerNorm`: same constructor, parameters, keys and errors.
 
     ``y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias``
@@ -36,7 +37,7 @@ class LayerNorm(nn.LayerNorm):
         return cast(Tensor, layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps))
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(ScriptsAsStock, nn.RMSNorm):
     r"""Drop-in for :class:`torch.nn.RMSNorm`: same constructor, parameters, keys and errors.
 
     ``y = x / sqrt(mean(x^2) + eps) * weight``

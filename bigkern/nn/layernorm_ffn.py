@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from bigkern.nn.frozen import FrozenLinear, frozen_feed_forward
 from bigkern.nn.layer_norm import LayerNorm, RMSNorm
+from bigkern.nn.torchscript import refuse
 from bigkern.ops.layernorm_ffn import GATED, Activation, Placement, Save, layernorm_ffn
 
 
@@ -103,6 +104,9 @@ class FeedForward(nn.Module):
             raise RuntimeError("a frozen block has no dropout: call eval(), or set dropout to 0")
         options = {"activation": self.activation, "residual": self.residual, **norm}
         return frozen_feed_forward(x, self.linear1, self.linear2, *norm_parameters, **options)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse(type(self).__name__)
 
     def extra_repr(self) -> str:
         names = ("activation", "dropout", "hidden_dropout", "residual", "save")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from bigkern.nn.torchscript import ScriptsAsStock
 from bigkern.ops.linear import linear
 
 
-class Linear(nn.Linear):
+class Linear(ScriptsAsStock, nn.Linear):
     r"""Drop-in for :class:`torch.nn.Linear`: same constructor, parameters, keys and errors.
 
     ``y = x @ weight.T + bias``

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from bigkern import registry
+from bigkern.nn.torchscript import ScriptsAsStock
+from bigkern.ops._library import traced
 from bigkern.ops.linear import linear
 from bigkern.ops.norm import layer_norm
 from bigkern.ops.recurrent import RECURRENT, declined, recurrent
@@ -18,7 +20,7 @@ from bigkern.reference.recurrent import layer_norm_scan
 States = tuple[Tensor, ...]  # (h,), of an LSTM (h, c)
 
 
-class RecurrentBase(nn.RNNBase):
+class RecurrentBase(ScriptsAsStock, nn.RNNBase):
     """torch's checks, then torch's whole stack or a loop over its layers on the op."""
 
     layer_norm = False  # of the class: a layer of torch's that becomes one of these has none of them
@@ -71,9 +73,14 @@ class RecurrentBase(nn.RNNBase):
                 nn.init.constant_(parameter, float(name.startswith("norm_weight")))
 
     def extra_repr(self) -> str:
-        extras = {name: getattr(self, name) for name in ("layer_norm", "zoneout", "recurrent_dropout")}
-        said = [f"{name}={value}" for name, value in extras.items() if value]
+        said = [f"{name}={value}" for name, value in self._extras().items() if value]
         return ", ".join([str(super().extra_repr()), *said])
+
+    def _extras(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("layer_norm", "zoneout", "recurrent_dropout")}
+
+    def _beyond_stock(self) -> str | None:
+        return next((name for name, value in self._extras().items() if value), None)
 
     # ---- forward: torch's forms around a loop over the layers --------------------------------------
 
@@ -113,7 +120,7 @@ class RecurrentBase(nn.RNNBase):
 
     def _is_declined(self, input: Any) -> bool:
         """Whether stock would be chosen by sizes alone: :meth:`_is_stocks` costs more than a short call."""
-        if self._has_extras() or registry.forced() or torch._C._is_tracing():
+        if self._has_extras() or registry.forced() or traced():
             return False
         if isinstance(input, PackedSequence):
             x, batch_sizes = input.data, input.batch_sizes

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from bigkern import registry
+from bigkern.nn.torchscript import ScriptsAsStock
 from bigkern.ops.recurrent import RECURRENT, declined, recurrent
 
 
-class _Cell(nn.RNNCellBase):
+class _Cell(ScriptsAsStock, nn.RNNCellBase):
     """What the three share: a step of the op, or torch's own forward."""
 
     mode: str

@@ -20,6 +20,7 @@ from bigkern.nn.attention import MultiheadAttention, canonical_masks
 from bigkern.nn.frozen import FrozenLinear, frozen_feed_forward
 from bigkern.nn.layer_norm import LayerNorm
 from bigkern.nn.linear import PLAIN
+from bigkern.nn.torchscript import ScriptsAsStock
 from bigkern.ops.layernorm_ffn import Activation, Placement, layernorm_ffn
 from bigkern.ops.norm import layer_norm
 
@@ -112,7 +113,7 @@ def _use_ours(*fresh: nn.Module) -> None:
         module.__class__ = OURS.get(type(module), type(module))
 
 
-class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+class TransformerEncoderLayer(ScriptsAsStock, nn.TransformerEncoderLayer):
     r"""Drop-in for :class:`torch.nn.TransformerEncoderLayer`: same constructor, keys, defaults, errors.
 
         norm_first:   x = x + attention(norm1(x));     x = x + ffn(norm2(x))
@@ -154,7 +155,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         return feed_forward(self, x, self.norm2, self.dropout2)
 
 
-class TransformerDecoderLayer(nn.TransformerDecoderLayer):
+class TransformerDecoderLayer(ScriptsAsStock, nn.TransformerDecoderLayer):
     r"""Drop-in for :class:`torch.nn.TransformerDecoderLayer`: same constructor, keys, defaults, errors.
 
         norm_first:   x = x + self_attention(norm1(x));  x = x + cross_attention(norm2(x), memory)
@@ -200,7 +201,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         return feed_forward(self, x, self.norm3, self.dropout3)
 
 
-class TransformerEncoder(nn.TransformerEncoder):
+class TransformerEncoder(ScriptsAsStock, nn.TransformerEncoder):
     r"""Drop-in for :class:`torch.nn.TransformerEncoder`: same constructor, keys, defaults, errors.
 
     Copies of ``encoder_layer`` one after the other, then ``norm``. Stock layers among the copies become
@@ -228,7 +229,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         _use_ours(*self.layers.modules())
 
 
-class TransformerDecoder(nn.TransformerDecoder):
+class TransformerDecoder(ScriptsAsStock, nn.TransformerDecoder):
     r"""Drop-in for :class:`torch.nn.TransformerDecoder`: same constructor, keys, defaults, errors.
 
     Copies of ``decoder_layer`` one after the other, then ``norm``. Stock layers among the copies become
@@ -252,7 +253,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         _use_ours(*self.layers.modules())
 
 
-class Transformer(nn.Transformer):
+class Transformer(ScriptsAsStock, nn.Transformer):
     r"""Drop-in for :class:`torch.nn.Transformer`: same constructor, keys, defaults, errors.
 
     ``decoder(tgt, encoder(src))``. A ``custom_encoder`` or ``custom_decoder`` stays as it is.

@@ -63,6 +63,11 @@ def in_functorch() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def traced() -> bool:
+    """Whether torch.jit.trace is at work."""
+    return torch._C._get_tracing_state() is not None
+
+
 def foreign(*tensors: Tensor | None) -> registry.Reason:
     """Why only torch's own functions will do for these tensors, here."""
     if not ordinary(*tensors):
@@ -71,7 +76,7 @@ def foreign(*tensors: Tensor | None) -> registry.Reason:
         return None
     if in_functorch():
         return "transforms of torch.func know how to batch stock's"
-    return "torch.jit.trace records torch's functions alone" if torch._C._is_tracing() else None
+    return None
 
 
 # Read once: resolving a call must cost next to nothing, and be plain Python to torch.compile.
@@ -84,6 +89,8 @@ DEBUG = os.environ.get("BIGKERN_DEBUG", "0") != "0"  # check what can only be se
 
 def unavailable(backend: str, tensor: Tensor) -> registry.Reason:
     """Why a compiled or Triton backend cannot run anything here, or nothing on this tensor's device."""
+    if traced():
+        return "torch.jit.trace records torch's functions alone"
     if backend == "cpu":
         return _NOT_LOADED if tensor.is_cpu else f"tensors are on {tensor.device.type}"
     lacking = _NO_CUDA_KERNELS if backend == "cuda" else _NO_TRITON

@@ -17,6 +17,7 @@ from bigkern.ops._library import (
     define,
     in_functorch,
     plain,
+    traced,
     triton_kernel,
     unavailable,
     unproven,
@@ -128,7 +129,7 @@ def run(arguments: tuple[Any, ...], return_lse: bool) -> Tensor | tuple[Tensor, 
         return stock(*arguments)
     arguments = with_drawn_key(arguments)
     q, k, v, mask, bias, slopes, sinks = arguments[:7]
-    if in_functorch():
+    if in_functorch() or traced():
         call = reference.attention if backend.name == "torch" else _Transformed.apply
         o, lse = call(*arguments)
     elif not plain(q, k, v, mask, bias, slopes, sinks):
