@@ -63,7 +63,7 @@ def patch(model: nn.Module, ops: Iterable[str] | None = None, strict: bool = Fal
     BatchNorm2d, MultiheadAttention, Transformer layers, LSTM, GRU, RNN and their cells, and of Hugging Face
     models attention, norms, feed-forward blocks, and dropout and residual where they stand between these.
     What is left alone, and why, is in the report, in which each attention and each norm has a row.
-    ``torch.jit.trace`` records stock PyTorch, and ``torch.jit.script`` compiles the stock layers, which it puts
+    ``torch.jit.trace`` records stock PyTorch; ``torch.jit.script`` compiles the stock layers, and leaves them
     in the places of ours: patch the model again to run it here.
 
     Args:
