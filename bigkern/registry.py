@@ -151,8 +151,9 @@ def declare(name: str, bind: Callable[..., tuple[Any, ...]]) -> Op:
 
 
 def get(name: str) -> Op:
-    if name not in _ops:
-        raise ValueError(f"no op named {name!r}; there are {', '.join(sorted(_ops))}")
+    if not isinstance(name, str) or name not in _ops:
+        there_are = ", ".join(sorted(_ops))
+        raise ValueError(f"op must be a declared one: no op named {name!r}; there are {there_are}")
     return _ops[name]
 
 
@@ -248,7 +249,8 @@ def use(backend: str | None = None, **per_op: str) -> Iterator[None]:
         if op != "*":
             get(op)
         if name not in ORDER:
-            raise ValueError(f"backend {name!r} is not one of {', '.join(ORDER)}")
+            argument = "backend" if op == "*" else op
+            raise ValueError(f"{argument} must be a backend: {name!r} is not one of {', '.join(ORDER)}")
     _here.blocks = (*_here.blocks, wanted)
     try:
         yield

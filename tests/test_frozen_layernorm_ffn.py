@@ -329,7 +329,7 @@ def changed(**change: Any) -> dict[str, Any]:
         ({"w2": freeze_weight(torch.ones(24, 40).double(), "packed")}, TypeError, "w2 must have x's dtype"),
         ({"b1": torch.ones(41)}, ValueError, r"b1 must be \(40,\)"),
         ({"eps": -1.0}, ValueError, "eps must be finite"),
-        ({"activation": "tanh"}, ValueError, "activation must be one of gelu, gelu_tanh, relu"),
+        ({"activation": "tanh"}, ValueError, 'activation must be "gelu", "gelu_tanh", "relu"'),
         ({"norm": "batch"}, ValueError, "norm must be"),
         ({"x": torch.ones(5, 24, dtype=torch.long)}, TypeError, "x must be floating point"),
     ],

@@ -187,13 +187,13 @@ def test_exported_and_traced_programs_are_of_any_size() -> None:
 
 
 @pytest.mark.parametrize("shapes", [((64, 8), (9, 7)), ((64, 8), (9, 8), (7,)), ((64, 8), (2, 9, 8))])
-def test_errors_are_torchs(shapes: tuple[Any, ...]) -> None:
+def test_errors_are_torchs_behind_the_arguments_name(shapes: tuple[Any, ...]) -> None:
     tensors = [torch.randn(shape) for shape in shapes]
     with pytest.raises(RuntimeError) as theirs:
         F.linear(*tensors)
     with pytest.raises(RuntimeError) as ours:
         bigkern.linear(*tensors)
-    assert str(ours.value) == str(theirs.value)
+    assert str(ours.value).endswith(f": {theirs.value}")
 
 
 def test_layer_is_torchs() -> None:

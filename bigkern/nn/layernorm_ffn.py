@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from bigkern.nn.frozen import FrozenLinear, frozen_feed_forward
 from bigkern.nn.layer_norm import LayerNorm, RMSNorm
 from bigkern.nn.torchscript import refuse
+from bigkern.ops.checks import check_choice, check_eps, check_flag, check_size
+from bigkern.ops.dropout import check_dropout
 from bigkern.ops.layernorm_ffn import GATED, Activation, Placement, Save, layernorm_ffn
 
 
@@ -66,11 +68,14 @@ class FeedForward(nn.Module):
         save: Save = "preactivation",
     ) -> None:
         super().__init__()
-        _check_choice("activation", activation, Activation)
-        _check_choice("save", save, Save)
+        check_choice("activation", activation, get_args(Activation))
+        check_choice("save", save, get_args(Save))
+        for name, size in (("d_model", d_model), ("dim_feedforward", dim_feedforward)):
+            check_size(name, size)
         for name, p in (("dropout", dropout), ("hidden_dropout", hidden_dropout)):
-            if not 0.0 <= p < 1.0:
-                raise ValueError(f"{name} must be in [0, 1), not {p}")
+            check_dropout(p, name)
+        check_flag("bias", bias)
+        check_flag("residual", residual)
         self.activation, self.residual, self.save = activation, residual, save
         self.dropout, self.hidden_dropout = dropout, hidden_dropout
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -160,8 +165,9 @@ class LayerNormFFN(FeedForward):
         hidden_dropout: float = 0.0,
         save: Save = "preactivation",
     ) -> None:
-        _check_choice("norm", norm, Literal["layer", "rms"])
-        _check_choice("placement", placement, Placement)
+        check_choice("norm", norm, ("layer", "rms"))
+        check_choice("placement", placement, get_args(Placement))
+        check_eps(eps)
         super().__init__(
             d_model, dim_feedforward, activation, bias, dropout, device, dtype, hidden_dropout, True, save
         )
@@ -185,9 +191,3 @@ class LayerNormFFN(FeedForward):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, placement={self.placement!r}"
-
-
-def _check_choice(name: str, value: str, allowed: Any) -> None:
-    choices = allowed.__args__
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")

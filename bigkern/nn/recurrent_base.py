@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from bigkern import registry
 from bigkern.nn.torchscript import ScriptsAsStock
 from bigkern.ops._library import traced
+from bigkern.ops.checks import check_flag, check_number
 from bigkern.ops.linear import linear
 from bigkern.ops.norm import layer_norm
 from bigkern.ops.recurrent import RECURRENT, declined, recurrent
@@ -37,8 +39,8 @@ class RecurrentBase(ScriptsAsStock, nn.RNNBase):
     ):
         super().__init__(*args, **kwargs)
         for name, p in (("zoneout", zoneout), ("recurrent_dropout", recurrent_dropout)):
-            if not 0.0 <= p <= 1.0:
-                raise ValueError(f"{name} must be a probability in [0, 1], not {p}")
+            check_number(name, p, "a probability in [0, 1]", 0.0, math.nextafter(1.0, 2.0))
+        check_flag("layer_norm", layer_norm)
         if self.proj_size > 0 and (layer_norm or zoneout):
             raise ValueError("layer_norm and zoneout know no projections: proj_size must be 0")
         self.layer_norm, self.zoneout, self.recurrent_dropout = layer_norm, zoneout, recurrent_dropout

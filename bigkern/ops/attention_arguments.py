@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bigkern.ops._library import DEBUG
+from bigkern.ops.checks import MOST, check_dense, check_number, kind
 from bigkern.ops.dropout import check_dropout, drawn_key, dropout_key
 from bigkern.reference.attention import Rules
 
@@ -108,13 +109,8 @@ def autocast(q: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in narrowed else x for x in (q, *others))
 
 
-def kind(x: object) -> object:
-    return x.dtype if isinstance(x, Tensor) else type(x).__name__
-
-
 def _unpacked(name: str, x: Tensor) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a Tensor, not {type(x).__name__}")
+    check_dense(name, x)
     if x.dim() != 3:
         raise ValueError(f"{name} must be packed, 3 dimensions [total, H, D], not shape {tuple(x.shape)}")
     return x.transpose(0, 1).unsqueeze(0)
@@ -122,8 +118,7 @@ def _unpacked(name: str, x: Tensor) -> Tensor:
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = ("q", "k", "v")) -> None:
     for name, tensor in zip(names, (q, k, v), strict=True):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}")
+        check_dense(name, tensor)
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions [B, H, S, D], not shape {tuple(tensor.shape)}")
         if tensor.dtype != q.dtype:
@@ -138,6 +133,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] =
 
 def four_dimensional(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """A view with 4 dimensions, each 1 or that of ``shape`` = [B, Hq, Sq, Sk]."""
+    check_dense(name, x)
     if x.device != device:
         raise ValueError(f"{name} must be on q's device {device}, not {x.device}")
     matches = all(have in (1, want) for have, want in zip(reversed(x.shape), reversed(shape), strict=False))
@@ -152,6 +148,7 @@ def per_head(name: str, x: Tensor, shapes: list[tuple[int, ...]], q: Tensor) -> 
     """Numbers of each query head, in float32 (float64 if q is)."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"{name} must be a floating point Tensor, not {kind(x)}")
+    check_dense(name, x)
     if x.device != q.device:
         raise ValueError(f"{name} must be on q's device {q.device}, not {x.device}")
     if tuple(x.shape) not in shapes:
@@ -175,6 +172,7 @@ def cumulative(name: str, x: Tensor | None, total: int, device: torch.device) ->
     """Cumulative lengths: from 0 to ``total``, never falling. On a GPU looked at only with BIGKERN_DEBUG."""
     if not isinstance(x, Tensor) or x.dtype != torch.int32:
         raise TypeError(f"{name} must be an int32 Tensor, not {kind(x)}")
+    check_dense(name, x)
     if x.dim() != 1 or x.shape[0] == 0:
         raise ValueError(f"{name} must have shape [sequences + 1], not {list(x.shape)}")
     if x.device != device:
@@ -183,7 +181,7 @@ def cumulative(name: str, x: Tensor | None, total: int, device: torch.device) ->
         ends = x.tolist()
         if ends[0] != 0 or ends[-1] != total:
             raise ValueError(
-                f"{name} must run from 0 to {total}, the rows there are, not {ends[0]}..{ends[-1]}"
+                f"{name} must run from 0 to {total}, the rows of {name[-1]}, not {ends[0]}..{ends[-1]}"
             )
         if any(b < a for a, b in pairwise(ends)):
             raise ValueError(f"{name} must not fall, but it is {ends}")
@@ -192,6 +190,10 @@ def cumulative(name: str, x: Tensor | None, total: int, device: torch.device) ->
 
 def longest(name: str, given: int | None, cu_seqlens: Tensor) -> int:
     """The longest sequence's length, read from the device if it is not given."""
+    if given is not None and (isinstance(given, bool) or not isinstance(given, int | torch.SymInt)):
+        raise TypeError(f"{name} must be an int or None, not {kind(given)}")
+    if given is not None and not 0 <= given <= MOST:
+        raise ValueError(f"{name} must be within 0 and {MOST}, not {given}")
     if given is not None and not may_look(cu_seqlens):
         return given
     found = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
@@ -211,15 +213,11 @@ def may_look(x: Tensor) -> bool:
 def check_scale(scale: float | None, D: int) -> float:
     if scale is None:
         return 1.0 / math.sqrt(D)
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale must be finite, not {scale}")
-    return float(scale)
+    return check_number("scale", scale, "finite")
 
 
 def check_softcap(softcap: float) -> float:
-    if not 0.0 <= softcap < math.inf:
-        raise ValueError(f"softcap must be finite and not negative (0: none), not {softcap}")
-    return float(softcap)
+    return check_number("softcap", softcap, "finite and not negative (0: none)", 0.0)
 
 
 def corner_and_window(causal: Causal, window: Window | None) -> tuple[str, int, int]:
@@ -239,8 +237,8 @@ def _window(window: Window) -> Window:
     for side in window:
         if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
             raise TypeError(f"window must hold ints or None, not {side!r}")
-        if side is not None and side < 0:
-            raise ValueError(f"window must not be negative, but it is {tuple(window)}; None means unlimited")
+        if side is not None and not 0 <= side <= MOST:
+            raise ValueError(f"window must be within 0 and {MOST}, not {tuple(window)}; None means unlimited")
     return window[0], window[1]
 
 

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from bigkern import registry
 from bigkern.ops._library import KERNEL_DTYPES, LIBRARY, plain, triton_kernel, unavailable, unproven
+from bigkern.ops.checks import TORCHS, check_dense, check_eps, check_flag, check_number, misfit_dtype, named
 from bigkern.ops.norm import check_tensor
 from bigkern.reference import batch_norm as reference
 
@@ -122,7 +123,11 @@ def stock(
     Nobody but this function has seen BatchNorm's output, and its backward does not need it: what follows is
     done in place, but under transforms and subclasses.
     """
-    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    channels = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    try:
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    except TORCHS as error:
+        raise named(error, misfit_dtype(x, channels)) from error
     in_place = plain(x, residual, weight, bias)
     if residual is not None:
         y = y.add_(residual) if in_place and residual.dtype == y.dtype else y + residual
@@ -150,8 +155,8 @@ def bind(
 
     They are ``(x, residual, weight, bias, mean, var, eps, relu)``; in training mean and var are None.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a Tensor, not {type(x).__name__}")
+    check_dense("x", x)
+    check_flag("training", training)
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, not {x.dtype}")
     if x.dim() < 2:
@@ -166,15 +171,15 @@ def bind(
             raise RuntimeError(f"{name} must be defined in evaluation mode")
     if residual is not None:
         check_tensor("residual", residual, x)
+        if residual.dtype not in (*KERNEL_DTYPES, torch.float64):
+            raise TypeError(f"residual must be floating point, not {residual.dtype}")
         if residual.shape != x.shape:
             raise RuntimeError(f"residual must have x's shape {tuple(x.shape)}, not {tuple(residual.shape)}")
     if training and x.shape[0] * math.prod(x.shape[2:]) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-    if not isinstance(momentum, (int, float, torch.SymFloat)):
-        raise TypeError(f"momentum must be a number, not {type(momentum).__name__}")
-    if not 0.0 <= eps < math.inf:
-        raise ValueError(f"eps must be finite and not negative, not {eps}")
-    if activation not in (None, "relu"):
+    check_number("momentum", momentum, "finite")
+    eps = check_eps(eps)
+    if activation is not None and activation != "relu":
         raise ValueError(f"activation must be None or 'relu', not {activation!r}")
     mean, var = (None, None) if training else (running_mean, running_var)
     return x, residual, weight, bias, mean, var, eps, activation == "relu"
@@ -185,7 +190,9 @@ def _check_channels(name: str, tensor: Any, x: Tensor) -> None:
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating point, not {tensor.dtype}")
     if tensor.numel() != x.shape[1]:
-        raise RuntimeError(f"{name} should contain {x.shape[1]} elements not {tensor.numel()}")
+        raise RuntimeError(
+            f"{name} should contain {x.shape[1]} elements not {tensor.numel()}, as x has channels"
+        )
     if tensor.dim() != 1:
         raise RuntimeError(f"{name} must have shape {(x.shape[1],)}, not {tuple(tensor.shape)}")
 

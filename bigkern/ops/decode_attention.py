@@ -17,10 +17,10 @@ from bigkern.ops.attention_arguments import (
     check_softcap,
     check_tensors,
     corner_and_window,
-    kind,
     may_look,
     per_head,
 )
+from bigkern.ops.checks import check_dense, kind
 from bigkern.reference import decode_attention as reference
 
 define(
@@ -147,7 +147,9 @@ def bind(
     first, Hkv, S, Dv = *k_cache.shape[:3], v_cache.shape[3]
     if k_cache.shape[3] != D or (page_table is None and first != B):
         rows = f"[{B}, Hkv, S, {D}]" if page_table is None else f"[pages, Hkv, page_size, {D}]"
-        raise ValueError(f"k_cache must be {rows} to match q {tuple(q.shape)}, not {tuple(k_cache.shape)}")
+        paged = "without" if page_table is None else "with"
+        found = f"to match q {tuple(q.shape)} {paged} a page_table, not {tuple(k_cache.shape)}"
+        raise ValueError(f"k_cache must be {rows} {found}")
     if v_cache.shape[:3] != k_cache.shape[:3]:
         raise ValueError(
             f"v_cache must be {[first, Hkv, S]} + [Dv] to match k_cache, not {tuple(v_cache.shape)}"
@@ -185,13 +187,16 @@ def bind(
 def _check_new(name: str, x: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
     if not isinstance(x, Tensor) or x.dtype != q.dtype:
         raise TypeError(f"{name} must be a Tensor of q's dtype {q.dtype}, not {kind(x)}")
+    check_dense(name, x)
     if tuple(x.shape) != shape or x.device != q.device:
-        raise ValueError(f"{name} must be {list(shape)} on {q.device}, not {list(x.shape)} on {x.device}")
+        wanted = f"{list(shape)} on {q.device}, as q and {name}_cache are"
+        raise ValueError(f"{name} must be {wanted}, not {list(x.shape)} on {x.device}")
 
 
 def _check_int32(name: str, x: Tensor, shape: tuple[int, ...], wanted: str, q: Tensor) -> None:
     if not isinstance(x, Tensor) or x.dtype != torch.int32:
         raise TypeError(f"{name} must be an int32 Tensor {wanted}, not {kind(x)}")
+    check_dense(name, x)
     if tuple(x.shape) != shape or x.device != q.device:
         found = f"{list(x.shape)} on {x.device}"
         raise ValueError(f"{name} must have shape {wanted} = {list(shape)} on {q.device}, not {found}")
@@ -207,7 +212,8 @@ def _check_values(
     if least < 0 or most > capacity:
         new = f" with the {added} new keys" if added else ""
         raise ValueError(
-            f"cache_seqlens must be within 0 and the cache's {capacity} keys{new}, not {least}..{most}"
+            f"cache_seqlens must be within 0 and the {capacity} keys{new} that k_cache and page_table hold,"
+            f" not {least}..{most}"
         )
     if page_table is None:
         return

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bigkern.ops.checks import check_number
+
 
 def check_dropout(p: float, name: str = "dropout_p") -> float:
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"{name} must be in [0, 1), not {p}")
-    return float(p)
+    return check_number(name, p, "in [0, 1)", 0.0, 1.0)
 
 
 def dropout_key(p: float, seed: int, offset: int) -> Tensor | None:

@@ -20,6 +20,7 @@ from bigkern.ops._library import (
     unavailable,
     unproven,
 )
+from bigkern.ops.checks import check_choice, check_dense, check_flag, kind
 from bigkern.ops.layernorm_ffn import (
     TRITON_PIECES,
     Activation,
@@ -80,14 +81,13 @@ def freeze_weight(weight: Tensor, weights: Weights, *, gated: bool = False) -> F
         >>> freeze_weight(torch.randn(256, 64), "int8").values.dtype
         torch.int8
     """
-    if weights not in ("packed", *STORED):
-        raise ValueError(f'weights must be "packed", "int8" or "fp8", not {weights!r}')
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        given = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"weight must be a floating-point Tensor, not {given}")
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be [N, K], not of shape {tuple(weight.shape)}")
-    if gated and weight.shape[0] % 2 != 0:
+    check_choice("weights", weights, ("packed", *STORED))
+    check_dense("weight", weight)
+    if weight.dtype not in (*KERNEL_DTYPES, torch.float64):
+        raise TypeError(f"weight must be a floating-point Tensor, not {kind(weight)}")
+    if weight.dim() != 2 or weight.shape[1] == 0:
+        raise ValueError(f"weight must be [N, K] with K > 0, not of shape {tuple(weight.shape)}")
+    if check_flag("gated", gated) and weight.shape[0] % 2 != 0:
         raise ValueError(f"weight must have an even number of rows to be gated, not {weight.shape[0]}")
     values, scale = weight.detach().resolve_neg(), None
     if weights in STORED:
@@ -216,7 +216,7 @@ def bind(
         if not isinstance(weight, FrozenWeight):
             raise TypeError(f"{name} must be a FrozenWeight, of freeze_weight, not {type(weight).__name__}")
     given = (x, w1.values, b1, w2.values, b2, norm_weight, norm_bias)
-    check_block(given, norm, activation, placement, eps, weights_like_x=False)
+    eps = check_block(given, norm, activation, placement, residual, eps, weights_like_x=False)
     autocasting = torch.is_autocast_enabled(x.device.type)
     for name, (values, scale, _) in (("w1", w1), ("w2", w2)):
         if scale is None and values.dtype != x.dtype and not autocasting:

@@ -25,6 +25,7 @@ from bigkern.ops._library import (
     unavailable,
     unproven,
 )
+from bigkern.ops.checks import check_choice, check_dense, check_eps, check_flag, kind
 from bigkern.ops.dropout import check_dropout, drawn_key, dropout_key
 from bigkern.ops.norm import MAX_COLUMNS, autocast
 from bigkern.ops.norm import stock as stock_norm
@@ -210,9 +211,8 @@ def bind(
     Save is ``"nothing"`` where no backward can follow. The key is None without a seed.
     """
     tensors = (x, w1, b1, w2, b2, norm_weight, norm_bias)
-    check_block(tensors, norm, activation, placement, eps)
-    if save not in ("preactivation", "input"):
-        raise ValueError(f'save must be "preactivation" or "input", not {save!r}')
+    eps = check_block(tensors, norm, activation, placement, residual, eps)
+    check_choice("save", save, ("preactivation", "input"))
     dropout_p = check_dropout(dropout_p)
     hidden_dropout_p = check_dropout(hidden_dropout_p, "hidden_dropout_p")
     key = None if seed is None else dropout_key(max(dropout_p, hidden_dropout_p), seed, offset)
@@ -227,18 +227,16 @@ def check_block(
     norm: str,
     activation: str,
     placement: str,
+    residual: bool,
     eps: float,
     weights_like_x: bool = True,
-) -> None:
-    """x, w1, b1, w2, b2, norm_weight and norm_bias fit each other and the block."""
-    if norm not in ("layer", "rms", "none"):
-        raise ValueError(f'norm must be "layer", "rms" or "none", not {norm!r}')
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
-    if placement not in ("pre", "post"):
-        raise ValueError(f'placement must be "pre" or "post", not {placement!r}')
-    if not 0.0 <= eps < math.inf:
-        raise ValueError(f"eps must be finite and not negative, not {eps}")
+) -> float:
+    """x, w1, b1, w2, b2, norm_weight and norm_bias fit each other and the block; returns eps."""
+    check_choice("norm", norm, ("layer", "rms", "none"))
+    check_choice("activation", activation, ACTIVATIONS)
+    check_choice("placement", placement, ("pre", "post"))
+    check_flag("residual", residual)
+    eps = check_eps(eps)
     named = dict(zip(_NAMES, tensors, strict=True))
     if norm != "layer" and named["norm_bias"] is not None:
         raise ValueError(f"norm_bias must be None for norm={norm!r}")
@@ -258,6 +256,7 @@ def check_block(
         if tensor is not None and tensor.shape != shape:
             given = f"x {tuple(x.shape)}, w2 {tuple(w2.shape)} and activation {activation}"
             raise ValueError(f"{name} must be {shape} to match {given}, not {tuple(tensor.shape)}")
+    return eps
 
 
 def _with_drawn_key(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -274,8 +273,8 @@ def _check_sums(weight_grads: Any, w1: Tensor, w2: Tensor, eager: bool) -> None:
     for i, (total, weight) in enumerate(zip(weight_grads, (w1, w2), strict=True)):
         name = f"weight_grads[{i}]"
         if not isinstance(total, Tensor) or total.dtype != torch.float32:
-            given = total.dtype if isinstance(total, Tensor) else type(total).__name__
-            raise ValueError(f"{name} must be a float32 tensor, not {given}")
+            raise ValueError(f"{name} must be a float32 tensor, not {kind(total)}")
+        check_dense(name, total)
         if total.shape != weight.shape or total.device != weight.device or not total.is_contiguous():
             raise ValueError(f"{name} must be contiguous, {tuple(weight.shape)} and on {weight.device}")
     if not eager:
@@ -286,8 +285,7 @@ _NAMES = ("x", "w1", "b1", "w2", "b2", "norm_weight", "norm_bias")
 
 
 def _check_tensor(name: str, tensor: Any, x: Any, like_x: bool) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}")
+    check_dense(name, tensor)
     if tensor.device != x.device:
         raise ValueError(f"{name} must be on x's device {x.device}, not {tensor.device}")
     if not like_x:

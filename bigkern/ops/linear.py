@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bigkern import registry
 from bigkern.ops._library import KERNEL_DTYPES, LIBRARY, define, foreign, ordinary, plain, unavailable
+from bigkern.ops.checks import TORCHS, misfit_beside, named
 from bigkern.ops.norm import autocast
 from bigkern.reference import linear as reference
 
@@ -42,7 +43,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Saved for backward: x and the weight. Differentiable twice.
 
     Raises:
-        torch's own errors: what the kernels do not take goes to :func:`torch.nn.functional.linear`.
+        torch's own errors, with the argument's name before them: what the kernels do not take goes to
+            :func:`torch.nn.functional.linear`.
 
     Source: :func:`torch.nn.functional.linear`.
 
@@ -52,10 +54,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         torch.Size([2, 16, 256])
     """
     if _left_to_stock(x, weight, bias):
-        return F.linear(x, weight, bias)
+        return stock(x, weight, bias)
     backend = LINEAR.resolve(x, weight, bias)
     if backend.name == "torch":
-        return F.linear(x, weight, bias)
+        return stock(x, weight, bias)
     if not plain(x, weight, bias):
         return cast(Tensor, torch.ops.bigkern.linear(x, weight, bias))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
@@ -63,16 +65,40 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return cast(Tensor, backend.forward(x, weight, bias))
 
 
+def stock(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    try:
+        return F.linear(x, weight, bias)
+    except TORCHS as error:
+        raise named(error, _misfit(x, weight, bias)) from error
+
+
+def _misfit(x: Any, weight: Any, bias: Any) -> str | None:
+    """Which argument torch cannot mean, what it was and what it must be."""
+    given = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, tensor in given.items():
+        if (misfit := misfit_beside(name, tensor, x, "x")) is not None:
+            return misfit
+    if x.dim() == 0:
+        return "x must be [..., K], not a scalar"
+    if weight.dim() not in (1, 2) or weight.shape[-1] != x.shape[-1]:
+        return f"weight must be [N, {x.shape[-1]}] to match x {tuple(x.shape)}, not {tuple(weight.shape)}"
+    if bias is not None:
+        return f"bias must be [{weight.shape[0]}] to match weight, not {tuple(bias.shape)}"
+    return None
+
+
 def bind(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Any, ...]:
     """The public call's arguments as the op's; judging them is left to torch."""
     return x, weight, bias
 
 
-def _left_to_stock(x: Tensor, *others: Tensor | None) -> bool:
+def _left_to_stock(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether no backend but stock would be chosen whatever the weight's sizes are; asking costs too much."""
+    if x is None or weight is None:
+        return True  # to be refused in torch's words
     if registry.forced():
         return False
-    if not ordinary(x, *others) or x.dim() == 0:
+    if not ordinary(x, weight, bias) or x.is_nested or x.dim() == 0:
         return True
     return not x.is_cpu or x.dtype not in FASTER_IN or x.numel() < FASTER_FROM * x.shape[-1]
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bigkern.ops.checks import check_dense, kind
+
 
 def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     r"""Join attention results of the same queries over disjoint sets of keys, by their log-sum-exp.
@@ -40,13 +42,19 @@ def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[
         >>> torch.allclose(o, bigkern.attention(q, k, k), atol=1e-5)
         True
     """
-    outputs, lses = list(outputs), list(lses)
+    outputs, lses = _tensors("outputs", outputs), _tensors("lses", lses)
     if len(outputs) == 0 or len(outputs) != len(lses):
         raise ValueError(f"lses must be as many as outputs, and at least 1: {len(lses)} and {len(outputs)}")
+    first = outputs[0]
     for x, lse in zip(outputs, lses, strict=True):
-        if x.shape != outputs[0].shape or lse.shape != x.shape[:-1]:
-            shape, found = list(outputs[0].shape), f"{list(x.shape)} and {list(lse.shape)}"
+        if x.shape != first.shape or lse.shape != x.shape[:-1] or x.dim() == 0:
+            shape, found = list(first.shape), f"{list(x.shape)} and {list(lse.shape)}"
             raise ValueError(f"outputs must all be {shape} and lses {shape[:-1]}, not {found}")
+        if x.dtype != first.dtype:
+            raise TypeError(f"outputs must all be {first.dtype}, not {x.dtype}")
+        if x.device != first.device or lse.device != first.device:
+            found = f"{x.device} and {lse.device}"
+            raise ValueError(f"outputs and lses must all be on {first.device}, not {found}")
     parts = torch.stack(lses)
     most = parts.detach().amax(0)
     most = most.masked_fill(most == float("-inf"), 0.0)
@@ -57,3 +65,13 @@ def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[
     o = sum(x * (w / total).unsqueeze(-1) for x, w in zip(outputs, weights, strict=True))
     lse = (most + torch.log(total)).masked_fill(nothing, float("-inf"))
     return o.to(outputs[0].dtype), lse  # type: ignore[union-attr]
+
+
+def _tensors(name: str, given: Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(given, Tensor) or not isinstance(given, Sequence):
+        raise TypeError(f"{name} must be a sequence of Tensors, not {kind(given)}")
+    for i, x in enumerate(given):
+        check_dense(f"{name}[{i}]", x)
+        if not x.is_floating_point():
+            raise TypeError(f"{name}[{i}] must be floating point, not {x.dtype}")
+    return list(given)

@@ -23,6 +23,8 @@ from bigkern.ops._library import (
     unavailable,
     unproven,
 )
+from bigkern.ops.checks import TORCHS, check_dense, check_eps, misfit_dtype, named
+from bigkern.ops.checks import kind as kind_of
 from bigkern.ops.dropout import check_dropout, drawn_key, dropout_key
 from bigkern.reference import norm as reference
 from bigkern.reference.dropout import dropped
@@ -109,6 +111,7 @@ def _left_to_stock(x: Tensor, eps: float) -> bool:
         type(x) is Tensor
         and x.is_cpu
         and x.numel() < LAYER_FASTER_FROM
+        and isinstance(eps, float)
         and 0.0 <= eps < math.inf
         and not registry.forced()
         and not torch.compiler.is_compiling()
@@ -202,11 +205,10 @@ def bind(
     They are ``(x, residual, weight, bias, eps, kind, dropout_p, key)``; the key is None without a seed.
     Several normalized dimensions become one. ``kind="rms"`` is :func:`rms_norm`.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a Tensor, not {type(x).__name__}")
+    check_dense_or_jagged("x", x)
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, not {x.dtype}")
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    shape = _checked_shape(normalized_shape)
     if not shape:
         raise RuntimeError("normalized_shape must have at least one dimension, not ()")
     if x.shape[-len(shape) :] != shape:
@@ -225,10 +227,8 @@ def bind(
             raise TypeError(f"residual must have x's dtype {x.dtype}, not {residual.dtype}")
         if residual.shape != x.shape:
             raise RuntimeError(f"residual must have x's shape {tuple(x.shape)}, not {tuple(residual.shape)}")
-    if eps is None:
-        eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
-    elif not 0.0 <= eps < math.inf:
-        raise ValueError(f"eps must be finite and not negative, not {eps}")
+    default = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps
+    eps = check_eps(default)
     dropout_p = check_dropout(dropout_p)
     if dropout_p > 0.0 and residual is None:
         raise ValueError("dropout_p needs a residual: it is what dropout(x) is added to")
@@ -239,9 +239,27 @@ def bind(
     return x, residual, weight, bias, eps, kind, dropout_p, key
 
 
+def _checked_shape(normalized_shape: Any) -> tuple[int, ...]:
+    if isinstance(normalized_shape, int | torch.SymInt):
+        return (normalized_shape,)  # type: ignore[return-value]
+    if not isinstance(normalized_shape, Sequence) or isinstance(normalized_shape, str | bytes):
+        raise TypeError(
+            f"normalized_shape must be an int or a sequence of ints, not {kind_of(normalized_shape)}"
+        )
+    for size in normalized_shape:
+        if not isinstance(size, int | torch.SymInt):
+            raise TypeError(f"normalized_shape must hold ints, not {kind_of(size)}")
+    return tuple(normalized_shape)
+
+
+def check_dense_or_jagged(name: str, x: Any) -> None:
+    """Norms of nested tensors of layout torch.jagged are stock's."""
+    if not isinstance(x, Tensor) or x.layout != torch.jagged:
+        check_dense(name, x)
+
+
 def check_tensor(name: str, tensor: Any, x: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}")
+    check_dense_or_jagged(name, tensor)
     if tensor.device != x.device:
         raise ValueError(f"{name} must be on x's device {x.device}, not {tensor.device}")
 
@@ -362,9 +380,12 @@ def stock(
         x = F.dropout(x, dropout_p) if key is None else dropped(x, key, dropout_p, OUTPUT)
     total = None if residual is None else x + residual
     s = x if total is None else total
-    if kind == "layer":
-        return F.layer_norm(s, s.shape[-1:], weight, bias, eps), total
-    return F.rms_norm(s, s.shape[-1:], weight, eps), total
+    try:
+        if kind == "layer":
+            return F.layer_norm(s, s.shape[-1:], weight, bias, eps), total
+        return F.rms_norm(s, s.shape[-1:], weight, eps), total
+    except TORCHS as error:
+        raise named(error, misfit_dtype(s, {"weight": weight, "bias": bias})) from error
 
 
 def on_rows(x: Tensor | None) -> Tensor | None:
@@ -386,10 +407,13 @@ def rows_backend(forward: Callable[..., Result], backward: Callable[..., Gradien
     return norm, norm_backward
 
 
+def is_autocast_on(x: Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def autocast(x: Tensor) -> registry.Reason:
     """Why kernels stay out of autocast: torch's own functions choose their dtypes there."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if is_autocast_on(x):
         return "autocast is on, and decides the dtypes of torch's own functions"
     return None
 

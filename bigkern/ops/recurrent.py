@@ -26,7 +26,7 @@ from bigkern.ops._library import (
     unproven,
 )
 from bigkern.ops.attention_arguments import autocast as narrowed
-from bigkern.ops.norm import autocast
+from bigkern.ops.norm import autocast, is_autocast_on
 from bigkern.ops.recurrent_arguments import bind, check_batch_sizes, layout_of
 from bigkern.ops.recurrent_layer import Gradients, Result, composed, composed_backward
 from bigkern.ops.recurrent_stock import REFERENCE, REFERENCE_BACKWARD, stock
@@ -109,7 +109,7 @@ def recurrent(
         >>> y.shape, hn.shape
         (torch.Size([5, 3, 20]), torch.Size([1, 3, 20]))
     """
-    if zoneout is not None and torch.is_autocast_enabled(x.device.type):
+    if zoneout is not None and isinstance(x, Tensor) and is_autocast_on(x):
         return _in_autocast(x, hx, weights, mode, batch_sizes, zoneout)
     arguments = bind(x, hx, weights, mode, batch_sizes, zoneout)
     backend = RECURRENT.resolve(*arguments)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from bigkern.ops.checks import check_dense, kind
 from bigkern.ops.norm import check_tensor
 from bigkern.reference.recurrent import GATES
 
@@ -58,14 +59,18 @@ def bind(
     They are ``(x, h0, c0, weights, batch_sizes, zoneout, mode, save)``: without hx the state is zeros,
     zoneout is ``[N, D*H]``, save is whether a gradient is wanted.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a Tensor, not {type(x).__name__}")
-    if mode not in GATES:
+    check_dense("x", x)
+    if not isinstance(mode, str) or mode not in GATES:
         raise ValueError(f"Unrecognized RNN mode: {mode}; mode must be one of {', '.join(GATES)}")
+    if isinstance(weights, Tensor) or not isinstance(weights, Sequence):
+        raise TypeError(f"weights must be a sequence of Tensors, not {kind(weights)}")
     weights = list(weights)
     for i, weight in enumerate(weights):
-        if not isinstance(weight, Tensor) or weight.device != x.device:
-            check_tensor(f"weights[{i}]", weight, x)
+        check_tensor(f"weights[{i}]", weight, x)
+        if weight.dtype != weights[0].dtype:
+            raise TypeError(
+                f"weights[{i}] must have weights[0]'s dtype {weights[0].dtype}, not {weight.dtype}"
+            )
     layout = layout_of(weights)
     _check_input(x, weights[0], batch_sizes)
     H, output_size = _check_weights(weights, layout, mode)
@@ -92,12 +97,14 @@ def _check_input(x: Tensor, w_ih: Tensor, batch_sizes: Any) -> None:
         raise TypeError(f"x must be floating point, not {x.dtype}")
     if x.dtype != w_ih.dtype and not torch._C._is_any_autocast_enabled():
         raise ValueError(
+            "x must have the dtype of weights: "
             f"RNN input dtype ({x.dtype}) does not match weight dtype ({w_ih.dtype}). "
             f"Convert input: input.to({w_ih.dtype}), or convert model: model.to({x.dtype})"
         )
     dims = 3 if batch_sizes is None else 2
     if x.dim() != dims:
-        raise RuntimeError(f"x: input must have {dims} dimensions, got {x.dim()}")
+        asked = "without batch_sizes" if batch_sizes is None else "with batch_sizes"
+        raise RuntimeError(f"x: input must have {dims} dimensions, got {x.dim()}, {asked}")
     if x.shape[-1] != w_ih.shape[1]:
         raise RuntimeError(
             f"x: input.size(-1) must be equal to input_size. Expected {w_ih.shape[1]}, got {x.shape[-1]}"
@@ -107,8 +114,7 @@ def _check_input(x: Tensor, w_ih: Tensor, batch_sizes: Any) -> None:
     if batch_sizes is None:
         return
     if not isinstance(batch_sizes, Tensor) or batch_sizes.dtype != torch.int64:
-        kind = batch_sizes.dtype if isinstance(batch_sizes, Tensor) else type(batch_sizes).__name__
-        raise TypeError(f"batch_sizes must be an int64 Tensor, not {kind}")
+        raise TypeError(f"batch_sizes must be an int64 Tensor, not {kind(batch_sizes)}")
     if not batch_sizes.is_cpu:
         raise ValueError("batch_sizes should always be on CPU")
     if batch_sizes.dim() != 1 or batch_sizes.numel() == 0:
@@ -158,7 +164,8 @@ def _states(
         expected = (D, state.shape[1] if B is None and state.dim() == 3 else B, size)
         if state.shape != expected:
             hidden = name.replace("hx", "hidden")  # torch's word
-            raise RuntimeError(f"{name}: Expected {hidden} size {expected}, got {list(state.shape)}")
+            found = f"got {list(state.shape)} for these weights"
+            raise RuntimeError(f"{name}: Expected {hidden} size {expected}, {found}")
     return (hx[0], hx[1]) if lstm else (hx, None)
 
 
@@ -169,6 +176,7 @@ def _checked_zoneout(zoneout: Any, x: Tensor, width: int) -> Tensor:
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     if zoneout.shape not in ((rows, width), (*x.shape[:-1], width)):
         raise RuntimeError(
-            f"zoneout must have the output's shape {(*x.shape[:-1], width)}, not {tuple(zoneout.shape)}"
+            f"zoneout must have the output's shape {(*x.shape[:-1], width)}, not {tuple(zoneout.shape)},"
+            " for this x"
         )
     return cast(Tensor, zoneout.reshape(rows, width))

@@ -158,6 +158,8 @@ def _check(model: nn.Module) -> None:
 
 
 def _chosen(ops: Iterable[str] | None) -> tuple[str, ...]:
+    if ops is not None and not isinstance(ops, Iterable):
+        raise TypeError(f"ops must be names of ops or None, not {type(ops).__name__}")
     chosen = OPS if ops is None else (ops,) if isinstance(ops, str) else tuple(ops)
     for op in chosen:
         if op not in OPS:
