@@ -164,7 +164,8 @@ def bind(
     _check_int32("cache_seqlens", cache_seqlens, (B,), "[B]", q)
     capacity = S
     if page_table is not None:
-        width = page_table.shape[-1] if isinstance(page_table, Tensor) and page_table.dim() == 2 else 0
+        check_dense("page_table", page_table)
+        width = page_table.shape[-1] if page_table.dim() == 2 else 0
         _check_int32("page_table", page_table, (B, width), "[B, pages of a sequence]", q)
         capacity = S * width
     added = 0 if k is None else Sq

@@ -186,8 +186,8 @@ def _cpu_refuses(x: Tensor, weight: Tensor, bias: Tensor | None) -> registry.Rea
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and (tensor.dtype != x.dtype or not tensor.is_cpu):
             return f"{name} is {tensor.dtype} on {tensor.device}, x is {x.dtype}"
-    if any(t is not None and t.layout != torch.strided for t in (x, weight, bias)):
-        return "a tensor is sparse"
+    if any(t is not None and (t.layout != torch.strided or t.is_nested) for t in (x, weight, bias)):
+        return "a tensor is sparse or nested"
     if weight.dim() != 2 or x.dim() < 2 or x.shape[-1] != weight.shape[1]:
         return "the shapes are torch's to judge"
     if bias is not None and bias.shape != weight.shape[:1]:
