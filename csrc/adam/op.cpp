@@ -40,33 +40,34 @@ bool same_layout(const Tensor& x, const Tensor& y) {
 }
 
 void check_length(const TensorList& list, const char* name, size_t length) {
-  STD_TORCH_CHECK(list.size() == length, name, " must have one tensor a parameter, ", length,
-                  ", not ", list.size());
+  require(list.size() == length, name, " must have one tensor a parameter, ", length, ", not ",
+          list.size());
 }
 
 void check_place(const Tensor& x, const Tensor& param, const char* name, size_t i) {
-  STD_TORCH_CHECK(x.is_cpu() == param.is_cpu() && x.get_device_index() == param.get_device_index(),
-                  name, "[", i, "] must be on params' device");
+  require(x.is_cpu() == param.is_cpu() && x.get_device_index() == param.get_device_index(), name,
+          "[", i, "] must be on params' device");
+  require(in_storage(x), name, "[", i, "] must lie in its storage, which is too small for it");
 }
 
 // The address of a tensor that lies as its parameter does and is updated there; `like` has its
 // dtype.
 void* updated(const Tensor& x, const Tensor& like, const Tensor& param, const char* name,
               size_t i) {
-  STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), name, "[", i,
-                  "] must have the dtype of the rest of its list, and grads that of params");
+  require(x.scalar_type() == like.scalar_type(), name, "[", i,
+          "] must have the dtype of the rest of its list, and grads that of params");
   check_place(x, param, name, i);
   bool same_shape = x.dim() == param.dim();
   for (int64_t d = 0; same_shape && d < x.dim(); ++d) same_shape = x.size(d) == param.size(d);
-  STD_TORCH_CHECK(same_shape, name, "[", i, "] must have params[", i, "]'s shape");
-  STD_TORCH_CHECK(same_layout(x, param), name, "[", i, "] must have params[", i, "]'s strides");
+  require(same_shape, name, "[", i, "] must have params[", i, "]'s shape");
+  require(same_layout(x, param), name, "[", i, "] must have params[", i, "]'s strides");
   return x.mutable_data_ptr();
 }
 
 // The address of `count` float32 beside a parameter.
 float* numbers_of(const Tensor& x, int64_t count, const Tensor& param, const char* name, size_t i) {
-  STD_TORCH_CHECK(dtype_of(x, name) == Dtype::f32 && x.numel() == count && x.is_contiguous(), name,
-                  "[", i, "] must be ", count, " float32");
+  require(dtype_of(x, name) == Dtype::f32 && x.numel() == count && x.is_contiguous(), name, "[", i,
+          "] must be ", count, " float32");
   check_place(x, param, name, i);
   return static_cast<float*>(x.mutable_data_ptr());
 }
@@ -93,21 +94,23 @@ Moments moments_of(const Tensor& exp_avg) {
 Master master_of(const OptionalTensor& master, Dtype dtype) {
   if (!master.has_value()) return Master::none;
   if (master->scalar_type() == torch::headeronly::ScalarType::Short) {
-    STD_TORCH_CHECK(dtype == Dtype::bf16, "masters of int16 belong to bfloat16 parameters");
+    require(dtype == Dtype::bf16, "masters of int16 belong to bfloat16 parameters");
     return Master::remainder;
   }
-  STD_TORCH_CHECK(dtype_of(*master, "masters") == Dtype::f32 && dtype != Dtype::f32,
-                  "masters must be float32 or int16, beside parameters of 16 bits");
+  require(dtype_of(*master, "masters") == Dtype::f32 && dtype != Dtype::f32,
+          "masters must be float32 or int16, beside parameters of 16 bits");
   return Master::f32;
 }
 
-// Whether a kernel is compiled for this storage.
-void check_storage(const Update& u, const Parameter& first) {
-  STD_TORCH_CHECK(u.moments != Moments::f16 || u.dtype == Dtype::f16,
-                  "exp_avgs must have params' dtype, or be float32, bfloat16 or uint8");
-  STD_TORCH_CHECK(
-      u.amsgrad == (first.vmax != nullptr),
-      "max_exp_avg_sqs must have one tensor a parameter with amsgrad, and none without");
+// Whether a kernel is compiled for this storage, and finds all of it. Empty tensors have no
+// address.
+void check_stored(const Update& u, const std::vector<Parameter>& parameters) {
+  require(u.moments != Moments::f16 || u.dtype == Dtype::f16,
+          "exp_avgs must have params' dtype, or be float32, bfloat16 or uint8");
+  for (const Parameter& p : parameters) {
+    require(p.n == 0 || u.amsgrad == (p.vmax != nullptr),
+            "max_exp_avg_sqs must have one tensor a parameter with amsgrad, and none without");
+  }
 }
 
 OptionalTensor first_of(const TensorList& list) {
@@ -134,15 +137,15 @@ std::vector<Parameter> gather(const Lists& x) {
   check_length(x.masters, "masters", mastered ? count : 0);
   check_length(x.exp_avg_scales, "exp_avg_scales", codes ? count : 0);
   check_length(x.exp_avg_sq_scales, "exp_avg_sq_scales", codes ? count : 0);
-  STD_TORCH_CHECK(!(codes && amsgrad), "amsgrad must be false with 8-bit moments");
+  require(!(codes && amsgrad), "amsgrad must be false with 8-bit moments");
   std::vector<Parameter> parameters(count);
   int64_t before = 0;
   for (size_t i = 0; i < count; ++i) {
     const Tensor& param = x.params[i];
-    STD_TORCH_CHECK(param.scalar_type() == x.params[0].scalar_type() &&
-                        param.get_device_index() == x.params[0].get_device_index(),
-                    "params[", i, "] must have the dtype and device of params[0]");
-    STD_TORCH_CHECK(dense(param), "params[", i, "] must be dense in memory");
+    require(param.scalar_type() == x.params[0].scalar_type(), "params[", i,
+            "] must have params[0]'s dtype");
+    check_place(param, x.params[0], "params", i);
+    require(dense(param), "params[", i, "] must be dense in memory");
     const auto moment = [&](const TensorList& list, const char* name) {
       return updated(list[i], x.exp_avgs[0], param, name, i);
     };
@@ -244,7 +247,7 @@ void adam(const TensorList& params, const TensorList& grads, const TensorList& e
                        decoupled, amsgrad,    maximize,  zero_grads, max_norm,
                        seed,      grad_scale, found_inf, lr_tensor,  grad_norm};
   const Update call = hyper.update(params[0], exp_avgs[0], first_of(masters));
-  check_storage(call, parameters[0]);
+  check_stored(call, parameters);
   Device::update(call, parameters, params[0]);
 }
 
@@ -273,17 +276,22 @@ Tensor adam_pack(const TensorList& params, const TensorList& exp_avgs,
 // The rows of a table with the gradients' addresses, [count] int64 on the CPU, laid out like their
 // parameters. The caller answers for every address.
 std::vector<Parameter> unpack(const Tensor& table, const Tensor& grads) {
-  STD_TORCH_CHECK(
-      table.is_cpu() && table.is_contiguous() && table.dim() == 2 && table.size(1) == kRow,
-      "table must come from adam_pack");
-  STD_TORCH_CHECK(grads.is_cpu() && grads.is_contiguous() && grads.numel() == table.size(0) &&
-                      grads.scalar_type() == torch::headeronly::ScalarType::Long,
-                  "grads must be one int64 a parameter");
+  const auto holds_numbers = [](const Tensor& x) {
+    return x.is_cpu() && x.is_contiguous() && in_storage(x) &&
+           x.scalar_type() == torch::headeronly::ScalarType::Long;
+  };
+  require(holds_numbers(table) && table.dim() == 2 && table.size(1) == kRow,
+          "table must come from adam_pack");
+  require(holds_numbers(grads) && grads.numel() == table.size(0),
+          "grads must be one int64 a parameter");
   const auto* rows = static_cast<const Parameter*>(table.const_data_ptr());
   const auto* addresses = static_cast<const int64_t*>(grads.const_data_ptr());
   std::vector<Parameter> parameters(rows, rows + table.size(0));
-  for (size_t i = 0; i < parameters.size(); ++i)
+  for (size_t i = 0; i < parameters.size(); ++i) {
     parameters[i].g = reinterpret_cast<void*>(addresses[i]);
+    require(parameters[i].n == 0 || addresses[i] != 0, "grads[", i,
+            "] must lie in its storage, which is too small for it");
+  }
   return parameters;
 }
 
@@ -301,7 +309,7 @@ void adam_packed(const Tensor& param, const Tensor& exp_avg, const OptionalTenso
   const std::vector<Parameter> parameters = unpack(table, grads);
   if (parameters.empty()) return;
   const Update call = hyper.update(param, exp_avg, master);
-  check_storage(call, parameters[0]);
+  check_stored(call, parameters);
   Device::update(call, parameters, param);
 }
 
@@ -316,13 +324,13 @@ Tensor norm_of(const std::vector<Parameter>& grads, const Tensor& like) {
 
 template <class Device>
 Tensor grad_norm(const TensorList& grads) {
-  STD_TORCH_CHECK(!grads.empty(), "grads must not be empty");
+  require(!grads.empty(), "grads must not be empty");
   std::vector<Parameter> parameters(grads.size());
   int64_t before = 0;
   for (size_t i = 0; i < grads.size(); ++i) {
-    STD_TORCH_CHECK(grads[i].scalar_type() == grads[0].scalar_type(), "grads[", i,
-                    "] must have grads[0]'s dtype");
-    STD_TORCH_CHECK(dense(grads[i]), "grads[", i, "] must be dense in memory");
+    require(grads[i].scalar_type() == grads[0].scalar_type(), "grads[", i,
+            "] must have grads[0]'s dtype");
+    require(dense(grads[i]), "grads[", i, "] must be dense in memory");
     check_place(grads[i], grads[0], "grads", i);
     parameters[i] = {};
     parameters[i].g = const_cast<void*>(grads[i].const_data_ptr());

@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q_, const Tensor& k_, const T
                                      int64_t window_right, double softcap, double dropout_p,
                                      int64_t max_seqlen_q, int64_t max_seqlen_k) {
   const Shape s =
-      shape_of(q_, k_, v_,
+      shape_of({q_, "q"}, k_, v_,
                {mask, bias, alibi_slopes, sinks, dropout_key, cu_seqlens_q, cu_seqlens_k, scale,
                 causal, window_left, window_right, softcap, dropout_p, max_seqlen_q, max_seqlen_k});
   const Tensor q = with_dense_rows(q_), k = with_dense_rows(k_), v = with_dense_rows(v_);
@@ -74,21 +74,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, double scale,
     const std::string& causal, int64_t window_left, int64_t window_right, double softcap,
     double dropout_p, int64_t max_seqlen_q, int64_t max_seqlen_k) {
+  const First first(q_, "q");
   const Shape s =
-      shape_of(q_, k_, v_,
+      shape_of(first, k_, v_,
                {mask, bias, alibi_slopes, sinks, dropout_key, cu_seqlens_q, cu_seqlens_k, scale,
                 causal, window_left, window_right, softcap, dropout_p, max_seqlen_q, max_seqlen_k});
-  const int64_t rows = q_.size(0) * s.Hq * q_.size(2);
-  STD_TORCH_CHECK(dtype_of(dout_, "do") == s.dtype && dtype_of(o_, "o") == s.dtype &&
-                      dtype_of(lse_, "lse") == Dtype::f32,
-                  "do and o must have q's dtype and lse must be float32");
-  STD_TORCH_CHECK(
-      dout_.numel() == rows * s.Dv && o_.numel() == dout_.numel() && lse_.numel() == rows,
-      "do and o must be [B, Hq, Sq, Dv] and lse [B, Hq, Sq]");
-  STD_TORCH_CHECK(
-      !dlse_.has_value() || (dtype_of(*dlse_, "dlse") == Dtype::f32 && dlse_->numel() == rows),
-      "dlse must be float32 [B, Hq, Sq]");
-  STD_TORCH_CHECK(!bias_grad || bias.has_value(), "bias_grad needs a bias");
+  const int64_t B = q_.size(0), rows = q_.size(2);
+  check(dout_, "do", first, {B, s.Hq, rows, s.Dv});
+  check(o_, "o", first, {B, s.Hq, rows, s.Dv});
+  check_f32(lse_, "lse", first, {B, s.Hq, rows});
+  check_f32(dlse_, "dlse", first, {B, s.Hq, rows});
+  require(!bias_grad || bias.has_value(), "bias_grad needs a bias");
   const Tensor dout = with_dense_rows(dout_), o = with_dense_rows(o_);
   const Tensor q = with_dense_rows(q_), k = with_dense_rows(k_), v = with_dense_rows(v_);
   const Tensor lse = torch::stable::contiguous(lse_);
@@ -127,25 +123,24 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& q_, const Tensor& k_, 
                                             const OptionalTensor& sinks, double scale,
                                             const std::string& causal, int64_t window_left,
                                             int64_t window_right, double softcap) {
-  const Tensor q = with_dense_rows(q_), k = with_dense_rows(k_), v = with_dense_rows(v_);
-  const int64_t B = q.size(0), Sq = q.size(2);
-  const Shape s = decode_shape_of(
-      q, k, v, page_table,
-      {std::nullopt, std::nullopt, alibi_slopes, sinks, std::nullopt, std::nullopt, std::nullopt,
-       scale, causal, window_left, window_right, softcap, 0.0, Sq, 0});
-  STD_TORCH_CHECK(is_int32(cache_seqlens) && cache_seqlens.dim() == 1 && cache_seqlens.size(0) == B,
-                  "cache_seqlens must be contiguous int32, [B]");
+  const First first(q_, "q");
+  const Shape s =
+      decode_shape_of(first, k_, v_, page_table,
+                      {std::nullopt, std::nullopt, alibi_slopes, sinks, std::nullopt, std::nullopt,
+                       std::nullopt, scale, causal, window_left, window_right, softcap, 0.0, 0, 0});
+  const int32_t* const lengths = lengths_of(cache_seqlens, s, first);
   Pages pages{nullptr, 0, 0};
   if (page_table.has_value()) {
-    pages = {data_of<int32_t>(page_table), page_table->size(1), k.size(2)};
+    check_pages(*page_table, lengths, k_);
+    pages = {data_of<int32_t>(page_table), page_table->size(1), k_.size(2)};
   }
-  Tensor o = empty_bshd(q, s.Hq, Sq, s.Dv);
-  Tensor lse = empty_f32(q, {B, s.Hq, Sq});
+  const Tensor q = with_dense_rows(q_), k = with_dense_rows(k_), v = with_dense_rows(v_);
+  Tensor o = empty_bshd(q, s.Hq, s.Sq, s.Dv);
+  Tensor lse = empty_f32(q, {s.B, s.Hq, s.Sq});
   Tensor workspace = empty_bytes(q, Device::decode_workspace(s));
   Device::decode(
-      {s, in(q), in(k), in(v), static_cast<const int32_t*>(cache_seqlens.const_data_ptr()), pages,
-       out(o), statistic(lse, static_cast<float*>(lse.mutable_data_ptr())),
-       workspace.mutable_data_ptr()},
+      {s, in(q), in(k), in(v), lengths, pages, out(o),
+       statistic(lse, static_cast<float*>(lse.mutable_data_ptr())), workspace.mutable_data_ptr()},
       q);
   return {o, lse};
 }

@@ -59,32 +59,91 @@ Tensor empty_bshd(const Tensor& like, int64_t H, int64_t S, int64_t D) {
   return Tensor(handle);
 }
 
-void check_broadcast(const OptionalTensor& x, const char* name, const Shape& s) {
+// mask or bias, checked but for its dtype.
+void check_broadcast(const OptionalTensor& x, const char* name, const Shape& s, const First& q) {
   if (!x.has_value()) return;
+  check_place(*x, name, q);
   const auto fits = [&](int d, int64_t size) { return x->size(d) == 1 || x->size(d) == size; };
-  STD_TORCH_CHECK(x->dim() == 4 && fits(0, s.B) && fits(1, s.Hq) && fits(2, s.Sq) && fits(3, s.Sk),
-                  name, " must have four dimensions that broadcast to [B, Hq, Sq, Sk]");
+  require(x->dim() == 4 && fits(0, s.B) && fits(1, s.Hq) && fits(2, s.Sq) && fits(3, s.Sk), name,
+          " must have four dimensions that broadcast to [B, Hq, Sq, Sk]");
 }
 
-PerHead per_head(const OptionalTensor& x, const char* name, const Shape& s) {
+PerHead per_head(const OptionalTensor& x, const char* name, const Shape& s, const First& q) {
   if (!x.has_value()) return {nullptr, 0};
-  STD_TORCH_CHECK(dtype_of(*x, name) == Dtype::f32 && x->is_contiguous() &&
-                      x->size(x->dim() - 1) == s.Hq &&
-                      (x->dim() == 1 || (x->dim() == 2 && x->size(0) == s.B)),
-                  name, " must be contiguous float32, [Hq] or [B, Hq]");
-  return {data_of<float>(x), x->dim() == 2 ? s.Hq : 0};
+  const bool batches = x->dim() == 2;
+  require(dtype_of(*x, name) == Dtype::f32 && x->is_contiguous() &&
+              (batches ? x->sizes() == Dims({s.B, s.Hq}) : x->sizes() == Dims({s.Hq})),
+          name, " must be contiguous float32, [Hq] or [B, Hq]");
+  check_place(*x, name, q);
+  return {data_of<float>(x), batches ? s.Hq : 0};
 }
 
-bool is_int32(const Tensor& x) {
-  return x.scalar_type() == torch::headeronly::ScalarType::Int && x.is_contiguous();
+void check_int32(const Tensor& x, const char* name, const char* form, bool right_form,
+                 const First& q) {
+  require(x.scalar_type() == torch::headeronly::ScalarType::Int && x.is_contiguous() && right_form,
+          name, " must be contiguous int32, ", form);
+  check_place(x, name, q);
 }
 
-const int32_t* begins_of(const OptionalTensor& x, const char* name) {
+// ---- lengths and page numbers: what a kernel reads and writes by, so that they must be right. On
+// a GPU they are trusted: looking at them would wait for it.
+
+// Where packed sequences begin, in `total` rows; null where they are not packed.
+const int32_t* begins_of(const OptionalTensor& x, const char* name, int64_t total, const First& q) {
   if (!x.has_value()) return nullptr;
-  STD_TORCH_CHECK(is_int32(*x) && x->dim() == 1 && x->size(0) > 0, name,
-                  " must be contiguous int32, [sequences + 1]");
-  return data_of<int32_t>(x);
+  check_int32(*x, name, "[sequences + 1]", x->dim() == 1 && x->numel() > 0, q);
+  const int32_t* const begins = data_of<int32_t>(x);
+  if (!x->is_cpu()) return begins;
+  const int64_t B = x->numel() - 1;
+  require(begins[0] == 0 && begins[B] == total, name, " must run from 0 to ", total,
+          ", the rows there are, not ", begins[0], "..", begins[B]);
+  for (int64_t b = 0; b < B; ++b) {
+    require(begins[b] <= begins[b + 1], name, " must not fall, but it does from ", begins[b],
+            " to ", begins[b + 1]);
+  }
+  return begins;
 }
+
+// The rows that a sequence can have at most, as the caller says.
+int64_t longest_of(const Tensor& cu_seqlens, int64_t given, const char* name, int64_t total) {
+  int64_t longest = 0;
+  if (cu_seqlens.is_cpu()) {
+    const auto* const begins = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
+    for (int64_t b = 0; b + 1 < cu_seqlens.numel(); ++b)
+      longest = std::max<int64_t>(longest, begins[b + 1] - begins[b]);
+  }
+  require(given >= longest, name, " must be at least ", longest,
+          ", the longest sequence there is, not ", given);
+  return std::min(given, total);
+}
+
+// The lengths [B] of cached sequences: at most the keys that the cache has room for.
+const int32_t* lengths_of(const Tensor& x, const Shape& s, const First& q) {
+  check_int32(x, "cache_seqlens", "[B]", x.sizes() == Dims({s.B}), q);
+  const auto* const lengths = static_cast<const int32_t*>(x.const_data_ptr());
+  if (!x.is_cpu()) return lengths;
+  for (int64_t b = 0; b < s.B; ++b) {
+    require(lengths[b] >= 0 && lengths[b] <= s.Sk,
+            "cache_seqlens must be within 0 and the cache's ", s.Sk, " keys, not ", lengths[b]);
+  }
+  return lengths;
+}
+
+// Page numbers [B, pages of a sequence]: those that the lengths ask for must be pages of the cache.
+void check_pages(const Tensor& page_table, const int32_t* lengths, const Tensor& k_cache) {
+  if (!page_table.is_cpu()) return;
+  const auto* row = static_cast<const int32_t*>(page_table.const_data_ptr());
+  const int64_t pages = k_cache.size(0), page_size = k_cache.size(2), width = page_table.size(1);
+  for (int64_t b = 0; b < page_table.size(0); ++b, row += width) {
+    for (int64_t page = 0; page * page_size < lengths[b]; ++page) {
+      require(row[page] >= 0 && row[page] < pages, "page_table must hold page numbers below ",
+              pages, ", not ", row[page]);
+    }
+  }
+}
+
+// ---- a call's shape
+// ------------------------------------------------------------------------------
 
 // The op's arguments besides q, k and v, as the schema lists them.
 struct Rules {
@@ -98,79 +157,78 @@ struct Rules {
 };
 
 // The rules' part of a shape whose sizes are known.
-void set_rules(Shape& s, const Rules& rules) {
-  STD_TORCH_CHECK(s.Sq < kMaxLength && s.Sk < kMaxLength, "sequences must be shorter than 2^30");
-  STD_TORCH_CHECK(s.Hkv > 0 && s.Hq % s.Hkv == 0, "q's heads must be a multiple of k's");
-  STD_TORCH_CHECK(s.D <= kMaxHeadDim && s.Dv <= kMaxHeadDim, "head_dim must be at most ",
-                  kMaxHeadDim);
+void set_rules(Shape& s, const Rules& rules, const First& q) {
+  require(s.Sq < kMaxLength && s.Sk < kMaxLength, "sequences must be shorter than 2^30");
+  require(s.Hkv > 0 && s.Hq % s.Hkv == 0, "q's heads must be a multiple of k's");
+  require(s.D <= kMaxHeadDim && s.Dv <= kMaxHeadDim, "head_dim must be at most ", kMaxHeadDim);
   s.scale = static_cast<float>(rules.scale), s.softcap = static_cast<float>(rules.softcap);
-  STD_TORCH_CHECK(
-      rules.causal == "none" || rules.causal == "top_left" || rules.causal == "bottom_right",
-      "causal must be none, top_left or bottom_right, not ", rules.causal);
+  require(rules.causal == "none" || rules.causal == "top_left" || rules.causal == "bottom_right",
+          "causal must be none, top_left or bottom_right, not ", rules.causal);
   s.corner = rules.causal == "top_left" ? Corner::top_left : Corner::bottom_right;
   const auto side = [](int64_t n) { return n < 0 ? kUnlimited : std::min(n, kUnlimited); };
   s.left = side(rules.window_left), s.right = side(rules.window_right);
-  STD_TORCH_CHECK(
+  require(
       !rules.mask.has_value() || rules.mask->scalar_type() == torch::headeronly::ScalarType::Bool,
       "mask must be bool");
-  STD_TORCH_CHECK(!rules.bias.has_value() || dtype_of(*rules.bias, "bias") == s.dtype,
-                  "bias must have q's dtype");
-  check_broadcast(rules.mask, "mask", s);
-  check_broadcast(rules.bias, "bias", s);
+  require(!rules.bias.has_value() || dtype_of(*rules.bias, "bias") == s.dtype,
+          "bias must have q's dtype");
+  check_broadcast(rules.mask, "mask", s, q);
+  check_broadcast(rules.bias, "bias", s, q);
   if (rules.mask.has_value()) s.mask = broadcast(*rules.mask, rules.mask->const_data_ptr());
   if (rules.bias.has_value()) s.bias = broadcast(*rules.bias, rules.bias->const_data_ptr());
-  s.slopes = per_head(rules.alibi_slopes, "alibi_slopes", s);
-  s.sinks = per_head(rules.sinks, "sinks", s);
+  s.slopes = per_head(rules.alibi_slopes, "alibi_slopes", s, q);
+  s.sinks = per_head(rules.sinks, "sinks", s, q);
   s.dropout = dropout_of(rules.dropout_key, rules.dropout_p);
 }
 
 // q's, k's and v's part; k and v may be a cache, whose first and third sizes are its own.
-Shape sizes_of(const Tensor& q, const Tensor& k, const Tensor& v) {
-  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must be [B, H, S, D]");
+Shape sizes_of(const First& q, const Tensor& k, const Tensor& v, const char* k_name,
+               const char* v_name) {
+  const Tensor& q_ = q.tensor;
+  require(q_.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, ", k_name, " and ", v_name,
+          " must be [B, H, S, D]");
   Shape s{};
-  s.dtype = dtype_of(q, "q");
-  STD_TORCH_CHECK(dtype_of(k, "k") == s.dtype && dtype_of(v, "v") == s.dtype,
-                  "q, k and v must have one dtype");
-  s.B = q.size(0), s.Hq = q.size(1), s.Sq = q.size(2), s.D = q.size(3);
+  s.dtype = q.dtype;
+  s.B = q_.size(0), s.Hq = q_.size(1), s.Sq = q_.size(2), s.D = q_.size(3);
   s.Hkv = k.size(1), s.Sk = k.size(2), s.Dv = v.size(3);
-  STD_TORCH_CHECK(
-      k.size(3) == s.D && v.size(0) == k.size(0) && v.size(1) == s.Hkv && v.size(2) == s.Sk,
-      "q, k and v must agree in batch, key heads, key length and head_dim");
+  check(k, k_name, q, {k.size(0), s.Hkv, s.Sk, s.D});
+  check(v, v_name, q, {k.size(0), s.Hkv, s.Sk, s.Dv});
   return s;
 }
 
-Shape shape_of(const Tensor& q, const Tensor& k, const Tensor& v, const Rules& rules) {
-  Shape s = sizes_of(q, k, v);
-  STD_TORCH_CHECK(k.size(0) == s.B, "q and k must have one batch size");
-  s.q_begins = begins_of(rules.cu_seqlens_q, "cu_seqlens_q");
-  s.k_begins = begins_of(rules.cu_seqlens_k, "cu_seqlens_k");
+Shape shape_of(const First& q, const Tensor& k, const Tensor& v, const Rules& rules) {
+  Shape s = sizes_of(q, k, v, "k", "v");
+  require(k.size(0) == s.B, "q and k must have one batch size");
+  const OptionalTensor &q_ends = rules.cu_seqlens_q, &k_ends = rules.cu_seqlens_k;
+  s.q_begins = begins_of(q_ends, "cu_seqlens_q", s.Sq, q);
+  s.k_begins = begins_of(k_ends, "cu_seqlens_k", s.Sk, q);
   if (s.q_begins != nullptr || s.k_begins != nullptr) {
-    STD_TORCH_CHECK(
-        s.q_begins != nullptr && s.k_begins != nullptr && s.B == 1 &&
-            rules.cu_seqlens_q->size(0) == rules.cu_seqlens_k->size(0),
-        "packed sequences need cu_seqlens_q and cu_seqlens_k of one size, and a batch of 1");
-    STD_TORCH_CHECK(!rules.mask.has_value() && !rules.bias.has_value(),
-                    "packed sequences have neither mask nor bias");
-    s.B = rules.cu_seqlens_q->size(0) - 1;
+    require(s.q_begins != nullptr && s.k_begins != nullptr && s.B == 1 &&
+                q_ends->size(0) == k_ends->size(0),
+            "packed sequences need cu_seqlens_q and cu_seqlens_k of one size, and a batch of 1");
+    require(!rules.mask.has_value() && !rules.bias.has_value(),
+            "packed sequences have neither mask nor bias");
+    s.B = q_ends->size(0) - 1;
     s.total_q = s.Sq;
-    s.Sq = std::min(s.Sq, rules.max_seqlen_q), s.Sk = std::min(s.Sk, rules.max_seqlen_k);
+    s.Sq = longest_of(*q_ends, rules.max_seqlen_q, "max_seqlen_q", s.Sq);
+    s.Sk = longest_of(*k_ends, rules.max_seqlen_k, "max_seqlen_k", s.Sk);
   }
-  set_rules(s, rules);
+  set_rules(s, rules, q);
   return s;
 }
 
 // The cache's keys and values: contiguous, [B, Hkv, S, D], or pages [pages, Hkv, page_size, D].
-Shape decode_shape_of(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+Shape decode_shape_of(const First& q, const Tensor& k_cache, const Tensor& v_cache,
                       const OptionalTensor& page_table, const Rules& rules) {
-  Shape s = sizes_of(q, k_cache, v_cache);
+  Shape s = sizes_of(q, k_cache, v_cache, "k_cache", "v_cache");
   if (page_table.has_value()) {
-    STD_TORCH_CHECK(is_int32(*page_table) && page_table->dim() == 2 && page_table->size(0) == s.B,
-                    "page_table must be contiguous int32, [B, pages of a sequence]");
+    check_int32(*page_table, "page_table", "[B, pages of a sequence]",
+                page_table->dim() == 2 && page_table->size(0) == s.B, q);
     s.Sk *= page_table->size(1);
   } else {
-    STD_TORCH_CHECK(k_cache.size(0) == s.B, "q and k_cache must have one batch size");
+    require(k_cache.size(0) == s.B, "q and k_cache must have one batch size");
   }
-  set_rules(s, rules);
+  set_rules(s, rules, q);
   return s;
 }
 

@@ -14,6 +14,8 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -31,6 +33,25 @@ namespace bigkern {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// ---- checks: what is done to every tensor of a call before its memory is touched
+// -----------------
+
+// Throws what becomes Python's RuntimeError, of a message that begins with the argument's name:
+// torch's own macro would put our function and file before it.
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+template <class... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (!condition) fail(parts...);
+}
+
+using Dims = torch::headeronly::IntHeaderOnlyArrayRef;
+
 inline Dtype dtype_of(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
     case torch::headeronly::ScalarType::Float:
@@ -40,9 +61,73 @@ inline Dtype dtype_of(const Tensor& x, const char* name) {
     case torch::headeronly::ScalarType::Half:
       return Dtype::f16;
     default:
-      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16");
+      fail(name, " must be float32, bfloat16 or float16");
   }
 }
+
+// Whether all of x lies in its storage, which may have been resized since x was made.
+inline bool in_storage(const Tensor& x) {
+  const Dims sizes = x.sizes(), strides = x.strides();
+  int64_t last = x.storage_offset();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 0) return true;
+    last += (sizes[d] - 1) * strides[d];
+  }
+  int64_t bytes = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(x.get(), &bytes));
+  return (last + 1) * static_cast<int64_t>(x.element_size()) <= bytes;
+}
+
+inline void check_storage(const Tensor& x, const char* name) {
+  require(in_storage(x), name, " must lie in its storage, which is too small for it");
+}
+
+// The tensor that the others of a call are held to.
+struct First {
+  const Tensor& tensor;
+  const char* name;
+  Dtype dtype;
+
+  First(const Tensor& x, const char* name) : tensor(x), name(name), dtype(dtype_of(x, name)) {
+    check_storage(x, name);
+  }
+};
+
+inline void check_place(const Tensor& x, const char* name, const First& first) {
+  require(x.is_cpu() == first.tensor.is_cpu() &&
+              x.get_device_index() == first.tensor.get_device_index(),
+          name, " must be on ", first.name, "'s device");
+  check_storage(x, name);
+}
+
+inline std::string text_of(Dims sizes) {
+  std::string text = "[";
+  for (size_t d = 0; d < sizes.size(); ++d) text += (d == 0 ? "" : ", ") + std::to_string(sizes[d]);
+  return text + "]";
+}
+
+inline void check_sizes(const Tensor& x, const char* name, Dims sizes) {
+  if (x.sizes() == sizes) return;
+  fail(name, " must have shape ", text_of(sizes), ", not ", text_of(x.sizes()));
+}
+
+// A tensor of such a shape and of the first one's dtype, where there is one.
+inline void check(const OptionalTensor& x, const char* name, const First& first, Dims sizes) {
+  if (!x.has_value()) return;
+  require(dtype_of(*x, name) == first.dtype, name, " must have ", first.name, "'s dtype");
+  check_place(*x, name, first);
+  check_sizes(*x, name, sizes);
+}
+
+inline void check_f32(const OptionalTensor& x, const char* name, const First& first, Dims sizes) {
+  if (!x.has_value()) return;
+  require(dtype_of(*x, name) == Dtype::f32, name, " must be float32");
+  check_place(*x, name, first);
+  check_sizes(*x, name, sizes);
+}
+
+// ---- tensors as kernels take them
+// ----------------------------------------------------------------
 
 // The address of an optional tensor's data, null where there is no tensor.
 inline const void* data_or_null(const OptionalTensor& x) {
@@ -72,12 +157,12 @@ inline Tensor empty_bytes(const Tensor& x, size_t bytes) {
 // The generator of a key that Python drew, and the probability of dropping; without a key, no
 // dropout.
 inline Dropout dropout_of(const OptionalTensor& key, double p) {
-  STD_TORCH_CHECK(key.has_value() || p == 0, "dropout needs a dropout_key");
+  require(key.has_value() || p == 0, "dropout needs a dropout_key");
   if (!key.has_value()) return {0, 0, 0, 1.0f};
-  STD_TORCH_CHECK(key->scalar_type() == torch::headeronly::ScalarType::Long && key->is_cpu() &&
-                      key->numel() == 2 && key->is_contiguous(),
-                  "dropout_key must be two int64 numbers on the CPU");
-  STD_TORCH_CHECK(p >= 0 && p < 1, "dropout_p must be in [0, 1), not ", p);
+  require(key->scalar_type() == torch::headeronly::ScalarType::Long && key->is_cpu() &&
+              key->numel() == 2 && key->is_contiguous() && in_storage(*key),
+          "dropout_key must be two int64 numbers on the CPU");
+  require(p >= 0 && p < 1, "dropout_p must be in [0, 1), not ", p);
   const int64_t* keys = static_cast<const int64_t*>(key->const_data_ptr());
   const double threshold = std::min(std::nearbyint(p * 4294967296.0), 4294967295.0);
   return {static_cast<uint32_t>(keys[0]), static_cast<uint32_t>(keys[1]),
@@ -108,7 +193,7 @@ void launch_on_device([[maybe_unused]] const Tensor& x, const char* op, const La
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   const int status = launch(stream);
 #endif
-  STD_TORCH_CHECK(status == 0, op, ": kernel launch failed: ", launch_error(status));
+  require(status == 0, op, ": kernel launch failed: ", launch_error(status));
 }
 #endif
 

@@ -36,14 +36,14 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, Tensor> norm(
     const Tensor& x_, const OptionalTensor& residual_, const OptionalTensor& weight_,
     const OptionalTensor& bias_, double eps, const std::string& kind, double dropout_p,
     const OptionalTensor& dropout_key) {
-  const Dtype dtype = dtype_of(x_, "x");
+  const First first(x_, "x");
   const auto [M, N] = rows_of(x_, "x");
-  check(residual_, "residual", dtype, M * N);
-  check(weight_, "weight", dtype, N);
-  check(bias_, "bias", dtype, N);
+  check(residual_, "residual", first, x_.sizes());
+  check(weight_, "weight", first, {N});
+  check(bias_, "bias", first, {N});
   const Norm norm = norm_of(kind);
   const Dropout dropout = dropout_of(dropout_key, dropout_p);
-  STD_TORCH_CHECK(residual_.has_value() || !dropout.active(), "dropout needs a residual");
+  require(residual_.has_value() || !dropout.active(), "dropout needs a residual");
 
   const Tensor x = dense(x_);
   const OptionalTensor residual = dense(residual_), weight = dense(weight_), bias = dense(bias_);
@@ -51,7 +51,7 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, Tensor> norm(
   OptionalTensor sum = empty_if(residual.has_value(), x, sizes_of(x));
   OptionalTensor mean = empty_f32_if(norm == Norm::layer, x, M);
   Tensor rstd = empty_f32(x, {M});
-  Device::run({dtype, M, N, norm, static_cast<float>(eps), x.const_data_ptr(),
+  Device::run({first.dtype, M, N, norm, static_cast<float>(eps), x.const_data_ptr(),
                data_or_null(residual), data_or_null(weight), data_or_null(bias), out(y), out(sum),
                out_f32(mean), out_f32(rstd), dropout},
               x);
@@ -63,24 +63,23 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor> norm_backward
     const Tensor& dy_, const OptionalTensor& dsum_, const Tensor& s_, const OptionalTensor& weight_,
     const OptionalTensor& mean_, const Tensor& rstd_, const std::string& kind, bool want_weight,
     bool want_bias, double dropout_p, const OptionalTensor& dropout_key) {
-  const Dtype dtype = dtype_of(s_, "s");
+  const First first(s_, "s");
   const auto [M, N] = rows_of(s_, "s");
   const Norm norm = norm_of(kind);
   const Dropout dropout = dropout_of(dropout_key, dropout_p);
-  check(dy_, "dy", dtype, M * N);
-  check(dsum_, "dsum", dtype, M * N);
-  check(weight_, "weight", dtype, N);
-  check_f32(mean_, "mean", M);
-  check_f32(rstd_, "rstd", M);
-  STD_TORCH_CHECK(mean_.has_value() == (norm == Norm::layer),
-                  "mean belongs to layer, and only to it");
+  check(dy_, "dy", first, s_.sizes());
+  check(dsum_, "dsum", first, s_.sizes());
+  check(weight_, "weight", first, {N});
+  check_f32(mean_, "mean", first, {M});
+  check_f32(rstd_, "rstd", first, {M});
+  require(mean_.has_value() == (norm == Norm::layer), "mean belongs to layer, and only to it");
 
   const Tensor dy = dense(dy_), s = dense(s_), rstd = dense(rstd_);
   const OptionalTensor dsum = dense(dsum_), weight = dense(weight_), mean = dense(mean_);
   Tensor ds = empty(s, sizes_of(s));
   OptionalTensor dx = empty_if(dropout.active(), s, sizes_of(s));
   OptionalTensor dweight = empty_if(want_weight, s, {N}), dbias = empty_if(want_bias, s, {N});
-  NormBackwardParams p{dtype,
+  NormBackwardParams p{first.dtype,
                        M,
                        N,
                        norm,
@@ -108,20 +107,18 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor> norm_backward
 // Adds the bias to the product in place, and returns the activation of that.
 Tensor bias_activation(const Tensor& product, const OptionalTensor& bias_, const std::string& name,
                        double dropout_p, const OptionalTensor& dropout_key) {
-  const Dtype dtype = dtype_of(product, "product");
+  const First first(product, "product");
   const Activation activation = activation_of(name);
   const auto [M, columns] = rows_of(product, "product");
-  check(bias_, "bias", dtype, columns);
-  STD_TORCH_CHECK(product.is_contiguous(),
-                  "product must be contiguous: the bias is added in place");
-  STD_TORCH_CHECK(!is_gated(activation) || columns % 2 == 0, name,
-                  " needs an even number of columns");
+  check(bias_, "bias", first, {columns});
+  require(product.is_contiguous(), "product must be contiguous: the bias is added in place");
+  require(!is_gated(activation) || columns % 2 == 0, name, " needs an even number of columns");
 
   const int64_t F = is_gated(activation) ? columns / 2 : columns;
   const OptionalTensor bias = dense(bias_);
   Tensor activated = empty(product, {M, F});
   void* preactivation = bias.has_value() ? out(product) : nullptr;
-  const BiasActivationParams p{dtype,
+  const BiasActivationParams p{first.dtype,
                                M,
                                F,
                                activation,
@@ -138,17 +135,17 @@ Tensor bias_activation(const Tensor& product, const OptionalTensor& bias_, const
 std::tuple<Tensor, OptionalTensor, OptionalTensor> bias_activation_backward(
     const Tensor& dout_, const Tensor& preactivation_, const std::string& name, bool want_bias,
     bool rebuild, double dropout_p, const OptionalTensor& dropout_key) {
-  const Dtype dtype = dtype_of(preactivation_, "preactivation");
+  const First first(preactivation_, "preactivation");
   const Activation activation = activation_of(name);
   const auto [M, columns] = rows_of(preactivation_, "preactivation");
   const int64_t F = is_gated(activation) ? columns / 2 : columns;
-  check(dout_, "dout", dtype, M * F);
+  check(dout_, "dout", first, {M, F});
 
   const Tensor dout = dense(dout_), preactivation = dense(preactivation_);
   Tensor dpre = empty(preactivation, {M, columns});
   OptionalTensor activated = empty_if(rebuild, preactivation, {M, F});
   OptionalTensor dbias = empty_if(want_bias, preactivation, {columns});
-  BiasActivationBackwardParams p{dtype,
+  BiasActivationBackwardParams p{first.dtype,
                                  M,
                                  F,
                                  activation,
@@ -168,13 +165,13 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor> bias_activation_backward(
 
 Tensor dropout_add(const Tensor& x_, const OptionalTensor& residual_, double dropout_p,
                    const Tensor& dropout_key) {
-  const Dtype dtype = dtype_of(x_, "x");
+  const First first(x_, "x");
   const auto [M, N] = rows_of(x_, "x");
-  check(residual_, "residual", dtype, M * N);
+  check(residual_, "residual", first, x_.sizes());
   const Tensor x = dense(x_);
   const OptionalTensor residual = dense(residual_);
   Tensor result = empty(x, sizes_of(x));
-  const DropoutAddParams p{dtype,
+  const DropoutAddParams p{first.dtype,
                            M,
                            N,
                            x.const_data_ptr(),
@@ -199,12 +196,14 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTenso
   const Norm norm = norm_or_none_of(kind);
   const Activation activation = activation_of(activation_name);
   const Placement placement = placement_of(placement_name);
+  const First first(x_, "x");
   const Sizes of(x_, w1_, w2_, activation);
-  of.check_dtypes(w1_, w2_);
-  check(b1_, "b1", of.dtype, of.rows);
-  check(b2_, "b2", of.dtype, of.D);
-  check(norm_weight_, "norm_weight", of.dtype, of.D);
-  check(norm_bias_, "norm_bias", of.dtype, of.D);
+  check(w1_, "w1", first, {of.rows, of.D});
+  check(w2_, "w2", first, {of.D, of.F});
+  check(b1_, "b1", first, {of.rows});
+  check(b2_, "b2", first, {of.D});
+  check(norm_weight_, "norm_weight", first, {of.D});
+  check(norm_bias_, "norm_bias", first, {of.D});
 
   const Tensor x = dense(x_);
   const Lying w1(w1_, !is_gated(activation)), w2(w2_, true);
@@ -215,7 +214,7 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTenso
   OptionalTensor mean = empty_f32_if(save && norm == Norm::layer, x, of.M);
   OptionalTensor rstd = empty_f32_if(save && norm != Norm::none, x, of.M);
   OptionalTensor preactivation = empty_if(save, x, {of.M, of.rows});
-  FfnParams p{of.dtype,
+  FfnParams p{first.dtype,
               of.M,
               of.D,
               of.F,
@@ -270,20 +269,23 @@ Gradients layernorm_ffn_backward(
   const Norm norm = norm_or_none_of(kind);
   const Activation activation = activation_of(activation_name);
   const Placement placement = placement_of(placement_name);
+  const First first(x_, "x");
   const Sizes of(x_, w1_, w2_, activation);
-  of.check_dtypes(w1_, w2_);
-  check(dy_, "dy", of.dtype, of.M * of.D);
-  check(norm_weight_, "norm_weight", of.dtype, of.D);
-  check(norm_bias_, "norm_bias", of.dtype, of.D);
-  check(s_, "s", of.dtype, of.M * of.D);
-  check_f32(mean_, "mean", of.M);
-  check_f32(rstd_, "rstd", of.M);
-  check(preactivation_, "preactivation", of.dtype, of.M * of.rows);
-  STD_TORCH_CHECK(mean_.has_value() == (norm == Norm::layer),
-                  "mean belongs to layer, and only to it");
-  STD_TORCH_CHECK(s_.has_value() == is_post(placement, norm), "s belongs to post, and only to it");
-  STD_TORCH_CHECK(rstd_.has_value() == (norm != Norm::none), "rstd belongs to a norm");
-  STD_TORCH_CHECK(wanted.size() == 7, "wanted must have 7 entries, not ", wanted.size());
+  check(w1_, "w1", first, {of.rows, of.D});
+  check(w2_, "w2", first, {of.D, of.F});
+  check(dy_, "dy", first, x_.sizes());
+  check(b1_, "b1", first, {of.rows});
+  check(b2_, "b2", first, {of.D});
+  check(norm_weight_, "norm_weight", first, {of.D});
+  check(norm_bias_, "norm_bias", first, {of.D});
+  check(s_, "s", first, {of.M, of.D});
+  check_f32(mean_, "mean", first, {of.M});
+  check_f32(rstd_, "rstd", first, {of.M});
+  check(preactivation_, "preactivation", first, {of.M, of.rows});
+  require(mean_.has_value() == (norm == Norm::layer), "mean belongs to layer, and only to it");
+  require(s_.has_value() == is_post(placement, norm), "s belongs to post, and only to it");
+  require(rstd_.has_value() == (norm != Norm::none), "rstd belongs to a norm");
+  require(wanted.size() == 7, "wanted must have 7 entries, not ", wanted.size());
 
   const Tensor dy = dense(dy_), x = dense(x_);
   const Lying w1(w1_, !is_gated(activation) && !w1_sum.has_value());
@@ -296,7 +298,7 @@ Gradients layernorm_ffn_backward(
   OptionalTensor dw2 = w2.gradient_if(wanted[3] && !w2_sum.has_value());
   OptionalTensor db1 = empty_if(wanted[2], x, {of.rows}), db2 = empty_if(wanted[4], x, {of.D});
   OptionalTensor dweight = empty_if(wanted[5], x, {of.D}), dbias = empty_if(wanted[6], x, {of.D});
-  FfnBackwardParams p{of.dtype,
+  FfnBackwardParams p{first.dtype,
                       of.M,
                       of.D,
                       of.F,
@@ -324,8 +326,8 @@ Gradients layernorm_ffn_backward(
                       nullptr,
                       dropout_of(dropout_key, dropout_p),
                       dropout_of(dropout_key, hidden_dropout_p),
-                      wanted[1] ? sum_of(w1_sum, "w1_sum", of.rows * of.D) : nullptr,
-                      wanted[3] ? sum_of(w2_sum, "w2_sum", of.D * of.F) : nullptr,
+                      wanted[1] ? sum_of(w1_sum, "w1_sum", first, {of.rows, of.D}) : nullptr,
+                      wanted[3] ? sum_of(w2_sum, "w2_sum", first, {of.D, of.F}) : nullptr,
                       w1.transposed,
                       w2.transposed};
   const Parallel parallel = torch_parallel();

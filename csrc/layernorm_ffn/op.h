@@ -10,7 +10,7 @@ namespace {
 
 Norm norm_of(const std::string& kind) {
   if (kind == "layer") return Norm::layer;
-  STD_TORCH_CHECK(kind == "rms", "kind must be layer or rms, not ", kind);
+  require(kind == "rms", "kind must be layer or rms, not ", kind);
   return Norm::rms;
 }
 
@@ -20,8 +20,8 @@ Activation activation_of(const std::string& name) {
   if (name == "gelu_tanh") return Activation::gelu_tanh;
   if (name == "silu") return Activation::silu;
   if (name == "swiglu") return Activation::swiglu;
-  STD_TORCH_CHECK(name == "geglu",
-                  "activation must be relu, gelu, gelu_tanh, silu, swiglu or geglu, not ", name);
+  require(name == "geglu", "activation must be relu, gelu, gelu_tanh, silu, swiglu or geglu, not ",
+          name);
   return Activation::geglu;
 }
 
@@ -33,7 +33,7 @@ struct Rows {
 };
 
 Rows rows_of(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) > 0, name, " must be [..., N] with N > 0");
+  require(x.dim() >= 1 && x.size(x.dim() - 1) > 0, name, " must be [..., N] with N > 0");
   const int64_t N = x.size(x.dim() - 1);
   return {x.numel() / N, N};
 }
@@ -50,17 +50,6 @@ void* out(const OptionalTensor& x) { return x.has_value() ? x->mutable_data_ptr(
 float* out_f32(const OptionalTensor& x) { return static_cast<float*>(out(x)); }
 const float* in_f32(const OptionalTensor& x) { return static_cast<const float*>(data_or_null(x)); }
 
-void check(const OptionalTensor& x, const char* name, Dtype dtype, int64_t numel) {
-  if (!x.has_value()) return;
-  STD_TORCH_CHECK(dtype_of(*x, name) == dtype, name, " has another dtype than x");
-  STD_TORCH_CHECK(x->numel() == numel, name, " must have ", numel, " elements, not ", x->numel());
-}
-
-void check_f32(const OptionalTensor& x, const char* name, int64_t numel) {
-  STD_TORCH_CHECK(!x.has_value() || dtype_of(*x, name) == Dtype::f32, name, " must be float32");
-  check(x, name, Dtype::f32, numel);
-}
-
 #ifndef BIGKERN_SIMT  // the whole block: the CPU backend
 Norm norm_or_none_of(const std::string& norm) {
   return norm == "none" ? Norm::none : norm_of(norm);
@@ -68,28 +57,21 @@ Norm norm_or_none_of(const std::string& norm) {
 
 Placement placement_of(const std::string& name) {
   if (name == "pre") return Placement::pre;
-  STD_TORCH_CHECK(name == "post", "placement must be pre or post, not ", name);
+  require(name == "post", "placement must be pre or post, not ", name);
   return Placement::post;
 }
 
 // [F or 2F, D] and [D, F]: the sizes that both directions need.
 struct Sizes {
-  Dtype dtype;
   int64_t M, D, F, rows;  // rows of w1
 
-  Sizes(const Tensor& x, const Tensor& w1, const Tensor& w2, Activation activation)
-      : dtype(dtype_of(x, "x")) {
+  Sizes(const Tensor& x, const Tensor& w1, const Tensor& w2, Activation activation) {
     const Rows of_x = rows_of(x, "x");
-    STD_TORCH_CHECK(of_x.M > 0, "x must have at least one row");
-    STD_TORCH_CHECK(w1.dim() == 2 && w2.dim() == 2, "w1 and w2 must be matrices");
+    require(of_x.M > 0, "x must have at least one row");
+    require(w1.dim() == 2 && w2.dim() == 2, "w1 and w2 must be matrices");
     M = of_x.M, D = of_x.N, F = w2.size(1), rows = is_gated(activation) ? 2 * F : F;
-    STD_TORCH_CHECK(F > 0 && w1.size(0) == rows && w1.size(1) == D && w2.size(0) == D,
-                    "w1 must be [F, D] ([2F, D] gated) and w2 [D, F]");
-  }
-
-  void check_dtypes(const Tensor& w1, const Tensor& w2) const {
-    check(w1, "w1", dtype, rows * D);
-    check(w2, "w2", dtype, D * F);
+    require(F > 0 && w1.size(0) == rows && w1.size(1) == D && w2.size(0) == D,
+            "w1 must be [F, D] ([2F, D] gated) and w2 [D, F]");
   }
 };
 
@@ -114,9 +96,9 @@ struct Lying {
 };
 
 // The fp32 matrix that a weight's gradient is added to.
-float* sum_of(const OptionalTensor& x, const char* name, int64_t numel) {
-  check_f32(x, name, numel);
-  STD_TORCH_CHECK(!x.has_value() || x->is_contiguous(), name, " must be contiguous");
+float* sum_of(const OptionalTensor& x, const char* name, const First& first, Dims sizes) {
+  check_f32(x, name, first, sizes);
+  require(!x.has_value() || x->is_contiguous(), name, " must be contiguous");
   return out_f32(x);
 }
 #endif

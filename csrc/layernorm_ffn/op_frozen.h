@@ -15,8 +15,8 @@ WeightDtype stored_dtype_of(const Tensor& weight, const char* name) {
 }
 
 PackWeightParams packing_of(const Tensor& weight, const char* name, bool gated) {
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.numel() > 0, name, " must be a matrix, not empty");
-  STD_TORCH_CHECK(!gated || weight.size(0) % 2 == 0, name, " must have an even number of rows");
+  require(weight.dim() == 2 && weight.numel() > 0, name, " must be a matrix, not empty");
+  require(!gated || weight.size(0) % 2 == 0, name, " must have an even number of rows");
   return {stored_dtype_of(weight, name), weight.size(0), weight.size(1), gated, nullptr, nullptr};
 }
 
@@ -24,6 +24,7 @@ PackWeightParams packing_of(const Tensor& weight, const char* name, bool gated) 
 // (gated as the activation is) and w2_packed (not gated).
 Tensor pack_ffn_weight(const Tensor& weight_, bool gated) {
   PackWeightParams p = packing_of(weight_, "weight", gated);
+  check_storage(weight_, "weight");
   const Tensor weight = dense(weight_);
   Tensor panels = empty(weight, {static_cast<int64_t>(cpu::packed_elements(p))});
   p.weight = weight.const_data_ptr(), p.panels = out(panels);
@@ -38,19 +39,24 @@ struct FrozenWeight {
   const void* panels;
 
   FrozenWeight(const Tensor& weight, const OptionalTensor& scale_, const OptionalTensor& packed,
-               Dtype dtype, bool gated, const char* name)
-      : rows(packed.has_value() ? std::nullopt : OptionalTensor(dense(weight))),
-        scale(dense(scale_)),
-        panels(data_or_null(packed)) {
-    STD_TORCH_CHECK(is_int8(weight) == scale.has_value(), name,
-                    " has a scale if it is int8, and only then");
-    if (!is_int8(weight)) check(weight, name, dtype, weight.numel());
-    check_f32(scale, (std::string(name) + "_scale").c_str(), weight.size(0));
-    if (!packed.has_value()) return;
-    const size_t expected = cpu::packed_elements(packing_of(weight, name, gated));
-    STD_TORCH_CHECK(packed->scalar_type() == weight.scalar_type() && packed->is_contiguous() &&
-                        packed->numel() == static_cast<int64_t>(expected),
-                    name, "_packed is not what pack_ffn_weight made of ", name);
+               const First& x, bool gated, const std::string& name)
+      : panels(data_or_null(packed)) {
+    require(is_int8(weight) == scale_.has_value(), name,
+            " has a scale if it is int8, and only then");
+    require(is_int8(weight) || dtype_of(weight, name.c_str()) == x.dtype, name,
+            " must have x's dtype");
+    check_f32(scale_, (name + "_scale").c_str(), x, {weight.size(0)});
+    scale = dense(scale_);
+    if (!packed.has_value()) {
+      check_place(weight, name.c_str(), x);
+      rows = dense(weight);
+      return;
+    }
+    const size_t expected = cpu::packed_elements(packing_of(weight, name.c_str(), gated));
+    require(packed->scalar_type() == weight.scalar_type() && packed->is_contiguous() &&
+                packed->numel() == static_cast<int64_t>(expected),
+            name, "_packed is not what pack_ffn_weight made of ", name);
+    check_place(*packed, (name + "_packed").c_str(), x);
   }
   const void* data() const { return data_or_null(rows); }
   const float* scales() const { return in_f32(scale); }
@@ -64,20 +70,21 @@ Tensor frozen_layernorm_ffn(const Tensor& x_, const Tensor& w1_, const OptionalT
                             const std::string& kind, const std::string& activation_name,
                             const std::string& placement_name, bool residual, double eps) {
   const Activation activation = activation_of(activation_name);
+  const First first(x_, "x");
   const Sizes of(x_, w1_, w2_, activation);
-  check(b1_, "b1", of.dtype, of.rows);
-  check(b2_, "b2", of.dtype, of.D);
-  check(norm_weight_, "norm_weight", of.dtype, of.D);
-  check(norm_bias_, "norm_bias", of.dtype, of.D);
-  const FrozenWeight w1(w1_, w1_scale, w1_packed, of.dtype, is_gated(activation), "w1");
-  const FrozenWeight w2(w2_, w2_scale, w2_packed, of.dtype, false, "w2");
+  check(b1_, "b1", first, {of.rows});
+  check(b2_, "b2", first, {of.D});
+  check(norm_weight_, "norm_weight", first, {of.D});
+  check(norm_bias_, "norm_bias", first, {of.D});
+  const FrozenWeight w1(w1_, w1_scale, w1_packed, first, is_gated(activation), "w1");
+  const FrozenWeight w2(w2_, w2_scale, w2_packed, first, false, "w2");
 
   const Tensor x = dense(x_);
   const OptionalTensor b1 = dense(b1_), b2 = dense(b2_);
   const OptionalTensor norm_weight = dense(norm_weight_), norm_bias = dense(norm_bias_);
   Tensor y = empty(x, sizes_of(x));
   FfnParams p = {};
-  p.dtype = of.dtype, p.M = of.M, p.D = of.D, p.F = of.F;
+  p.dtype = first.dtype, p.M = of.M, p.D = of.D, p.F = of.F;
   p.norm = norm_or_none_of(kind), p.activation = activation;
   p.placement = placement_of(placement_name), p.residual = residual;
   p.eps = static_cast<float>(eps);

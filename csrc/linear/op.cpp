@@ -31,31 +31,29 @@ struct Rows {
 };
 
 struct Sizes {
-  Dtype dtype;
   int64_t M, N, K;
+  std::vector<int64_t> of_y;  // [..., N]
 
-  Sizes(const Tensor& x, const Tensor& weight) : dtype(dtype_of(x, "x")) {
-    STD_TORCH_CHECK(x.dim() >= 1 && weight.dim() == 2, "x must be [..., K] and weight [N, K]");
-    STD_TORCH_CHECK(x.numel() > 0 && weight.numel() > 0, "x and weight must not be empty");
-    STD_TORCH_CHECK(dtype_of(weight, "weight") == dtype, "weight has another dtype than x");
-    N = weight.size(0), K = weight.size(1), M = x.numel() / K;
-    STD_TORCH_CHECK(x.size(x.dim() - 1) == K, "x must have rows of ", K);
+  Sizes(const First& x, const Tensor& weight) {
+    const Dims of_x = x.tensor.sizes();
+    require(of_x.size() >= 1 && weight.dim() == 2, "x must be [..., K] and weight [N, K]");
+    require(x.tensor.numel() > 0 && weight.numel() > 0, "x and weight must not be empty");
+    N = weight.size(0), K = of_x.back(), M = x.tensor.numel() / K;
+    check(weight, "weight", x, {N, K});
+    of_y = {of_x.begin(), of_x.end()};
+    of_y.back() = N;
   }
 };
 
 Tensor linear(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_) {
-  const Sizes of(x_, weight_);
-  if (bias_.has_value()) {
-    STD_TORCH_CHECK(dtype_of(*bias_, "bias") == of.dtype && bias_->numel() == of.N,
-                    "bias must be [N], of x's dtype");
-  }
+  const First first(x_, "x");
+  const Sizes of(first, weight_);
+  check(bias_, "bias", first, {of.N});
   const Tensor x = dense(x_);
   const OptionalTensor bias = dense(bias_);
   const Weight weight(weight_);
-  std::vector<int64_t> sizes = {x.sizes().begin(), x.sizes().end()};
-  sizes.back() = of.N;
-  Tensor y = empty(x, sizes);
-  LinearParams p = {of.dtype,
+  Tensor y = empty(x, of.of_y);
+  LinearParams p = {first.dtype,
                     of.M,
                     of.N,
                     of.K,
@@ -75,16 +73,16 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bia
 std::tuple<OptionalTensor, OptionalTensor> linear_backward(const Tensor& dy_, const Tensor& x_,
                                                            const Tensor& weight_, bool want_x,
                                                            bool want_weight) {
-  const Sizes of(x_, weight_);
-  STD_TORCH_CHECK(dtype_of(dy_, "dy") == of.dtype && dy_.numel() == of.M * of.N,
-                  "dy must be [..., N], of x's dtype");
+  const First first(x_, "x");
+  const Sizes of(first, weight_);
+  check(dy_, "dy", first, of.of_y);
   const Rows dy(dy_), x(x_);
   const Weight weight(weight_);
   const bool rows = weight.strides.column == 1;
   OptionalTensor dx, dweight;
   if (want_x) dx = empty(x_, {x_.sizes().begin(), x_.sizes().end()});
   if (want_weight) dweight = empty(x_, rows ? std::vector{of.N, of.K} : std::vector{of.K, of.N});
-  LinearBackwardParams p = {of.dtype,
+  LinearBackwardParams p = {first.dtype,
                             of.M,
                             of.N,
                             of.K,

@@ -35,84 +35,84 @@ Mode mode_of(const std::string& mode) {
   if (mode == "LSTM") return Mode::lstm;
   if (mode == "GRU") return Mode::gru;
   if (mode == "RNN_TANH") return Mode::rnn_tanh;
-  STD_TORCH_CHECK(mode == "RNN_RELU", "mode must be LSTM, GRU, RNN_TANH or RNN_RELU, not ", mode);
+  require(mode == "RNN_RELU", "mode must be LSTM, GRU, RNN_TANH or RNN_RELU, not ", mode);
   return Mode::rnn_relu;
 }
 
 // The sizes of a call whose steps have N rows in all, and where its batch sizes are read.
 struct Call {
+  First first;
   Sizes of;
   Tensor batch_sizes;  // keeps a copy on the device alive
 
-  Call(const Tensor& like, int64_t N, const Tensor& h0, const OptionalTensor& batch_sizes_,
+  Call(const First& first, int64_t N, const Tensor& h0, const OptionalTensor& batch_sizes_,
        const std::string& mode)
-      : batch_sizes(h0) {
-    of.dtype = dtype_of(like, "x");
+      : first(first), batch_sizes(h0) {
+    of.dtype = first.dtype;
     of.mode = mode_of(mode);
-    STD_TORCH_CHECK(h0.dim() == 3 && h0.numel() > 0, "h0 must be [D, B, H], and not empty");
+    require(h0.dim() == 3 && h0.numel() > 0, "h0 must be [D, B, H], and not empty");
     of.D = h0.size(0), of.B = h0.size(1), of.H = h0.size(2);
-    STD_TORCH_CHECK(of.D == 1 || of.D == 2, "h0 must be of one direction or two, not ", of.D);
+    require(of.D == 1 || of.D == 2, "h0 must be of one direction or two, not ", of.D);
     of.N = N;
     of.T = of.N / of.B;
     of.batch_sizes = nullptr;
     if (batch_sizes_.has_value()) {
-      take(*batch_sizes_, like);
+      take(*batch_sizes_);
     } else {
-      STD_TORCH_CHECK(of.T > 0 && of.T * of.B == of.N, "x must have T * B rows, B = ", of.B);
+      require(of.T > 0 && of.T * of.B == of.N, first.name, " must have T * B rows, B = ", of.B);
     }
   }
   // Of a scan on these gates.
-  Call(const Tensor& gates, const Tensor& h0, const OptionalTensor& batch_sizes_,
-       const std::string& mode)
-      : Call(gates, gates.size(0), h0, batch_sizes_, mode) {
-    STD_TORCH_CHECK(gates.dim() == 2 && gates.size(1) == width() && gates.is_contiguous(),
-                    "gates must be [N, ", width(), "] and contiguous");
+  static Call of_gates(const Tensor& gates, const Tensor& h0, const OptionalTensor& batch_sizes,
+                       const std::string& mode) {
+    require(gates.dim() == 2 && gates.is_contiguous(),
+            "gates must be [N, D * G * H] and contiguous");
+    const Call call({gates, "gates"}, gates.size(0), h0, batch_sizes, mode);
+    check_sizes(gates, "gates", {call.of.N, call.width()});
+    return call;
   }
 
-  // The data of a tensor of so many elements and of x's dtype, made dense; null where there is
-  // none.
-  const void* data(OptionalTensor& x, const char* name, int64_t numel) const {
-    if (!x.has_value()) return nullptr;
-    STD_TORCH_CHECK(dtype_of(*x, name) == of.dtype, name, " has another dtype than x");
-    STD_TORCH_CHECK(x->numel() == numel, name, " must have ", numel, " elements");
-    x = dense(*x);
-    return x->const_data_ptr();
+  // The data of a tensor of such a shape and of x's dtype, made dense; null where there is none.
+  const void* data(OptionalTensor& x, const char* name, Dims sizes) const {
+    check(x, name, first, sizes);
+    x = dense(x);
+    return data_or_null(x);
   }
-  int64_t state() const { return of.D * of.B * of.H; }
+  const void* state(OptionalTensor& x, const char* name) const {
+    return data(x, name, {of.D, of.B, of.H});
+  }
+  const void* rows(OptionalTensor& x, const char* name) const {
+    return data(x, name, {of.N, of.D * of.H});
+  }
+  const void* w_hh(OptionalTensor& x, const char* name) const {
+    return data(x, name, {of.G() * of.H, of.H});
+  }
   int64_t width() const { return of.D * of.G() * of.H; }
-  int64_t rows() const { return of.N * of.D * of.H; }
-  int64_t weight() const { return of.G() * of.H * of.H; }
 
  private:
-  void take(const Tensor& sizes, const Tensor& like) {
-    STD_TORCH_CHECK(sizes.is_cpu() && sizes.is_contiguous() && sizes.dim() == 1 &&
-                        sizes.scalar_type() == torch::headeronly::ScalarType::Long,
-                    "batch_sizes must be int64 numbers on the CPU");
+  void take(const Tensor& sizes) {
+    require(sizes.is_cpu() && sizes.is_contiguous() && sizes.dim() == 1 &&
+                sizes.scalar_type() == torch::headeronly::ScalarType::Long,
+            "batch_sizes must be int64 numbers on the CPU");
+    check_storage(sizes, "batch_sizes");
     of.T = sizes.numel();
     of.batch_sizes = static_cast<const int64_t*>(sizes.const_data_ptr());
     int64_t sum = 0, most = of.B;
     for (int64_t t = 0; t < of.T; ++t) {
       const int64_t rows = of.batch_sizes[t];
-      STD_TORCH_CHECK(rows > 0 && rows <= most, "batch_sizes must be positive and never rise");
+      require(rows > 0 && rows <= most, "batch_sizes must be positive and never rise");
       sum += most = rows;
     }
-    STD_TORCH_CHECK(of.T > 0 && of.batch_sizes[0] == of.B && sum == of.N,
-                    "batch_sizes must begin with B = ", of.B, " and add up to ", of.N);
+    require(of.T > 0 && of.batch_sizes[0] == of.B && sum == of.N,
+            "batch_sizes must begin with B = ", of.B, " and add up to ", of.N);
     batch_sizes = sizes;
-    if (like.is_cpu()) return;
-    batch_sizes = torch::stable::new_empty(like, {of.T}, torch::headeronly::ScalarType::Long);
+    if (first.tensor.is_cpu()) return;
+    batch_sizes =
+        torch::stable::new_empty(first.tensor, {of.T}, torch::headeronly::ScalarType::Long);
     torch::stable::copy_(batch_sizes, sizes);
     of.batch_sizes = static_cast<const int64_t*>(batch_sizes.const_data_ptr());
   }
 };
-
-const float* reserve_data(const OptionalTensor& reserve, int64_t numel) {
-  if (!reserve.has_value()) return nullptr;
-  STD_TORCH_CHECK(reserve->scalar_type() == torch::headeronly::ScalarType::Float &&
-                      reserve->is_contiguous() && reserve->numel() == numel,
-                  "reserve must be the forward's");
-  return static_cast<const float*>(reserve->const_data_ptr());
-}
 
 #ifndef BIGKERN_SIMT
 // The weights in torch's flat order: w_ih, w_hh and, if there are any, b_ih, b_hh of each
@@ -120,15 +120,15 @@ const float* reserve_data(const OptionalTensor& reserve, int64_t numel) {
 std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor> layer(
     const Tensor& x_, const Tensor& h0_, OptionalTensor c0, const std::vector<Tensor>& weights,
     const OptionalTensor& batch_sizes, OptionalTensor zoneout, const std::string& mode, bool save) {
-  STD_TORCH_CHECK(x_.dim() >= 2 && x_.numel() > 0, "x must be [.., I], and not empty");
+  require(x_.dim() >= 2 && x_.numel() > 0, "x must be [.., I], and not empty");
+  const int64_t I = x_.size(x_.dim() - 1);
+  const Call call({x_, "x"}, x_.numel() / I, h0_, batch_sizes, mode);
   const Tensor x = dense(x_);
-  const int64_t I = x.size(x.dim() - 1);
-  const Call call(x, x.numel() / I, h0_, batch_sizes, mode);
   const Sizes& of = call.of;
   const int64_t each = int64_t(weights.size()) / of.D;
-  STD_TORCH_CHECK((each == 2 || each == 4) && each * of.D == int64_t(weights.size()),
-                  "weights must be 2 or 4 a direction");
-  STD_TORCH_CHECK(c0.has_value() == (of.mode == Mode::lstm), "c0 is the LSTM's, and it needs one");
+  require((each == 2 || each == 4) && each * of.D == int64_t(weights.size()),
+          "weights must be 2 or 4 a direction");
+  require(c0.has_value() == (of.mode == Mode::lstm), "c0 is the LSTM's, and it needs one");
   std::vector<int64_t> sizes = {x.sizes().begin(), x.sizes().end()};
   sizes.back() = of.D * of.H;
   Tensor y = empty(x, sizes), hn = empty(x, {of.D, of.B, of.H});
@@ -142,15 +142,15 @@ std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor> layer
   std::vector<OptionalTensor> dense_weights = {weights.begin(), weights.end()};
   for (int64_t d = 0; d < of.D; ++d) {
     OptionalTensor* of_d = dense_weights.data() + d * each;
-    p.w_ih[d] = call.data(of_d[0], "w_ih", of.G() * of.H * I);
-    p.w_hh[d] = call.data(of_d[1], "w_hh", call.weight());
+    p.w_ih[d] = call.data(of_d[0], "w_ih", {of.G() * of.H, I});
+    p.w_hh[d] = call.w_hh(of_d[1], "w_hh");
     if (each == 2) continue;
-    p.b_ih[d] = call.data(of_d[2], "b_ih", of.G() * of.H);
-    p.b_hh[d] = call.data(of_d[3], "b_hh", of.G() * of.H);
+    p.b_ih[d] = call.data(of_d[2], "b_ih", {of.G() * of.H});
+    p.b_hh[d] = call.data(of_d[3], "b_hh", {of.G() * of.H});
   }
-  p.h0 = call.data(h0, "h0", call.state());
-  p.c0 = call.data(c0, "c0", call.state());
-  p.zoneout = call.data(zoneout, "zoneout", call.rows());
+  p.h0 = call.state(h0, "h0");
+  p.c0 = call.state(c0, "c0");
+  p.zoneout = call.rows(zoneout, "zoneout");
   p.y = y.mutable_data_ptr();
   p.hn = hn.mutable_data_ptr();
   p.cn = cn.has_value() ? cn->mutable_data_ptr() : nullptr;
@@ -169,24 +169,23 @@ std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor> scan(
     const Tensor& gates, const Tensor& h0_, OptionalTensor c0, const Tensor& w_hh_,
     OptionalTensor w_hh_reverse, OptionalTensor bias_n, const OptionalTensor& batch_sizes,
     OptionalTensor zoneout, const std::string& mode, bool save) {
-  const Call call(gates, h0_, batch_sizes, mode);
+  const Call call = Call::of_gates(gates, h0_, batch_sizes, mode);
   const Sizes& of = call.of;
   OptionalTensor h0 = h0_, w_hh = w_hh_;
   const bool lstm = of.mode == Mode::lstm, rnn = of.G() == 1;
-  STD_TORCH_CHECK(c0.has_value() == lstm, "c0 is the LSTM's, and it needs one");
-  STD_TORCH_CHECK(w_hh_reverse.has_value() == (of.D == 2), "w_hh must be one a direction");
+  require(c0.has_value() == lstm, "c0 is the LSTM's, and it needs one");
+  require(w_hh_reverse.has_value() == (of.D == 2), "w_hh must be one a direction");
   Tensor y = empty(gates, {of.N, of.D * of.H}), hn = empty(gates, {of.D, of.B, of.H});
   OptionalTensor cn, reserve;
   if (lstm) cn = empty(gates, {of.D, of.B, of.H});
   if (save && !rnn) reserve = empty_f32(gates, {of.N, of.D * of.H});
   Scan p = {of,
             gates.mutable_data_ptr(),
-            call.data(h0, "h0", call.state()),
-            call.data(c0, "c0", call.state()),
-            {call.data(w_hh, "w_hh", call.weight()),
-             call.data(w_hh_reverse, "w_hh_reverse", call.weight())},
-            call.data(bias_n, "bias_n", of.D * of.H),
-            call.data(zoneout, "zoneout", call.rows()),
+            call.state(h0, "h0"),
+            call.state(c0, "c0"),
+            {call.w_hh(w_hh, "w_hh"), call.w_hh(w_hh_reverse, "w_hh_reverse")},
+            call.data(bias_n, "bias_n", {of.D, of.H}),
+            call.rows(zoneout, "zoneout"),
             y.mutable_data_ptr(),
             hn.mutable_data_ptr(),
             lstm ? cn->mutable_data_ptr() : nullptr,
@@ -206,30 +205,32 @@ std::tuple<Tensor, OptionalTensor, Tensor, OptionalTensor> scan_backward(
     const Tensor& h0_, OptionalTensor c0, const Tensor& w_hh_, OptionalTensor w_hh_reverse,
     const OptionalTensor& batch_sizes, OptionalTensor zoneout, const Tensor& y_,
     const OptionalTensor& reserve, const std::string& mode) {
-  const Call call(gates, h0_, batch_sizes, mode);
+  const Call call = Call::of_gates(gates, h0_, batch_sizes, mode);
   const Sizes& of = call.of;
   OptionalTensor h0 = h0_, w_hh = w_hh_, y = y_;
   const bool lstm = of.mode == Mode::lstm, gru = of.mode == Mode::gru;
-  STD_TORCH_CHECK(c0.has_value() == lstm, "c0 is the LSTM's, and it needs one");
-  STD_TORCH_CHECK(w_hh_reverse.has_value() == (of.D == 2), "w_hh must be one a direction");
-  STD_TORCH_CHECK(reserve.has_value() == (lstm || gru), "reserve must be the forward's");
+  require(c0.has_value() == lstm, "c0 is the LSTM's, and it needs one");
+  require(w_hh_reverse.has_value() == (of.D == 2), "w_hh must be one a direction");
+  require(
+      reserve.has_value() == (lstm || gru) && (!reserve.has_value() || reserve->is_contiguous()),
+      "reserve must be the forward's");
+  check_f32(reserve, "reserve", call.first, {of.N, of.D * of.H});
   Tensor dgates = empty(gates, {of.N, of.D * of.G() * of.H});
   Tensor dh0 = empty(gates, {of.D, of.B, of.H});
   OptionalTensor dhidden_n, dc0;
   if (gru) dhidden_n = empty(gates, {of.N, of.D * of.H});
   if (lstm) dc0 = empty(gates, {of.D, of.B, of.H});
   ScanBackward p = {of,
-                    call.data(dy, "dy", call.rows()),
-                    call.data(dhn, "dhn", call.state()),
-                    call.data(dcn, "dcn", call.state()),
+                    call.rows(dy, "dy"),
+                    call.state(dhn, "dhn"),
+                    call.state(dcn, "dcn"),
                     gates.const_data_ptr(),
-                    call.data(h0, "h0", call.state()),
-                    call.data(c0, "c0", call.state()),
-                    {call.data(w_hh, "w_hh", call.weight()),
-                     call.data(w_hh_reverse, "w_hh_reverse", call.weight())},
-                    call.data(zoneout, "zoneout", call.rows()),
-                    call.data(y, "y", call.rows()),
-                    reserve_data(reserve, call.rows()),
+                    call.state(h0, "h0"),
+                    call.state(c0, "c0"),
+                    {call.w_hh(w_hh, "w_hh"), call.w_hh(w_hh_reverse, "w_hh_reverse")},
+                    call.rows(zoneout, "zoneout"),
+                    call.rows(y, "y"),
+                    static_cast<const float*>(data_or_null(reserve)),
                     dgates.mutable_data_ptr(),
                     gru ? dhidden_n->mutable_data_ptr() : nullptr,
                     dh0.mutable_data_ptr(),
@@ -244,6 +245,7 @@ std::tuple<Tensor, OptionalTensor, Tensor, OptionalTensor> scan_backward(
 #ifdef BIGKERN_CUDA
 // Whether h0's device holds the recurrent weights of its D directions and H hidden units on chip.
 bool fits(const Tensor& h0, const std::string& mode) {
+  require(h0.dim() == 3, "h0 must be [D, B, H]");
   Sizes of{};
   of.dtype = dtype_of(h0, "h0"), of.mode = mode_of(mode);
   of.T = of.N = of.B = 1, of.D = h0.size(0), of.H = h0.size(2);
