@@ -887,7 +887,7 @@ def test_native_op_checks_for_itself() -> None:
 
     wide, ends = torch.zeros(1, 1, 2, 257), torch.tensor([0, 5], dtype=torch.int32)
     wrong: list[tuple[str, tuple[Tensor, Tensor, Tensor], dict[str, Any]]] = [
-        ("one dtype", (Q, Q.half(), Q), {}),
+        ("^k must have q's dtype", (Q, Q.half(), Q), {}),
         ("causal must be", (Q, Q, Q), {"causal": "upper"}),
         ("head_dim must be at most 256", (wide, wide, wide), {}),
         ("mask must have four dimensions", (Q, Q, Q), {"mask": torch.ones(5, 5, dtype=torch.bool)}),
@@ -988,3 +988,55 @@ def test_sdpa_under_autocast(mask: Tensor | None) -> None:
         theirs = F.scaled_dot_product_attention(q, q.bfloat16(), q, mask)
     assert mine.dtype == theirs.dtype == torch.bfloat16
     torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("shape", "keys", "dropout_p"),
+    [
+        ((2, 4, 5, 8), 9, 1.0),
+        ((2, 0, 5, 8), 9, 0.0),
+        ((2, 4, 5, 0), 9, 0.0),
+        ((0, 4, 5, 8), 9, 0.0),
+        ((2, 4, 0, 8), 9, 0.0),
+        ((2, 4, 5, 8), 0, 0.0),
+    ],
+    ids=["everything is dropped", "no heads", "D = 0", "no batch", "Sq = 0", "Sk = 0"],
+)
+def test_sdpa_of_nothing_is_torchs(shape: tuple[int, ...], keys: int, dropout_p: float) -> None:
+    B, H, _S, D = shape
+    q, k, v = torch.randn(shape), torch.randn(B, H, keys, D), torch.randn(B, H, keys, 6)
+    for options in ({}, {"is_causal": True}, {"enable_gqa": True}):
+        mine = bigkern.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, **options)
+        theirs = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, **options)
+        torch.testing.assert_close(mine, theirs)
+
+
+# ---- numbers that are none ---------------------------------------------------------------------------
+
+
+@EVERY
+@pytest.mark.parametrize("causal", [False, "bottom_right"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_nan_and_inf_stay_in_the_rows_that_see_them(
+    name: str, bad: float, causal: str | bool, backend: str
+) -> None:
+    tensors = {"q": torch.randn(1, 2, 70, 16), "k": torch.randn(1, 2, 70, 16), "v": torch.randn(1, 2, 70, 16)}
+    tensors[name][0, 1, 37, 3] = bad
+    q, k, v = (x.double() for x in tensors.values())
+    scores = q @ k.mT / 4
+    if causal:
+        scores = scores.masked_fill(~torch.ones(70, 70, dtype=torch.bool).tril(), float("-inf"))
+    expected = torch.softmax(scores, -1) @ v
+    with run_backend("attention", backend):
+        o, lse = bigkern.attention(
+            *(x.to(device_of(backend)) for x in tensors.values()), causal=causal, return_lse=True
+        )
+    o, lse = o.cpu().double(), lse.cpu().double()
+    sees_it = torch.zeros(1, 2, 70, dtype=torch.bool)
+    sees_it[0, 1, slice(37, 38) if name == "q" else slice(37 if causal else 0, None)] = True
+    assert not o[~sees_it].isnan().any()
+    assert o[expected.isnan()].isnan().all()
+    finite = ~o.isnan().any(-1)
+    torch.testing.assert_close(o[finite], expected[finite], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(lse[finite], scores.logsumexp(-1)[finite], rtol=1e-3, atol=1e-3)

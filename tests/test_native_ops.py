@@ -241,8 +241,8 @@ def grad_norm_call() -> dict[str, Any]:
 
 CALLS: list[Callable[[], dict[str, Any]]] = [
     attention_call, attention_backward_call, decode_attention_call, norm_call, norm_backward_call,
-    linear_call, linear_backward_call, layernorm_ffn_call, layernorm_ffn_backward_call, frozen_layernorm_ffn_call,
-    recurrent_call, recurrent_scan_backward_call, adam_call, grad_norm_call,
+    linear_call, linear_backward_call, layernorm_ffn_call, layernorm_ffn_backward_call,
+    frozen_layernorm_ffn_call, recurrent_call, recurrent_scan_backward_call, adam_call, grad_norm_call,
 ]  # fmt: skip
 UNREAD = [("frozen_layernorm_ffn", "w2")]  # it is packed
 FIRST = {"q", "x", "s", "gates", "params", "w2"}  # the others are held to them, and named

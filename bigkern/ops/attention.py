@@ -95,7 +95,8 @@ def attention(
     Returns:
         ``o [B, Hq, Sq, Dv]`` in q's dtype, stored as ``[B, Sq, Hq, Dv]``; with ``return_lse`` also
         ``lse [B, Hq, Sq]`` in fp32, differentiable. A row with nothing to attend to gives o = 0, lse = -inf
-        (its sink, if it has one) and zero gradients.
+        (its sink, if it has one) and zero gradients. A NaN in a row of q, or in a key, makes NaN of the rows
+        that see it and of no other, an infinity can; for a NaN in q torch's own kernel on a CPU gives 0.
 
     Saved for backward: the arguments, o and lse: nothing of size Sq x Sk. A kernel's backward can itself
     be differentiated, by way of plain torch operations and with all scores in memory. It is deterministic:

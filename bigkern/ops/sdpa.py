@@ -27,8 +27,9 @@ def scaled_dot_product_attention(
     """:func:`torch.nn.functional.scaled_dot_product_attention` with bigkern's kernels behind it.
 
     The same signature and meaning, nested tensors ``[B, H, j, D]`` of layout torch.jagged included. What is
-    neither four-dimensional nor nested goes to torch's own function, and so does what :func:`bigkern.explain`
-    leaves to stock. Dropout draws from torch's default generator, but other numbers than torch's function.
+    neither four-dimensional nor nested, has no heads or no head dimension, or drops everything goes to
+    torch's own function, and so does what :func:`bigkern.explain` leaves to stock. Dropout draws from torch's
+    default generator, but other numbers than torch's function.
 
     Raises:
         TypeError, ValueError: as :func:`bigkern.attention`; RuntimeError: as torch's function.
@@ -45,7 +46,9 @@ def scaled_dot_product_attention(
     if not all(isinstance(x, Tensor) for x in given) or query.dim() != 4 or (len(given) == 4 and is_causal):
         return _stock(*given[:3], attn_mask, dropout_p, is_causal, scale, enable_gqa)
     strided = not query.is_nested and not key.is_nested
-    if strided and not enable_gqa and (key.dim() != 4 or query.shape[1] != key.shape[1]):
+    ungrouped = strided and not enable_gqa and (key.dim() != 4 or query.shape[1] != key.shape[1])
+    nothing = dropout_p == 1.0 or (strided and 0 in (query.shape[1], query.shape[3]))
+    if ungrouped or nothing:
         return _stock(*given[:3], attn_mask, dropout_p, is_causal, scale, enable_gqa)
     try:
         return _attention(*given[:3], attn_mask, is_causal, scale, dropout_p)

@@ -82,6 +82,8 @@ inline void check_storage(const Tensor& x, const char* name) {
   require(in_storage(x), name, " must lie in its storage, which is too small for it");
 }
 
+namespace {  // hidden from other libraries, as torch's Tensor is
+
 // The tensor that the others of a call are held to.
 struct First {
   const Tensor& tensor;
@@ -92,6 +94,8 @@ struct First {
     check_storage(x, name);
   }
 };
+
+}  // namespace
 
 inline void check_place(const Tensor& x, const char* name, const First& first) {
   require(x.is_cpu() == first.tensor.is_cpu() &&
