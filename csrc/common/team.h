@@ -10,27 +10,83 @@
 //   parallel.run(0, threads, 1, body):  const int me = team.join(end - begin);
 //                                       if (me >= 0) work(me, team.size());
 //
-// A barrier is for some of the team, as many as it is told. They spin: what happens between two
-// steps takes a microsecond, which no sleeping thread could answer in.
+// A barrier is for some of the team, as many as it is told. What happens between two steps takes a
+// microsecond, which no sleeping thread could answer in, so threads spin. But a thread whose core
+// is taken away comes back after milliseconds: who has spun for long sleeps, and what it waits for
+// wakes it. Yielding instead would hand the core to the other process for as long again.
 #pragma once
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <cstdint>
+#include <mutex>
 #include <thread>
 
 namespace bigkern {
 
-// Waits until done() holds; gives the core away now and then if it takes long.
-template <class Done>
-inline void spin_until(const Done& done) {
-  for (int64_t spins = 1; !done(); ++spins) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
+// The cores that this process may use: a team of more threads would wait for its own.
+inline int cores() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
 #endif
-    if (spins % 256 == 0) std::this_thread::yield();
-  }
+  return int(std::thread::hardware_concurrency());
 }
+
+// Where threads wait for something that another one brings about.
+class Waiting {
+  using Clock = std::chrono::steady_clock;
+
+ public:
+  // Returns when done() holds, or at the deadline.
+  template <class Done>
+  void until(const Done& done, Clock::time_point deadline = Clock::time_point::max()) {
+    if (spin(done)) return;
+    std::unique_lock<std::mutex> lock(mutex_);
+    sleepers_.fetch_add(1);
+    if (deadline == Clock::time_point::max()) {
+      awake_.wait(lock, done);
+    } else {
+      awake_.wait_until(lock, deadline, done);
+    }
+    sleepers_.fetch_sub(1);
+  }
+
+  // To be called after what makes done() hold. Costs a load where nobody sleeps.
+  void wake() {
+    if (sleepers_.load() == 0) return;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+    }  // a sleeper that has just asked is asleep now
+    awake_.notify_all();
+  }
+
+ private:
+  static constexpr std::chrono::microseconds kSpin{50};
+
+  template <class Done>
+  static bool spin(const Done& done) {
+    Clock::time_point end{};
+    for (int spins = 0; !done(); ++spins) {
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+      if (spins % 64 != 63) continue;
+      if (end == Clock::time_point{}) end = Clock::now() + kSpin;
+      if (Clock::now() > end) return done();
+    }
+    return true;
+  }
+
+  std::atomic<int> sleepers_{0};
+  std::mutex mutex_;
+  std::condition_variable awake_;
+};
 
 class Team {
  public:
@@ -42,12 +98,12 @@ class Team {
     if (before & kClosed) return -1;
     const int me = members(before);
     if (int64_t(before & kIndices) + indices >= indices_) close();
+    const auto is_closed = [&] { return closed(); };
     if (me == 0) {
-      const auto deadline = std::chrono::steady_clock::now() + kPatience;
-      spin_until([&] { return closed() || std::chrono::steady_clock::now() > deadline; });
+      waiting_.until(is_closed, std::chrono::steady_clock::now() + kPatience);
       close();
     }
-    spin_until([&] { return closed(); });
+    waiting_.until(is_closed);
     return me;
   }
 
@@ -63,12 +119,15 @@ class Team {
   bool closed() const { return size_.load() > 0; }
   void close() {
     const uint64_t before = state_.fetch_or(kClosed);
-    if (!(before & kClosed)) size_.store(members(before));
+    if (before & kClosed) return;
+    size_.store(members(before));
+    waiting_.wake();
   }
 
   const int64_t indices_;
   std::atomic<uint64_t> state_{0};
   std::atomic<int> size_{0};
+  Waiting waiting_;
 };
 
 // On a cache line of its own. wait() returns when `count` threads are in it, again and again.
@@ -76,13 +135,15 @@ class alignas(64) Barrier {
  public:
   void wait(int count) {
     if (count == 1) return;
-    const uint64_t arrived = arrived_.fetch_add(1, std::memory_order_acq_rel);
+    const uint64_t arrived = arrived_.fetch_add(1);
     const uint64_t all = (arrived / uint64_t(count) + 1) * uint64_t(count);
-    spin_until([&] { return arrived_.load(std::memory_order_acquire) >= all; });
+    if (arrived + 1 == all) return waiting_.wake();
+    waiting_.until([&] { return arrived_.load() >= all; });
   }
 
  private:
   std::atomic<uint64_t> arrived_{0};
+  Waiting waiting_;
 };
 
 }  // namespace bigkern

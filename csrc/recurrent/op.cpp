@@ -1,18 +1,26 @@
 // Recurrent layers as torch ops, a layer on the CPU, a scan on a GPU: check, allocate, launch.
 #include "common/op.h"
 
+#include "common/team.h"
 #include "recurrent/recurrent.h"
 
 namespace bigkern::recurrent {
 namespace {
 
 #ifndef BIGKERN_SIMT
+// Threads that wait for each other at every step: each needs a core of its own.
+Parallel team_parallel() {
+  Parallel parallel = torch_parallel();
+  parallel.threads = std::min(parallel.threads, cores());
+  return parallel;
+}
+
 struct Cpu {
   static size_t workspace(const ScanBackward& call) {
-    return cpu::scan_backward_workspace(call, torch_parallel().threads);
+    return cpu::scan_backward_workspace(call, team_parallel().threads);
   }
   static void launch(const ScanBackward& call, const Tensor&) {
-    cpu::scan_backward(call, torch_parallel());
+    cpu::scan_backward(call, team_parallel());
   }
 };
 #endif
@@ -156,7 +164,7 @@ std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor> layer
   p.cn = cn.has_value() ? cn->mutable_data_ptr() : nullptr;
   p.gates = gates.has_value() ? gates->mutable_data_ptr() : nullptr;
   p.reserve = reserve.has_value() ? static_cast<float*>(reserve->mutable_data_ptr()) : nullptr;
-  const Parallel parallel = torch_parallel();
+  const Parallel parallel = team_parallel();
   const Tensor workspace = empty_bytes(x, cpu::layer_workspace(p, parallel.threads));
   p.workspace = workspace.mutable_data_ptr();
   cpu::layer(p, parallel);

@@ -2,7 +2,9 @@
 // the teams of threads that they work in (common/team.h). Outputs and workspaces start as NaN; a
 // workspace ends where memory does.
 
+#include <sched.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "common/team.h"
@@ -247,6 +249,46 @@ void check_barrier(int rounds) {
 TEST(a_barrier_serves_again_and_again) {
   check_barrier<2>(4000);
   check_barrier<4>(1000);
+}
+
+// How long a thread has run, in seconds, and how often it has come back to a core.
+struct Usage {
+  double seconds;
+  long returns;
+
+  static Usage now() {
+    rusage usage;
+    getrusage(RUSAGE_THREAD, &usage);
+    const timeval &user = usage.ru_utime, &system = usage.ru_stime;
+    return {double(user.tv_sec + system.tv_sec) + 1e-6 * double(user.tv_usec + system.tv_usec),
+            usage.ru_nvcsw + usage.ru_nivcsw};
+  }
+};
+
+// On a quiet machine who spins runs all the time, on a busy one who yields comes back all the time.
+TEST(who_waits_for_long_sleeps_until_it_is_woken) {
+  Barrier barrier;
+  Usage waited{};
+  std_threads<2>().for_workers([&](int me) {
+    if (me == 1) std::this_thread::sleep_for(std::chrono::milliseconds(300));
+    const Usage before = Usage::now();
+    barrier.wait(2);
+    const Usage after = Usage::now();
+    if (me == 0) waited = {after.seconds - before.seconds, after.returns - before.returns};
+  });
+  CHECK(waited.seconds < 0.02);
+  CHECK(waited.returns < 10);
+}
+
+TEST(cores_are_those_that_the_process_may_use) {
+  cpu_set_t all, one;
+  CPU_ZERO(&one);
+  CHECK_EQ(sched_getaffinity(0, sizeof all, &all), 0);
+  CPU_SET(sched_getcpu(), &one);
+  CHECK_EQ(sched_setaffinity(0, sizeof one, &one), 0);
+  CHECK_EQ(cores(), 1);
+  CHECK_EQ(sched_setaffinity(0, sizeof all, &all), 0);
+  CHECK_EQ(cores(), CPU_COUNT(&all));
 }
 
 }  // namespace
