@@ -20,6 +20,7 @@
 #include <sched.h>
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -38,15 +39,16 @@ inline int cores() {
   return int(std::thread::hardware_concurrency());
 }
 
+using Clock = std::chrono::steady_clock;
+
 // Where threads wait for something that another one brings about.
 class Waiting {
-  using Clock = std::chrono::steady_clock;
-
  public:
   // Returns when done() holds, or at the deadline.
   template <class Done>
   void until(const Done& done, Clock::time_point deadline = Clock::time_point::max()) {
     if (spin(done)) return;
+    const Clock::time_point begin = Clock::now();
     std::unique_lock<std::mutex> lock(mutex_);
     sleepers_.fetch_add(1);
     if (deadline == Clock::time_point::max()) {
@@ -55,6 +57,7 @@ class Waiting {
       awake_.wait_until(lock, deadline, done);
     }
     sleepers_.fetch_sub(1);
+    slept_.fetch_add((Clock::now() - begin).count());
   }
 
   // To be called after what makes done() hold. Costs a load where nobody sleeps.
@@ -65,6 +68,9 @@ class Waiting {
     }  // a sleeper that has just asked is asleep now
     awake_.notify_all();
   }
+
+  // Of all threads together.
+  Clock::duration slept() const { return Clock::duration(slept_.load()); }
 
  private:
   static constexpr std::chrono::microseconds kSpin{50};
@@ -84,6 +90,7 @@ class Waiting {
   }
 
   std::atomic<int> sleepers_{0};
+  std::atomic<Clock::rep> slept_{0};
   std::mutex mutex_;
   std::condition_variable awake_;
 };
@@ -108,6 +115,7 @@ class Team {
   }
 
   int size() const { return size_.load(); }
+  Clock::duration slept() const { return waiting_.slept(); }
 
  private:
   // State: closed, how many have joined, how many indices they bring.
@@ -140,10 +148,45 @@ class alignas(64) Barrier {
     if (arrived + 1 == all) return waiting_.wake();
     waiting_.until([&] { return arrived_.load() >= all; });
   }
+  Clock::duration slept() const { return waiting_.slept(); }
 
  private:
   std::atomic<uint64_t> arrived_{0};
   Waiting waiting_;
 };
+
+// Whether to work as a team or alone, by how the last calls went. Where other processes take cores
+// away, each step waits for whoever has lost one, and one thread, which waits for nobody, is
+// faster.
+class TeamPolicy {
+ public:
+  // Asked once a call. After a team that did not pay some calls are done alone, then one tries
+  // again.
+  bool alone() {
+    int left = alone_.load(std::memory_order_relaxed);
+    while (left > 0 && !alone_.compare_exchange_weak(left, left - 1)) {
+    }
+    return left > 0;
+  }
+
+  // How a call went: one thread would have taken the time that all together did not sleep.
+  void learn(int size, Clock::duration took, Clock::duration slept) {
+    const bool paid = size * took - slept > took;
+    const int penalty = paid ? 0 : std::min(2 * penalty_.load() + 1, kMost);
+    penalty_.store(penalty);
+    alone_.store(penalty);
+  }
+
+ private:
+  static constexpr int kMost = 15;  // calls
+
+  std::atomic<int> penalty_{0}, alone_{0};
+};
+
+// The process's.
+inline TeamPolicy& team_policy() {
+  static TeamPolicy policy;
+  return policy;
+}
 
 }  // namespace bigkern

@@ -29,19 +29,27 @@ void with_mode(Mode mode, const F& f) {
 // Weights that are read again at every step would be a page walk for every 4 KB of them.
 constexpr size_t kLargePagesFrom = size_t(2) << 20;
 
-// Runs task(member) on every thread of a team. The barriers lie at the workspace's beginning.
+// Runs task(member) on every thread of a team, or on one thread where teams do not pay. The
+// barriers lie at the workspace's beginning.
 template <class Task>
 void run_team(const Sizes& of, void* workspace, size_t bytes, const Parallel& parallel,
               const Task& task) {
   Barrier* barriers = static_cast<Barrier*>(workspace);
   prefer_large_pages(workspace, bytes, kLargePagesFrom);
   for (int i = 0; i <= parallel.threads; ++i) new (barriers + i) Barrier;
+  if (parallel.threads == 1 || team_policy().alone()) {
+    return task(Member{0, 1, share(of, 1), barriers});
+  }
+  const Clock::time_point start = Clock::now();
   Team team(parallel.threads);
   const auto body = [&](int64_t begin, int64_t end) BIGKERN_FN {
     const int me = team.join(end - begin);
     if (me >= 0) task(Member{me, team.size(), share(of, team.size()), barriers});
   };
   parallel.for_range(0, parallel.threads, 1, body);
+  Clock::duration slept = team.slept();
+  for (int i = 0; i <= parallel.threads; ++i) slept += barriers[i].slept();
+  team_policy().learn(team.size(), Clock::now() - start, slept);
 }
 
 inline void* after_barriers(void* workspace, int threads) {

@@ -291,5 +291,22 @@ TEST(cores_are_those_that_the_process_may_use) {
   CHECK_EQ(cores(), CPU_COUNT(&all));
 }
 
+TEST(calls_are_done_alone_after_a_team_that_did_not_pay) {
+  using std::chrono::milliseconds;
+  TeamPolicy policy;
+  CHECK(!policy.alone());
+  policy.learn(2, milliseconds(10), milliseconds(9));  // 11 ms alone
+  CHECK(!policy.alone());
+  for (const int calls : {1, 3, 7, 15, 15}) {
+    policy.learn(2, milliseconds(10), milliseconds(11));  // 9 ms alone
+    for (int i = 0; i < calls; ++i) CHECK(policy.alone());
+    CHECK(!policy.alone());
+  }
+  policy.learn(2, milliseconds(10), milliseconds(0));
+  policy.learn(1, milliseconds(10), milliseconds(2));  // waited in vain for a second one
+  CHECK(policy.alone());
+  CHECK(!policy.alone());
+}
+
 }  // namespace
 }  // namespace bigkern::recurrent
