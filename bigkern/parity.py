@@ -17,7 +17,7 @@ the largest of 128 others with a probability of about one in a million. Of many 
 same, and the rule is as sharp as one run makes it: then 8 will do. The runs are made one at a time until the
 result passes, which changes no verdict, since more runs only raise the largest.
 
-``tiny`` is one rounding to nearest of the reference: what the best result may be off by where stock is exact.
+``tiny`` is one epsilon of the reference: what two correct results may differ by where stock is exact.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Yardstick:
             return Verdict(0.0, factor, 0.0, 0.0, None)
         errors = Errors.of((ours.detach().double().cpu()[finite] - exact[finite]).abs())
         smallest = torch.finfo(torch.float32).tiny  # where the reference is 0
-        tiny = Errors.of(exact[finite].abs()).times(torch.finfo(ours.dtype).eps / 2)
+        tiny = Errors.of(exact[finite].abs()).times(torch.finfo(ours.dtype).eps)
         beyond = Errors(*(max(0.0, e - t - smallest) for e, t in zip(errors, tiny, strict=True)))
         for stock in self._stock(name):
             ratios = [b / max(s, smallest**2) if b > 0.0 else 0.0 for b, s in zip(beyond, stock, strict=True)]
