@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bigkern.random_rounding import RandomRounding
+from bigkern.random_rounding import random_rounding
 
 FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
@@ -153,7 +153,7 @@ class Yardstick:
         fewest = min((x.numel() for x in self.exact.values() if x.numel() > 0), default=NUMBERS)
         for seed in range(max(LEAST_RUNS, min(RUNS, NUMBERS // fewest))):
             for stock in stocks:
-                with RandomRounding(seed):
+                with random_rounding(seed):
                     run = stock()
                 yield {name: errors.times(0.5**0.5) for name, errors in self._errors_of(run).items()}
 

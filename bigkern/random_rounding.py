@@ -9,7 +9,8 @@ makes of one case. It is a form of Monte Carlo arithmetic (D. S. Parker, 1997).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,23 +38,24 @@ ROUNDING = torch.finfo(torch.float32).eps / 2  # the largest relative error of o
 CHAIN = 0.5  # of n terms with random signs, added in turn: about this many roundings of the sum of absolutes
 
 
+@contextmanager
+def random_rounding(seed: int) -> Iterator[None]:
+    """:class:`RandomRounding` without oneDNN, to which a layer of an LSTM is one operation, in one dtype."""
+    onednn = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with RandomRounding(seed):
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(onednn)
+
+
 class RandomRounding(TorchDispatchMode):
     """Within it, each operation's results are rounded at random; ``seed`` decides how."""
 
     def __init__(self, seed: int):
         super().__init__()
         self.generator = torch.Generator().manual_seed(seed)
-
-    def __enter__(self) -> RandomRounding:
-        # To oneDNN a layer of an LSTM is one operation, in no other dtype than here.
-        self.onednn = torch._C._get_mkldnn_enabled()
-        torch._C._set_mkldnn_enabled(False)
-        super().__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        torch._C._set_mkldnn_enabled(self.onednn)
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bigkern.parity import Verdict, Yardstick
-from bigkern.random_rounding import RandomRounding
+from bigkern.random_rounding import random_rounding
 
 N = 4096
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -135,7 +135,7 @@ def test_results_like_stocks_pass_in_every_run(dtype: torch.dtype) -> None:
 
     yardstick = Yardstick({"y": torch.softmax(x.double() @ w.double().t(), -1)}, stock)
     for seed in range(1000, 1200):
-        with RandomRounding(seed):
+        with random_rounding(seed):
             other = stock()
         assert yardstick.judge("y", other["y"]).passed
 
@@ -146,7 +146,7 @@ def test_results_like_stocks_pass_in_every_run(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_random_rounding_is_to_a_neighbour_and_right_on_average(dtype: torch.dtype) -> None:
     x = torch.full((20_000,), 1.0, dtype=dtype)
-    with RandomRounding(0):
+    with random_rounding(0):
         y = x / 3
     below = torch.tensor(1.0 / 3).to(dtype).double()
     step = torch.finfo(dtype).eps / 4  # of numbers in [1/4, 1/2)
@@ -157,7 +157,7 @@ def test_random_rounding_is_to_a_neighbour_and_right_on_average(dtype: torch.dty
 
 def test_random_rounding_leaves_what_is_exact() -> None:
     x, y = torch.randn(100).bfloat16(), torch.randn(100)
-    with RandomRounding(0):
+    with random_rounding(0):
         found = [x.float(), x * 2, torch.cat([y, -y]), y[::2].clone(), y.abs(), y.masked_fill(y > 0, 1.0)]
         z = y.clone()
         z[:50] = 0.5
@@ -174,7 +174,7 @@ def test_random_rounding_differs_by_seed_and_repeats() -> None:
     x = torch.randn(50)
 
     def rounded(seed: int) -> Tensor:
-        with RandomRounding(seed):
+        with random_rounding(seed):
             return x.exp()
 
     assert torch.equal(rounded(1), rounded(1))
@@ -183,8 +183,15 @@ def test_random_rounding_differs_by_seed_and_repeats() -> None:
 
 def test_random_rounding_reaches_backward() -> None:
     x = torch.randn(50, requires_grad=True)
-    with RandomRounding(1):
+    with random_rounding(1):
         (dx,) = torch.autograd.grad(x.exp().sum(), x)
     exact = x.detach().double().exp()
     error = (dx.double() - exact).abs() / exact
     assert 0.0 < float(error.max()) < 4 * torch.finfo(torch.float32).eps
+
+
+def test_random_rounding_leaves_onednn_as_it_was() -> None:
+    with random_rounding(1):
+        torch.softmax(torch.randn(4), -1)  # is taken apart within
+        assert not torch._C._get_mkldnn_enabled()
+    assert torch._C._get_mkldnn_enabled()
