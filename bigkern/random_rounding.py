@@ -31,7 +31,7 @@ COMPOUND = {
     aten._fused_rms_norm, aten._fused_rms_norm_backward, aten._log_softmax, aten._log_softmax_backward_data,
     aten._native_batch_norm_legit, aten._softmax, aten._softmax_backward_data, aten.logsumexp,
     aten.native_batch_norm, aten.native_batch_norm_backward, aten.native_layer_norm,
-    aten.native_layer_norm_backward,
+    aten.native_layer_norm_backward, aten.var, aten.var_mean,
 }  # fmt: skip
 
 ROUNDING = torch.finfo(torch.float32).eps / 2  # the largest relative error of one rounding in float32
