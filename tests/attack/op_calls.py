@@ -1,0 +1,254 @@
+"""Calls of the registered ops ``torch.ops.bigkern.*`` and ``torch.ops.bigkern_native.*``, drawn from a seed.
+
+A forward's arguments are those that the public function would pass on; a backward's come from a forward by
+the reference. What each must give is the reference in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import public_calls as public
+import torch
+from source import DTYPES, Call, Source
+from torch import Tensor
+
+from bigkern import registry
+from bigkern.ops import adam_arguments, attention_arguments, recurrent_arguments
+from bigkern.ops import batch_norm as batch_norm_op
+from bigkern.ops import decode_attention as decode_op
+from bigkern.ops import frozen_layernorm_ffn as frozen_op
+from bigkern.ops import layernorm_ffn as ffn_op
+from bigkern.ops import norm as norm_op
+from bigkern.reference import adam as reference_adam
+from bigkern.reference.recurrent import scan_backward
+
+Arguments = list[Any]
+
+
+def _stock(op: str) -> registry.Backend:
+    return registry.get(op).backends["torch"]
+
+
+def _like(source: Source, x: Tensor) -> Tensor:
+    return source.laid(source.normal(*x.shape, dtype=x.dtype))
+
+
+# ---- the arguments of each op, in its schema's order -------------------------------------------------
+
+
+def attention(source: Source) -> Arguments:
+    if source.chance(0.4):
+        return list(attention_arguments.bind(**public.varlen_arguments(source)))
+    return list(attention_arguments.bind(**public.attention_arguments(source)))
+
+
+def attention_backward(source: Source) -> Arguments:
+    q, k, v, *rules = attention(source)
+    o, lse = _stock("attention").forward(q, k, v, *rules)
+    dlse = source.maybe(lambda: source.normal(*lse.shape), 0.3)
+    bias_grad = rules[1] is not None and source.chance(0.5)
+    return [_like(source, o), dlse, q, k, v, o, lse, bias_grad, *rules]
+
+
+def decode_attention(source: Source) -> Arguments:
+    given = public.decode_arguments(source)
+    for name in ("k", "v"):
+        given.pop(name, None)
+    return list(decode_op.bind(**given))
+
+
+def norm(source: Source) -> Arguments:
+    given, kind = public.norm_arguments(source), source.one_of(["layer", "rms"])
+    if kind == "rms":
+        given["bias"] = None
+    return list(norm_op.bind(**given, kind=kind))
+
+
+def norm_backward(source: Source) -> Arguments:
+    x, residual, weight, bias, eps, kind, dropout_p, key = norm(source)
+    _, total, mean, rstd = _stock("norm").forward(x, residual, weight, bias, eps, kind, dropout_p, key)
+    s = x if total is None else total
+    dsum = None if total is None else source.maybe(lambda: _like(source, s))
+    wanted = source.chance(0.5), source.chance(0.5)
+    return [_like(source, s), dsum, s, weight, mean, rstd, kind, *wanted, dropout_p, key]
+
+
+def linear(source: Source) -> Arguments:
+    given = public.linear_arguments(source)
+    if given["x"].numel() == 0:  # stock's
+        given["x"] = source.normal(3, given["x"].shape[-1], dtype=given["x"].dtype)
+    return list(given.values())
+
+
+def linear_backward(source: Source) -> Arguments:
+    x, weight, _ = linear(source)
+    dy = source.laid(source.normal(*x.shape[:-1], weight.shape[0], dtype=x.dtype))
+    return [dy, x, weight, source.chance(0.7), source.chance(0.7)]
+
+
+def layernorm_ffn(source: Source) -> Arguments:
+    given = public.ffn_arguments(source)
+    if source.chance(0.3):
+        given |= {"dropout_p": 0.3, "hidden_dropout_p": 0.2, "seed": source.below(2**32)}
+    *arguments, _save = ffn_op.bind(**given)
+    return [*arguments, source.one_of(["preactivation", "input", "nothing"])]
+
+
+def layernorm_ffn_backward(source: Source) -> Arguments:
+    *tensors, norm, activation, placement, residual, eps, p, hidden_p, _save = layernorm_ffn(source)
+    options = norm, activation, placement, residual, eps, p, hidden_p
+    _, *saved = _stock("layernorm_ffn").forward(*tensors, *options, "preactivation")
+    if activation != "relu" and source.chance(0.2):
+        saved = [None] * 4
+    wanted = [source.chance(0.7) for _ in range(7)]
+    for at in (2, 4, 5, 6):
+        wanted[at] &= tensors[at] is not None
+    return [_like(source, tensors[0]), *tensors, *saved, *options, wanted]
+
+
+def native_layernorm_ffn_backward(source: Source) -> Arguments:
+    arguments = layernorm_ffn_backward(source)
+    w1, w2, wanted = arguments[2], arguments[4], arguments[-1]
+    sums = [None, None]
+    if source.chance(0.3):
+        sums = [source.normal(*w.shape) if wanted[at] else None for w, at in ((w1, 1), (w2, 3))]
+    return [*arguments, *sums]
+
+
+def frozen_layernorm_ffn(source: Source) -> Arguments:
+    return list(frozen_op.bind(**public.frozen_arguments(source)))
+
+
+def batch_norm(source: Source) -> Arguments:
+    return list(batch_norm_op.bind(**public.batch_norm_arguments(source)))
+
+
+def batch_norm_backward(source: Source) -> Arguments:
+    x, residual, weight, bias, mean, var, eps, relu = batch_norm(source)
+    y, *found = _stock("batch_norm").forward(x, residual, weight, bias, mean, var, eps, relu)
+    training = mean is None
+    mean, var = found if training else (mean, var)
+    wanted = residual is not None, source.chance(0.5), source.chance(0.5)
+    return [_like(source, x), x, y if relu else None, weight, bias, mean, var, eps, relu, training, *wanted]
+
+
+def recurrent(source: Source) -> Arguments:
+    *arguments, _save = recurrent_arguments.bind(**public.recurrent_arguments(source))
+    return [*arguments, source.chance(0.5)]
+
+
+def recurrent_backward(source: Source) -> Arguments:
+    x, h0, c0, weights, sizes, zoneout, mode, _save = recurrent(source)
+    forward = _stock("recurrent").forward
+    y, hn, cn, gates, reserve = forward(x, h0, c0, weights, sizes, zoneout, mode, True)
+    grads = [source.maybe(partial(_like, source, t), 0.8) if t is not None else None for t in (y, hn, cn)]
+    saved = x, h0, c0, weights, sizes, zoneout, y, gates, reserve
+    return [*grads, *saved, mode, *(source.chance(0.7) for _ in range(3))]
+
+
+def recurrent_scan_backward(source: Source) -> Arguments:
+    dy, dhn, dcn, _x, h0, c0, weights, *rest = recurrent_backward(source)
+    sizes, zoneout, y, gates, reserve, mode, *_wanted = rest
+    each = len(weights) // h0.shape[0]
+    w_hh = weights[1::each]
+    dy, y = (None if t is None else t.reshape(len(gates), -1) for t in (dy, y))
+    reverse = w_hh[1] if len(w_hh) == 2 else None
+    return [dy, dhn, dcn, gates, h0, c0, w_hh[0], reverse, sizes, zoneout, y, reserve, mode]
+
+
+def adam(source: Source) -> Arguments:
+    return list(adam_arguments.bind(**public.adam_arguments(source)))
+
+
+def grad_norm(source: Source) -> Arguments:
+    return [public.adam_arguments(source)["grads"]]
+
+
+def adam_pack(source: Source) -> Arguments:
+    lists = adam(source)[:9]
+    return [lists[0], *lists[2:]]
+
+
+def pack_ffn_weight(source: Source) -> Arguments:
+    rows, dtype = 2 * source.size(65), source.one_of([*DTYPES, torch.int8])
+    return [source.laid((source.normal(rows, source.size(65)) * 10).to(dtype)), source.chance(0.5)]
+
+
+# ---- calls -------------------------------------------------------------------------------------------
+
+Draw = Callable[[Source], Arguments]
+
+FORWARD: dict[str, Draw] = {
+    "attention": attention,
+    "decode_attention": decode_attention,
+    "norm": norm,
+    "linear": linear,
+    "layernorm_ffn": layernorm_ffn,
+    "frozen_layernorm_ffn": frozen_layernorm_ffn,
+    "recurrent": recurrent,
+    "adam": adam,
+    "grad_norm": grad_norm,
+}
+BACKWARD: dict[str, Draw] = {
+    "attention_backward": attention_backward,
+    "norm_backward": norm_backward,
+    "linear_backward": linear_backward,
+}
+OPS: dict[str, Draw] = {
+    **FORWARD,
+    **BACKWARD,
+    "layernorm_ffn_backward": layernorm_ffn_backward,
+    "batch_norm": batch_norm,
+    "batch_norm_backward": batch_norm_backward,
+    "recurrent_backward": recurrent_backward,
+}
+# Without adam_packed and grad_norm_packed: they are given addresses, for which their caller answers.
+NATIVE: dict[str, Draw] = {
+    **FORWARD,
+    **BACKWARD,
+    "layernorm_ffn_backward": native_layernorm_ffn_backward,
+    "recurrent_scan_backward": recurrent_scan_backward,
+    "adam_pack": adam_pack,
+    "pack_ffn_weight": pack_ffn_weight,
+}
+
+
+def _exact(name: str) -> Callable[..., Any] | None:
+    if name == "recurrent_scan_backward":
+        return scan_backward
+    if name == "adam":  # torch's reads where lists of other shapes have nothing
+        return partial(_extended, reference_adam.adam, name)
+    op = name.removesuffix("_backward")
+    if op not in registry.ops():
+        return None
+    backend = _stock(op)
+    function = backend.backward if name.endswith("_backward") else backend.forward
+    return None if function is None else partial(_extended, function, name)
+
+
+def _extended(function: Callable[..., Any], name: str, **arguments: Any) -> Any:
+    """The reference's function on an op's arguments; a public backward of the block has no sums."""
+    sums = (None, None) if name == "layernorm_ffn_backward" and "w1_sum" not in arguments else ()
+    return function(*arguments.values(), *sums)
+
+
+def _named(namespace: str, name: str, arguments: Arguments) -> Call:
+    op = getattr(getattr(torch.ops, namespace), name).default
+    schema = op._schema.arguments
+    written = frozenset(a.name for a in schema if a.alias_info is not None and a.alias_info.is_write)
+    exact = _exact(name)
+    named = dict(zip([a.name for a in schema], arguments, strict=True))
+    call = Call(f"{namespace}::{name}", lambda **given: op(*given.values()), named, written, exact, exact)
+    call.kernels = namespace == "bigkern_native"
+    return call
+
+
+def _draw(namespace: str, name: str, draw: Draw) -> Callable[[Source], Call]:
+    return lambda source: _named(namespace, name, draw(source))
+
+
+DRAW_OPS = [_draw("bigkern", name, draw) for name, draw in OPS.items()]
+DRAW_NATIVE = [_draw("bigkern_native", name, draw) for name, draw in NATIVE.items()]
