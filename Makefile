@@ -11,7 +11,7 @@ WORKERS ?= $(shell nproc)
 BIN     := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -path 'csrc/simt/*')
 
-.PHONY: demo test setup build bench lint types gates check parity-settings cuda-build-check gpu-check clean
+.PHONY: demo test setup build bench lint types gates check parity-settings attack sanitize cuda-build-check gpu-check clean
 
 demo: build
 	$(BIN)/bigkern train gpt --compare --seconds 150 --out runs/demo
@@ -49,7 +49,7 @@ $(VENV)/.dev: $(VENV)/.built
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cpp tests/attack -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 	$(BIN)/python tests/test_layering.py
 
 types: $(VENV)/.dev
@@ -67,6 +67,28 @@ check: lint types gates test
 # The parity tests on the CPU under other instruction sets, other roundings of stock's libraries, other threads.
 parity-settings: build
 	$(BIN)/python tests/parity_settings.py --workers $(WORKERS)
+
+# ---- attacks ------------------------------------------------------------------------------------------
+
+# Random calls, valid and not, in processes whose memory is guarded. SEED= begins elsewhere.
+N    ?= 20000
+SEED ?= 0
+attack: build
+	$(BIN)/python tests/attack/attack.py --calls $(N) --first $(SEED)
+
+# The C++ tests, the emulator's among them, with AddressSanitizer and UndefinedBehaviorSanitizer; those of the
+# CPU kernels also with ThreadSanitizer.
+SANITIZED := -DNVCC=OFF -DCMAKE_BUILD_TYPE=Sanitized
+SANITIZER := -O1 -g1 -fno-omit-frame-pointer -fno-sanitize-recover=all
+CPU_TESTS := $(basename $(notdir $(filter-out %_simt.cpp tests/cpp/test_simt%,$(wildcard tests/cpp/test_*.cpp))))
+CTEST     := ctest --output-on-failure --parallel $(WORKERS) --timeout 600
+sanitize:
+	cmake -S . -B build/sanitize/address $(SANITIZED) -DCMAKE_CXX_FLAGS="$(SANITIZER) -fsanitize=address,undefined"
+	cmake --build build/sanitize/address --target cpp_tests --parallel $(WORKERS)
+	$(CTEST) --test-dir build/sanitize/address --exclude-regex simt_plain
+	cmake -S . -B build/sanitize/thread $(SANITIZED) -DCMAKE_CXX_FLAGS="$(SANITIZER) -fsanitize=thread"
+	cmake --build build/sanitize/thread --target $(CPU_TESTS) --parallel $(WORKERS)
+	$(CTEST) --test-dir build/sanitize/thread --exclude-regex simt
 
 # ---- machines of other kinds --------------------------------------------------------------------------
 
