@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from bigkern.ops.checks import check_written
 from bigkern.reference.dynamic8 import blocks_of
 
 LISTS = (
@@ -103,6 +104,10 @@ def bind(
         if not step.is_floating_point():
             raise TypeError(f"state_steps[{i}] must be floating point, not {step.dtype}")
     _check_distinct(params)
+    for name, tensors in lists.items():
+        if name != "grads" or zero_grads or grad_scale is not None:
+            for i, tensor in enumerate(tensors):
+                check_written(f"{name}[{i}]", tensor)
     if isinstance(lr, Tensor):
         _check_scalar_tensor("lr", lr, device)
     rate, lr_tensor = split_lr(lr, device) if isinstance(lr, Tensor) else (lr, None)

@@ -13,7 +13,16 @@ from torch.autograd.function import once_differentiable
 
 from bigkern import registry
 from bigkern.ops._library import KERNEL_DTYPES, LIBRARY, plain, triton_kernel, unavailable, unproven
-from bigkern.ops.checks import TORCHS, check_dense, check_eps, check_flag, check_number, misfit_dtype, named
+from bigkern.ops.checks import (
+    TORCHS,
+    check_dense,
+    check_eps,
+    check_flag,
+    check_number,
+    check_written,
+    misfit_dtype,
+    named,
+)
 from bigkern.ops.norm import check_tensor
 from bigkern.reference import batch_norm as reference
 
@@ -167,6 +176,8 @@ def bind(
     for name, tensor in channels.items():
         if tensor is not None:
             _check_channels(name, tensor, x)
+            if training and name.startswith("running"):
+                check_written(name, tensor)
         elif not training and name.startswith("running"):
             raise RuntimeError(f"{name} must be defined in evaluation mode")
     if residual is not None:

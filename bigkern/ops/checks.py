@@ -24,6 +24,13 @@ def check_dense(name: str, x: Any) -> None:
         raise TypeError(f"{name} must be a dense Tensor, not {found}")
 
 
+def check_written(name: str, x: Tensor) -> None:
+    """What is written in place must not be expanded."""
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        found = f"strides {x.stride()} for shape {tuple(x.shape)}"
+        raise ValueError(f"{name} must have memory for each element, because it is written, not {found}")
+
+
 def check_number(name: str, x: Any, must: str, least: float = -math.inf, below: float = math.inf) -> float:
     """A finite number within [least, below); ``must`` says so in words."""
     try:

@@ -20,7 +20,7 @@ from bigkern.ops.attention_arguments import (
     may_look,
     per_head,
 )
-from bigkern.ops.checks import check_dense, kind
+from bigkern.ops.checks import check_dense, check_written, kind
 from bigkern.reference import decode_attention as reference
 
 define(
@@ -161,6 +161,8 @@ def bind(
     if k is not None and v is not None:
         _check_new("k", k, (B, Hkv, Sq, D), q)
         _check_new("v", v, (B, Hkv, Sq, Dv), q)
+        check_written("k_cache", k_cache)
+        check_written("v_cache", v_cache)
     _check_int32("cache_seqlens", cache_seqlens, (B,), "[B]", q)
     capacity = S
     if page_table is not None:
