@@ -612,3 +612,12 @@ def test_layer_norm_scan_of_a_gru() -> None:
     torch.testing.assert_close(y[:2, :3], (1 - z) * n + z * h0[0])
     alone, _, _ = reference.layer_norm_scan(gates[::2], h0[:, :1], None, *lists, None, None, "GRU")
     torch.testing.assert_close(y[::2], alone)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_state_of_another_dtype_than_x_is_named(mode: str) -> None:
+    x, weights = torch.randn(4, 2, 3), [torch.randn(reference.GATES[mode] * 5, n) for n in (3, 5)]
+    h = torch.zeros(1, 2, 5, dtype=torch.float64)
+    hx = (h.float(), h) if mode == "LSTM" else h
+    with pytest.raises(TypeError, match=r"^hx(\[1\])? must have x's dtype torch.float32, not torch.float64"):
+        recurrent(x, hx, weights, mode)

@@ -161,6 +161,8 @@ def _states(
     sizes = {"hx[0]": output_size, "hx[1]": H} if lstm else {"hx": H}
     for (name, size), state in zip(sizes.items(), hx if lstm else (hx,), strict=True):
         check_tensor(name, state, x)
+        if state.dtype != x.dtype and not torch._C._is_any_autocast_enabled():
+            raise TypeError(f"{name} must have x's dtype {x.dtype}, not {state.dtype}")
         expected = (D, state.shape[1] if B is None and state.dim() == 3 else B, size)
         if state.shape != expected:
             hidden = name.replace("hx", "hidden")  # torch's word
