@@ -359,3 +359,11 @@ def test_amsgrad_with_empty_parameters_does_as_torchs(shapes: list[tuple[int, ..
         results.append([*params, *(optimizer.state[p]["step"] for p in params)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("key", [(-1, 0), (0, -1), (2**32, 0), (0, 2**40)], ids=str)
+def test_a_dropout_key_is_two_numbers_of_32_bits(key: tuple[int, int]) -> None:
+    x = torch.ones(4, 8)
+    arguments = (x, x, None, None, 1e-5, "layer", 0.5, torch.tensor(key))
+    with pytest.raises(RuntimeError, match=r"^dropout_key must be two numbers within 0 and 2"):
+        op("bigkern_native", "norm")(*arguments)

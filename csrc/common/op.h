@@ -168,6 +168,9 @@ inline Dropout dropout_of(const OptionalTensor& key, double p) {
           "dropout_key must be two int64 numbers on the CPU");
   require(p >= 0 && p < 1, "dropout_p must be in [0, 1), not ", p);
   const int64_t* keys = static_cast<const int64_t*>(key->const_data_ptr());
+  const auto is_32_bits = [](int64_t word) { return word == static_cast<uint32_t>(word); };
+  require(is_32_bits(keys[0]) && is_32_bits(keys[1]),
+          "dropout_key must be two numbers within 0 and 2^32, not ", keys[0], " and ", keys[1]);
   const double threshold = std::min(std::nearbyint(p * 4294967296.0), 4294967295.0);
   return {static_cast<uint32_t>(keys[0]), static_cast<uint32_t>(keys[1]),
           static_cast<uint32_t>(threshold), static_cast<float>(1 / (1 - p))};
