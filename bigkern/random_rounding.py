@@ -26,12 +26,13 @@ SUMS = {
     aten.cumsum, aten.dot, aten.linalg_vector_norm, aten.mean, aten.mm, aten.mv, aten.sum,
 }  # fmt: skip
 
-# One operation to torch, but sums and several roundings in themselves: taken apart.
+# One operation to torch, but sums or several roundings in themselves, some of which cancel: taken apart.
 COMPOUND = {
     aten._fused_rms_norm, aten._fused_rms_norm_backward, aten._log_softmax, aten._log_softmax_backward_data,
-    aten._native_batch_norm_legit, aten._softmax, aten._softmax_backward_data, aten.logsumexp,
-    aten.native_batch_norm, aten.native_batch_norm_backward, aten.native_layer_norm,
-    aten.native_layer_norm_backward, aten.var, aten.var_mean,
+    aten._native_batch_norm_legit, aten._softmax, aten._softmax_backward_data, aten.gelu, aten.gelu_backward,
+    aten.logsumexp, aten.native_batch_norm, aten.native_batch_norm_backward, aten.native_layer_norm,
+    aten.native_layer_norm_backward, aten.sigmoid_backward, aten.silu, aten.silu_backward,
+    aten.tanh_backward, aten.var, aten.var_mean,
 }  # fmt: skip
 
 ROUNDING = torch.finfo(torch.float32).eps / 2  # the largest relative error of one rounding in float32

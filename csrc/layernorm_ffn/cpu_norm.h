@@ -30,6 +30,29 @@ inline void each_vector(int64_t N, const F& f) {
   if (j < N) f(j, N - j);
 }
 
+// K sums over a row: f(j, n, sums) adds the terms of a vector. They are carried over to the totals
+// every kSpan vectors, since rounding errors of terms of one sign grow with the longest chain.
+constexpr int64_t kSpan = 128;
+
+template <int K>
+struct RowSums {
+  vf total[K];
+
+  template <class F>
+  RowSums(int64_t N, const F& f) {
+    for (vf& t : total) t = zero();
+    for (int64_t first = 0; first < N; first += kSpan * W) {
+      vf sums[K];
+      for (vf& sum : sums) sum = zero();
+      each_vector(at_most(N - first, kSpan * W),
+                  [&](int64_t j, auto n) BIGKERN_FN { f(first + j, n, sums); });
+      for (int k = 0; k < K; ++k) total[k] += sums[k];
+    }
+  }
+
+  float operator[](int k) const { return reduce_add(total[k]); }
+};
+
 struct RowStats {
   float mean, shift, rstd;
 };
@@ -38,18 +61,17 @@ template <class T>
 RowStats row_stats(const T* v, int64_t N, Norm norm, float eps) {
   float mean = 0.0f;
   if (norm == Norm::layer) {
-    vf sum = zero();
-    each_vector(N, [&](int64_t j, auto n) BIGKERN_FN { sum += load_upto(v + j, n); });
-    mean = reduce_add(sum) / float(N);
+    const RowSums<1> sum(
+        N, [&](int64_t j, auto n, vf(&sums)[1]) BIGKERN_FN { sums[0] += load_upto(v + j, n); });
+    mean = sum[0] / float(N);
   }
-  vf sum = zero(), squares = zero();
-  each_vector(N, [&](int64_t j, auto n) BIGKERN_FN {
+  const RowSums<2> sums(N, [&](int64_t j, auto n, vf(&sums)[2]) BIGKERN_FN {
     const vf d = first_n(load_upto(v + j, n) - mean, n);
-    sum += d;
-    squares = fma(d, d, squares);
+    sums[0] += d;
+    sums[1] = fma(d, d, sums[1]);
   });
-  const float shift = norm == Norm::layer ? reduce_add(sum) / float(N) : 0.0f;
-  const float variance = reduce_add(squares) / float(N) - shift * shift;
+  const float shift = norm == Norm::layer ? sums[0] / float(N) : 0.0f;
+  const float variance = sums[1] / float(N) - shift * shift;
   // A NaN must stay one.
   return {mean, shift, 1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + eps)};
 }
@@ -157,19 +179,18 @@ struct NormBackwardRow {
   void run(int64_t i, int64_t N, Norm norm, const Drop& drop, float* dweight, float* dbias,
            bool first) const {
     const NormBackwardRow row = *this;  // which no store can change
-    vf sum_d = zero(), sum_g = zero(), sum_gd = zero();
-    each_vector(N, [&](int64_t j, auto n) BIGKERN_FN {
+    const RowSums<3> sums(N, [&](int64_t j, auto n, vf(&sums)[3]) BIGKERN_FN {
       const vf d = first_n(load_upto(row.v + j, n) - row.mean, n);
       const vf g = load_upto(row.dy + j, n) * load_or(row.weight, j, n, 1.0f);
-      sum_d += d;
-      sum_g += g;
-      sum_gd = fma(g, d, sum_gd);
+      sums[0] += d;
+      sums[1] += g;
+      sums[2] = fma(g, d, sums[2]);
     });
     const bool layer = norm == Norm::layer;
-    const float g_total = reduce_add(sum_g);
-    const RowStats stats = {row.mean, layer ? reduce_add(sum_d) / float(N) : 0.0f, row.rstd};
+    const float g_total = sums[1];
+    const RowStats stats = {row.mean, layer ? sums[0] / float(N) : 0.0f, row.rstd};
     const float average_g = layer ? g_total / float(N) : 0.0f;
-    const float average_gx = (reduce_add(sum_gd) - stats.shift * g_total) * row.rstd / float(N);
+    const float average_gx = (sums[2] - stats.shift * g_total) * row.rstd / float(N);
     each_vector(N, [&](int64_t j, auto n) BIGKERN_FN {
       const vf x_hat = normalised(row.v + j, n, stats), dy = load_upto(row.dy + j, n);
       const vf g = dy * load_or(row.weight, j, n, 1.0f);
