@@ -39,6 +39,7 @@ def run(setting: dict[str, str], seed: int, workers: int) -> tuple[bool, str]:
     """All tests, or for later seeds the fuzzed ones."""
     which = SLOW if seed == FUZZED_FROM[0] else f"fuzz and {SLOW}"
     files = [str(TESTS / f"test_{name}.py") for name in FILES]
+    workers = max(1, workers // int(setting["BIGKERN_TEST_THREADS"]))  # threads share the cores
     command = [sys.executable, "-m", "pytest", *files, "-k", which, "-n", str(workers), "--dist", "worksteal"]
     environment = os.environ | setting | {"BIGKERN_FUZZ_FROM": str(seed)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
