@@ -2,8 +2,8 @@
 
 A result is wrong if its shape or dtype is not the stock function's, if it is not a number where the float64
 reference is one, or if it is further from that reference than 64 roundings explain: 64 times the unit
-roundoff of the call's dtype, of the largest number among the call's results, or, where sums cancel, 64 times the
-error of plain torch in the same dtype. The parity rule is tighter; this finds what is broken.
+roundoff of the call's dtype, of the largest number among the call's results, or, where sums cancel, 64 times
+the error of plain torch in the same dtype. The parity rule is tighter; this finds what is broken.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 def _rounding(call: Call) -> float:
-    """The unit roundoff of the coarsest dtype: float32 statistics of bfloat16 numbers feel how these round."""
+    """The unit roundoff of the coarsest dtype: float32 statistics of bfloat16 numbers feel their rounding."""
     given = [t for t in _leaves(call.arguments) if isinstance(t, Tensor) and t.is_floating_point()]
     return max((torch.finfo(t.dtype).eps / 2 for t in given), default=0.0)
 
