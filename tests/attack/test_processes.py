@@ -118,6 +118,10 @@ def test_the_first_calls_of_a_process_may_come_from_many_threads_at_once() -> No
             first = [result for results in pool.map(work, range(6)) for result in results]
             test_processes.same(first, test_processes.everything(0))
     """
+    in_a_process(program)
+
+
+def in_a_process(program: str) -> None:
     command = [sys.executable, "-c", textwrap.dedent(program)]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -149,22 +153,32 @@ def test_a_forked_data_loader_calls_what_its_parent_has_called() -> None:
 def interrupt(work: Callable[[], object], after: float) -> None:
     """Ctrl-C while ``work`` runs over and over again."""
     timer = threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
     try:
+        timer.start()
         while True:
             work()
     except KeyboardInterrupt:
         timer.join()
 
 
-def test_calls_are_right_after_an_interrupt() -> None:
+@pytest.mark.parametrize("what", ["calls", "steps"])
+def test_what_comes_after_an_interrupt_is_right(what: str) -> None:
+    """In a process of its own: pytest's must not be interrupted."""
+    in_a_process(f"""
+        import bigkern, test_processes
+        with bigkern.use("cpu"):
+            test_processes.interrupted_{what}()
+    """)
+
+
+def interrupted_calls() -> None:
     expected = everything(0)
     for i in range(10):
         interrupt(lambda: everything(0), 0.003 * (i + 1))
         same(everything(0), expected)
 
 
-def test_an_optimizer_steps_on_after_an_interrupt() -> None:
+def interrupted_steps() -> None:
     """Each interrupted step has been done or not: no parameter is ahead of the others."""
     params = [torch.nn.Parameter(torch.ones(n)) for n in (70_000, 7, 300)]
     optimizer = bigkern.optim.AdamW(params, lr=1e-3)
