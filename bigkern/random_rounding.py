@@ -19,12 +19,14 @@ from torch._decomp import decomposition_table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 
 SUMS = {
     aten.addbmm, aten.addmm, aten.addmv, aten.baddbmm, aten.bmm, aten.convolution, aten.convolution_backward,
     aten.cumsum, aten.dot, aten.linalg_vector_norm, aten.mean, aten.mm, aten.mv, aten.sum,
+    prims.sum,
 }  # fmt: skip
+SQUARES = {prims.var}  # sums of squares, which are their own absolute values
 
 # One operation to torch, but sums or several roundings in themselves, some of which cancel: taken apart.
 COMPOUND = {
@@ -70,6 +72,8 @@ class RandomRounding(TorchDispatchMode):
         exact = _exactly(op, args, kwargs)  # before the operation itself, which may work in place
         if op.overloadpacket in SUMS:
             self._add_in_turn(exact, _exactly(op, args, kwargs, Tensor.abs))
+        if op.overloadpacket in SQUARES:
+            self._add_in_turn(exact, exact.clone())
         result = op(*args, **kwargs)
         for here, wide in zip(tree_leaves(result), tree_leaves(exact), strict=True):
             if _is_rounded(here):

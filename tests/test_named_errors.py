@@ -195,6 +195,12 @@ def test_every_wrong_argument_is_named() -> None:
             "weights must be a sequence of Tensors, not NoneType",
         ),
         (lambda: bigkern.nn.FeedForward("x", 8), "d_model must be an int, not str"),
+        (lambda: bigkern.nn.FeedForward(8, 8, device="gpu"), "device must be a device of torch's, not 'gpu'"),
+        (
+            lambda: bigkern.nn.FeedForward(8, 8, dtype=torch.int32),
+            "dtype must be floating point, not torch.int32",
+        ),
+        (lambda: bigkern.nn.LayerNormFFN(8, 8, dtype="half"), "dtype must be a torch.dtype or None, not str"),
         (lambda: bigkern.nn.LSTM(8, 8, zoneout="x"), "zoneout must be a number, not str"),
         (lambda: bigkern.use(norm=3).__enter__(), "norm must be a backend"),
         (lambda: bigkern.explain(["norm"]), "op must be a declared one"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -168,6 +170,19 @@ def test_random_rounding_leaves_what_is_exact() -> None:
     assert torch.equal(found[4], y.abs())
     assert torch.equal(found[5], y.masked_fill(y > 0, 1.0))
     assert torch.equal(z[50:], y[50:])
+
+
+@pytest.mark.parametrize(
+    ("of", "roundings"), [(torch.var, 1), (lambda x: torch.var_mean(x)[1], 2)], ids=["var", "mean"]
+)
+def test_random_rounding_adds_the_error_of_sums(of: Callable[[Tensor], Tensor], roundings: int) -> None:
+    """More numbers come out than by the roundings of the sum and, for a mean, of the division."""
+    torch.manual_seed(0)
+    x, found = torch.randn(2000), set()
+    for seed in range(200):
+        with random_rounding(seed):
+            found.add(float(of(x)))
+    assert len(found) > roundings + 1
 
 
 def test_random_rounding_differs_by_seed_and_repeats() -> None:

@@ -112,6 +112,8 @@ def test_ops_choose() -> None:
     known = "attention, norm, layernorm_ffn, batch_norm, recurrent, linear"
     with pytest.raises(ValueError, match=f"ops must be of {known}, not 'ffn'"):
         bigkern.patch(patched, ops=("norm", "ffn"))
+    with pytest.raises(TypeError, match="ops must be names of ops or None, not Tensor"):
+        bigkern.patch(patched, ops=torch.tensor(0))  # type: ignore[arg-type]
 
 
 def test_strict_patches_all_or_nothing() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bigkern.nn.frozen import FrozenLinear, frozen_feed_forward
 from bigkern.nn.layer_norm import LayerNorm, RMSNorm
 from bigkern.nn.torchscript import refuse
-from bigkern.ops.checks import check_choice, check_eps, check_flag, check_size
+from bigkern.ops.checks import check_choice, check_eps, check_factory, check_flag, check_size
 from bigkern.ops.dropout import check_dropout
 from bigkern.ops.layernorm_ffn import GATED, Activation, Placement, Save, layernorm_ffn
 
@@ -42,8 +42,8 @@ class FeedForward(nn.Module):
     Saved for backward: x, and with ``save="preactivation"`` the preactivation.
 
     Raises:
-        ValueError: activation or save is not one of the above, or a probability is not in [0, 1); else as
-            :func:`bigkern.layernorm_ffn`.
+        ValueError: activation or save is not one of the above, a probability is not in [0, 1), or dtype is
+            not floating point; else as :func:`bigkern.layernorm_ffn`.
 
     Source: Vaswani et al., Attention Is All You Need (2017); Shazeer, GLU Variants Improve Transformer
     (2020).
@@ -76,6 +76,7 @@ class FeedForward(nn.Module):
             check_dropout(p, name)
         check_flag("bias", bias)
         check_flag("residual", residual)
+        check_factory(device, dtype)
         self.activation, self.residual, self.save = activation, residual, save
         self.dropout, self.hidden_dropout = dropout, hidden_dropout
         factory: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -60,6 +60,18 @@ def check_size(name: str, x: Any) -> None:
         raise ValueError(f"{name} must be a size, within 0 and 2^31, not {x}")
 
 
+def check_factory(device: Any, dtype: Any) -> None:
+    """What a layer's parameters are made with."""
+    try:
+        torch.empty(0, device=device)
+    except (TypeError, RuntimeError) as error:
+        raise type(error)(f"device must be a device of torch's, not {device!r}: {error}") from None
+    if not isinstance(dtype, torch.dtype | None):
+        raise TypeError(f"dtype must be a torch.dtype or None, not {type(dtype).__name__}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype must be floating point, not {dtype}")
+
+
 def check_choice(name: str, x: Any, choices: tuple[str, ...]) -> None:
     if not isinstance(x, str) or x not in choices:
         said = ", ".join(f'"{choice}"' for choice in choices[:-1])

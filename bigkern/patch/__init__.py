@@ -158,7 +158,7 @@ def _check(model: nn.Module) -> None:
 
 
 def _chosen(ops: Iterable[str] | None) -> tuple[str, ...]:
-    if ops is not None and not isinstance(ops, Iterable):
+    if isinstance(ops, torch.Tensor) or not isinstance(ops, Iterable | None):
         raise TypeError(f"ops must be names of ops or None, not {type(ops).__name__}")
     chosen = OPS if ops is None else (ops,) if isinstance(ops, str) else tuple(ops)
     for op in chosen:
