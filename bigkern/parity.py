@@ -12,10 +12,11 @@ every rounding drawn at random (:mod:`bigkern.random_rounding`). Those know the 
 summed, so a gradient that is 0 as a difference of equal sums gets the error that such a difference has.
 Rounding at random has twice the variance of rounding to nearest: their errors count divided by sqrt(2).
 
-128 runs are enough even for a single number: a result whose error has the same distribution is beyond twice
-the largest of 128 others with a probability of about one in a million. Of many numbers every run says the
-same, and the rule is as sharp as one run makes it: then 8 will do. The runs are made one at a time until the
-result passes, which changes no verdict, since more runs only raise the largest.
+512 runs are enough even for a single number: a result whose error has the same distribution is beyond twice
+the largest of 512 others with a probability of 2 / 512^2, where the tails are Laplace's, and of less than one
+in a million where they are a bell curve's. Of many numbers every run says the same, and the rule is as sharp
+as one run makes it: then 8 will do. The runs are made one at a time until the result passes, which changes no
+verdict, since more runs only raise the largest.
 
 ``tiny`` is one epsilon of the reference: what two correct results may differ by where stock is exact.
 """
@@ -33,7 +34,7 @@ from bigkern.random_rounding import random_rounding
 
 FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
-RUNS = 128
+RUNS = 512
 LEAST_RUNS, NUMBERS = 8, 2**19  # where every result is large, as many runs as make so many numbers
 
 Results = Mapping[str, Tensor]

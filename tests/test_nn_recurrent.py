@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -460,7 +461,13 @@ def test_traced_and_under_autocast() -> None:
     for kind in KINDS:
         stock, ours = twins(kind, I, H)
         with torch.autocast("cpu", torch.bfloat16):
-            assert_same(ours(x), stock(x))
+            try:
+                expected = stock(x)
+            except RuntimeError as error:  # oneDNN has no such layer for every processor
+                with pytest.raises(RuntimeError, match=re.escape(str(error))):
+                    ours(x)
+            else:
+                assert_same(ours(x), expected)
             for extra in ({"layer_norm": True}, {"zoneout": 0.1}, {"recurrent_dropout": 0.1}):
                 torch.manual_seed(0)
                 layer = getattr(bigkern.nn, kind)(I, H, 2, **extra).eval()

@@ -244,17 +244,20 @@ def test_long_sums_in_bfloat16(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
 def test_roundings_in_one_element(op: Any, dtype: torch.dtype) -> None:
-    """The largest element of a result, off by 4 roundings in an output or by 16 in a gradient."""
+    """The largest element of a result is off by a few roundings more than stock's; in a gradient by 16.
+
+    Of float32 sums such as these the last two or three roundings are nobody's fault.
+    """
     stock, yardstick = stock_and_yardstick(op, dtype)
-    for number, of_gradients in ((4, False), (16, True)):
+    few = 6 if dtype == torch.float32 else 4
+    for number, of_gradients in ((few, False), (16, True)):
         missed = []
         for name, right in stock().items():
             wrong = right.detach().clone()
             largest = torch.unravel_index(wrong.abs().argmax(), wrong.shape)
             wrong[largest] *= 1 + number * torch.finfo(wrong.dtype).eps
-            if (
-                of_gradients or not name.startswith("d")
-            ) and wrong.dtype == dtype:  # stock sums some coarsely
+            asked = of_gradients or not name.startswith("d")
+            if asked and wrong.dtype == dtype:  # stock sums some coarsely
                 missed += [] if beyond(yardstick, {name: wrong}) > 1.0 else [name]
         assert not missed, number
         of = "all results" if of_gradients else "outputs"
