@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from bigkern.cli import corpus
-from bigkern.cli.console import Console, machine
-from bigkern.cli.trainer import BETAS, Recipe, Trainer, parameter_groups
 from bigkern.models import GPT, TransformerConfig
 from bigkern.optim import AdamW
+from bigkern.terminal.console import Console, machine
+from bigkern.train import corpus
+from bigkern.train.trainer import BETAS, Recipe, Trainer, parameter_groups
 
 WITHIN = 0.01  # of the float32 run's validation loss
 CLIP = 1.0

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bigkern.benchmarks.harness import Contestant, LeftOut, by_autograd, compiler_works
 from bigkern.benchmarks.timing import Task
-from bigkern.cli.problem import Inputs, Problem
+from bigkern.core.problem import Inputs, Problem
 
 Left = int | None  # how many keys before its own a query of a causal window sees; None: all
 

@@ -15,8 +15,8 @@ import torch
 
 from bigkern.benchmarks.harness import Bench, Case, Contestant
 from bigkern.benchmarks.timing import Task
-from bigkern.cli import problems
-from bigkern.cli.problem import Inputs
+from bigkern.core.problem import Inputs
+from bigkern.ops.adam import problems
 from bigkern.optim import AdamW
 
 Sizes = list[tuple[int, ...]]

@@ -8,8 +8,9 @@ import torch
 
 from bigkern.benchmarks.attention_peers import decoding, dense, packed
 from bigkern.benchmarks.harness import Bench, Case, Contestant, ours
-from bigkern.cli.attention_problems import attention, decode, varlen
-from bigkern.cli.problem import Problem
+from bigkern.core.problem import Problem
+from bigkern.ops.attention.decode_problems import decode
+from bigkern.ops.attention.problems import attention, varlen
 
 GPU, CPU = (torch.bfloat16,), (torch.float32, torch.bfloat16)
 TOKENS, WIDTH = 16384, 2048  # on a GPU: the layout that published numbers use

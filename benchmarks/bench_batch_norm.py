@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bigkern.benchmarks.harness import Bench, Case, by_autograd, compiled, ours
-from bigkern.cli.batch_norm_problems import batch_norm
-from bigkern.cli.problem import Problem
+from bigkern.core.problem import Problem
+from bigkern.ops.batch_norm.problems import batch_norm
 
 
 def cases(bench: Bench) -> list[Case]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from bigkern.benchmarks.harness import Bench, Case, Contestant, by_autograd
-from bigkern.cli.frozen_problems import Weights, frozen, stack, stock
-from bigkern.cli.problem import Inputs
+from bigkern.core.problem import Inputs
+from bigkern.ops.layernorm_ffn.frozen_problems import Weights, frozen, stack, stock
 
 
 def cases(bench: Bench) -> list[Case]:

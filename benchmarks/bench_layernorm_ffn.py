@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from bigkern.benchmarks.harness import Bench, Case, Contestant, by_autograd, compiled, ours
-from bigkern.cli.problem import Inputs, Problem
-from bigkern.cli.problems import layernorm_ffn
+from bigkern.core.problem import Inputs, Problem
+from bigkern.ops.layernorm_ffn.problems import layernorm_ffn
 
 
 def cases(bench: Bench) -> list[Case]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bigkern.benchmarks.harness import Bench, Case, by_autograd, compiled, ours
-from bigkern.cli.linear_problems import linear
-from bigkern.cli.problem import Problem
+from bigkern.core.problem import Problem
+from bigkern.ops.linear.problems import linear
 
 
 def cases(bench: Bench) -> list[Case]:

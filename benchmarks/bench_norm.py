@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from bigkern.benchmarks.harness import Bench, Case, Contestant, by_autograd, compiled, ours
-from bigkern.cli import problems
-from bigkern.cli.problem import Inputs, Problem
+from bigkern.core.problem import Inputs, Problem
+from bigkern.ops.norm.problems import norm
 
 
 def cases(bench: Bench) -> list[Case]:
@@ -17,7 +17,7 @@ def cases(bench: Bench) -> list[Case]:
     else:
         sizes = [(1024, 768)] if bench.quick else [(2048, 256), (2048, 768), (4096, 4096)]
     kinds = [("layer", False), ("layer", True), ("rms", False)]
-    return [_case(problems.norm(*size, *kind), bench) for size in sizes for kind in kinds]
+    return [_case(norm(*size, *kind), bench) for size in sizes for kind in kinds]
 
 
 def _case(problem: Problem, bench: Bench) -> Case:

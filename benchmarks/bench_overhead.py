@@ -7,21 +7,24 @@ from typing import Any
 
 import torch
 
-from bigkern import registry
 from bigkern.benchmarks.harness import Bench, Case, Contestant
 from bigkern.benchmarks.timing import Task
-from bigkern.cli import attention_problems, problems
-from bigkern.cli.problem import Inputs, Problem
+from bigkern.core import registry
+from bigkern.core.problem import Inputs, Problem
+from bigkern.ops.adam.problems import adam
+from bigkern.ops.attention.problems import attention
+from bigkern.ops.layernorm_ffn.problems import layernorm_ffn
+from bigkern.ops.norm.problems import norm
 
 CALLS = 100  # a sample
 
 
 def cases(bench: Bench) -> list[Case]:
     tiny = [
-        attention_problems.attention(1, 1, 2, 8),
-        problems.norm(2, 8),
-        problems.layernorm_ffn(2, 8, 8),
-        problems.adam([(8,)], "1 tensor of 8"),
+        attention(1, 1, 2, 8),
+        norm(2, 8),
+        layernorm_ffn(2, 8, 8),
+        adam([(8,)], "1 tensor of 8"),
     ]
     return [_case(problem) for problem in tiny]
 

@@ -17,8 +17,8 @@ from bigkern.benchmarks.harness import BYTES, Bench, Case, Contestant, by_autogr
 from bigkern.benchmarks.recurrent_peers import Layer
 from bigkern.benchmarks.table import Row
 from bigkern.benchmarks.timing import Task
-from bigkern.cli.problem import Inputs, judge
-from bigkern.parity import Verdict
+from bigkern.core.parity import Verdict
+from bigkern.core.problem import Inputs, judge
 
 KINDS = ("LSTM", "GRU")
 BATCHES = (1, 8, 32, 128)

@@ -1,7 +1,7 @@
 """How every benchmark here is measured.
 
-1. Parity first: a wrong result gets no time (``bigkern.parity``). A contestant that refuses a case, or that
-   disagrees with bigkern at the size that is timed, gets a row that says so, and no time.
+1. Parity first: a wrong result gets no time (``bigkern.core.parity``). A contestant that refuses a case, or
+   that disagrees with bigkern at the size that is timed, gets a row that says so, and no time.
 2. Contestants take turns in one process, in an order that rotates, on the same inputs. Medians with p20
    and p80; speed-ups are medians of the ratios within a round, so that a slow moment cancels.
 3. A contestant's name says what it is, the column ``backend`` what it really ran on.
@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigkern import info
 from bigkern.benchmarks.breakdown import Breakdown
 from bigkern.benchmarks.table import Row
 from bigkern.benchmarks.timing import (
@@ -36,9 +35,10 @@ from bigkern.benchmarks.timing import (
     spread,
     take_turns,
 )
-from bigkern.cli.console import Console, machine
-from bigkern.cli.problem import Inputs, Problem, judge, results
-from bigkern.parity import Verdict
+from bigkern.core import info
+from bigkern.core.parity import Verdict
+from bigkern.core.problem import Inputs, Problem, judge, results
+from bigkern.terminal.console import Console, machine
 
 BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 

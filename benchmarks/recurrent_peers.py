@@ -15,10 +15,10 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bigkern
-from bigkern import registry
 from bigkern.benchmarks.harness import Bench, Contestant, LeftOut, compiler_works
 from bigkern.benchmarks.timing import Task
-from bigkern.cli.problem import Inputs, Problem
+from bigkern.core import registry
+from bigkern.core.problem import Inputs, Problem
 
 Run = Callable[[Tensor], tuple[Tensor, ...]]  # of x: the output, hn, an LSTM's cn
 Build = Callable[[Inputs], Run]  # around the inputs' weights

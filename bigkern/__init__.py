@@ -15,20 +15,20 @@ Every op falls back to stock PyTorch where that is faster, or where a kernel is 
 """
 
 from bigkern import nn, optim
+from bigkern.core.registry import BackendRefused, explain, use
 from bigkern.freeze import freeze
 from bigkern.ops.attention import attention
+from bigkern.ops.attention.decode import decode_attention
+from bigkern.ops.attention.merge import merge_attention
+from bigkern.ops.attention.sdpa import scaled_dot_product_attention
+from bigkern.ops.attention.varlen import varlen_attention
 from bigkern.ops.batch_norm import batch_norm
-from bigkern.ops.decode_attention import decode_attention
-from bigkern.ops.frozen_layernorm_ffn import FrozenWeight, freeze_weight, frozen_layernorm_ffn
 from bigkern.ops.layernorm_ffn import layernorm_ffn
+from bigkern.ops.layernorm_ffn.frozen import FrozenWeight, freeze_weight, frozen_layernorm_ffn
 from bigkern.ops.linear import linear
-from bigkern.ops.merge_attention import merge_attention
 from bigkern.ops.norm import layer_norm, rms_norm
 from bigkern.ops.recurrent import recurrent
-from bigkern.ops.sdpa import scaled_dot_product_attention
-from bigkern.ops.varlen_attention import varlen_attention
 from bigkern.patch import patch, unpatch
-from bigkern.registry import BackendRefused, explain, use
 
 __version__ = "0.1.0"
 

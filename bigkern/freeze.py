@@ -16,7 +16,7 @@ from bigkern.nn import (
 from bigkern.nn.frozen import explain_frozen, freeze_layers
 from bigkern.nn.linear import PLAIN
 from bigkern.nn.transformer import activation_name
-from bigkern.ops.frozen_layernorm_ffn import Weights
+from bigkern.ops.layernorm_ffn.frozen import Weights
 from bigkern.patch import Report, Row
 
 OP = "frozen_layernorm_ffn"

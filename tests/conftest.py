@@ -18,7 +18,7 @@ elif "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 if "BIGKERN_TEST_ISA" in os.environ:
-    from bigkern import info
+    from bigkern.core import info
 
     info.set_isa(os.environ["BIGKERN_TEST_ISA"])
 

@@ -32,7 +32,7 @@ cd build  # so that the source tree is not what gets imported
 PYTHONPATH=cuda-site $python - <<'PY'
 import torch, bigkern
 from bigkern import info
-from bigkern.ops._library import SCHEMAS
+from bigkern.core.library import SCHEMAS
 print(info.summary())
 assert info.has_cuda_kernels(), "the build holds no CUDA kernels"
 names = ["bigkern_native::" + schema.split("(")[0] for schema in SCHEMAS]

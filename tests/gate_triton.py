@@ -41,17 +41,15 @@ from triton.runtime.jit import JITFunction
 if os.environ.get("TRITON_INTERPRET") == "1":
     sys.exit("gate_triton.py compiles: run it without TRITON_INTERPRET")
 
-from bigkern.triton_kernels import (
-    adam,
-    attention,
-    attention_configurations,
-    attention_decode,
-    batch_norm,
-    frozen_ffn,
-    launch,
-    layernorm_ffn,
-    recurrent,
+from bigkern.triton_kernels import adam, attention, batch_norm, layernorm_ffn, recurrent
+from bigkern.triton_kernels.attention import (
+    configurations as attention_configurations,
 )
+from bigkern.triton_kernels.attention import (
+    decode as attention_decode,
+)
+from bigkern.triton_kernels.common import launch
+from bigkern.triton_kernels.layernorm_ffn import frozen as frozen_ffn
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}

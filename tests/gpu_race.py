@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import bigkern
-from bigkern import registry
+from bigkern.core import registry
 from bigkern.ops.batch_norm import batch_norm
 from bigkern.ops.recurrent import recurrent as recurrent_layer
 

@@ -11,11 +11,11 @@ import torch
 
 import bigkern
 from bigkern.ops.adam import adam
+from bigkern.ops.adam.dynamic8 import blocks_of
+from bigkern.ops.adam.grad_norm import grad_norm
 from bigkern.ops.batch_norm import batch_norm
-from bigkern.ops.grad_norm import grad_norm
 from bigkern.ops.recurrent import recurrent
-from bigkern.reference.dynamic8 import blocks_of
-from bigkern.reference.recurrent import GATES
+from bigkern.ops.recurrent.reference import GATES
 
 BACKENDS = ("cuda", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -14,10 +14,10 @@ import sys
 
 import torch
 
-from bigkern.cli import problems
 from bigkern.cli.doctor import DTYPES
-from bigkern.cli.problem import results
-from bigkern.registry import BackendRefused, use
+from bigkern.core.problem import results
+from bigkern.core.registry import BackendRefused, use
+from bigkern.ops import problems
 
 
 def calls() -> list[tuple[problems.Problem, torch.dtype]]:

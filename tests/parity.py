@@ -1,8 +1,8 @@
 """How the tests hold an op's backends to parity, and how they remember what they saw.
 
 ``run_backend(op, backend)`` forces a backend for a block; ``assert_parity`` judges results by the rule of
-``bigkern.parity`` and records the verdicts; ``RECORD.passed`` records which features a case has shown. At the
-end of the run conftest writes both down, for ``parity_table.py`` and ``feature_table.py``.
+``bigkern.core.parity`` and records the verdicts; ``RECORD.passed`` records which features a case has shown.
+At the end of the run conftest writes both down, for ``parity_table.py`` and ``feature_table.py``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 import bigkern
-from bigkern import info, registry
-from bigkern.parity import Yardstick
+from bigkern.core import info, registry
+from bigkern.core.parity import Yardstick
 
 GPU = torch.cuda.is_available()
 FUZZ_FROM = int(os.environ.get("BIGKERN_FUZZ_FROM", "0"))  # added to the seeds of all fuzzed cases

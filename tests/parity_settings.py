@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from bigkern import info
+from bigkern.core import info
 
 TESTS = Path(__file__).parent
 FILES = (

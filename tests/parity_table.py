@@ -9,7 +9,7 @@ import csv
 import sys
 from pathlib import Path
 
-from bigkern.parity import FACTOR, GRADIENT_FACTOR
+from bigkern.core.parity import FACTOR, GRADIENT_FACTOR
 
 BUILD = Path(__file__).parent.parent / "build"
 COLUMNS = ["op", "backend", "dtype", "tier", "kind", "worst_ratio", "cases"]

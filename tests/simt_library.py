@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch.utils.cpp_extension import include_paths
 
-from bigkern import registry
-from bigkern.ops import _library
+from bigkern.core import library as _library
+from bigkern.core import registry
 
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "simt"

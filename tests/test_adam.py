@@ -12,11 +12,11 @@ from parity import BACKENDS, KERNEL_BACKENDS, assert_parity, device_of, run_back
 from torch import Tensor
 
 import bigkern
+from bigkern.core.parity import Yardstick
 from bigkern.ops.adam import ADAM, adam
-from bigkern.ops.adam_arguments import LISTS as ALL_LISTS
-from bigkern.ops.adam_arguments import bind
-from bigkern.parity import Yardstick
-from bigkern.reference.adam import adam as reference
+from bigkern.ops.adam.call import LISTS as ALL_LISTS
+from bigkern.ops.adam.call import bind
+from bigkern.ops.adam.reference import adam as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps")

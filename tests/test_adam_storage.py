@@ -14,12 +14,11 @@ import torch
 from parity import BACKENDS, KERNEL_BACKENDS, assert_parity, device_of, run_backend
 from torch import Tensor
 
-from bigkern.ops.adam import adam
-from bigkern.ops.adam_arguments import LISTS, bind
-from bigkern.ops.grad_norm import grad_norm
-from bigkern.parity import Yardstick
-from bigkern.reference import adam as reference
-from bigkern.reference.dynamic8 import blocks_of, dequantised
+from bigkern.core.parity import Yardstick
+from bigkern.ops.adam import adam, reference
+from bigkern.ops.adam.call import LISTS, bind
+from bigkern.ops.adam.dynamic8 import blocks_of, dequantised
+from bigkern.ops.adam.grad_norm import grad_norm
 
 F32, BF16, F16, CODES = torch.float32, torch.bfloat16, torch.float16, torch.uint8
 SIZES = (1, 7, 0, 255, 1023)

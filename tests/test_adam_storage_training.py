@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bigkern.benchmarks import adam_storage
-from bigkern.cli import corpus
+from bigkern.train import corpus
 
 SIZE = adam_storage.Size(steps=40, context=64, batch=4, layers=1, width=32, eval_batches=8)
 

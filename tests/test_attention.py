@@ -25,11 +25,11 @@ from parity import (
 from torch import Tensor
 
 import bigkern
-from bigkern import info
+from bigkern.core import info
+from bigkern.core.parity import Yardstick
 from bigkern.ops import attention as op
-from bigkern.ops.attention_arguments import bind
-from bigkern.parity import Yardstick
-from bigkern.reference import attention as reference
+from bigkern.ops.attention import reference
+from bigkern.ops.attention.call import bind
 
 NATIVE = [name for name in BACKENDS if name in ("cpu", "torch", "cuda")]  # fast enough for large tensors
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import bigkern
-from bigkern.ops.batch_norm import batch_norm
-from bigkern.parity import Yardstick
-from bigkern.reference import batch_norm as reference
+from bigkern.core.parity import Yardstick
+from bigkern.ops.batch_norm import batch_norm, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = [name for name in parity.BACKENDS if name in ("torch", "triton")]  # there are no others

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import bigkern
-from bigkern import registry
 from bigkern.benchmarks import (
     attention_peers,
     bench_adam,
@@ -27,17 +26,22 @@ from bigkern.benchmarks import (
     bench_recurrent,
     breakdown,
     harness,
+    model_problems,
     recurrent_peers,
     summary,
     table,
     timing,
 )
-from bigkern.cli import attention_problems, model_problems, problems
-from bigkern.cli.console import Console, Failure
+from bigkern.benchmarks.model_problems import Network
 from bigkern.cli.main import main
-from bigkern.cli.model_problems import Network
-from bigkern.cli.problem import Problem
+from bigkern.core import registry
+from bigkern.core.problem import Problem
+from bigkern.ops.attention import problems as attention_problems
+from bigkern.ops.attention.decode_problems import decode
+from bigkern.ops.layernorm_ffn.problems import layernorm_ffn
+from bigkern.ops.norm.problems import norm
 from bigkern.ops.recurrent import recurrent
+from bigkern.terminal.console import Console, Failure
 
 CPU = torch.device("cpu")
 ROOMS = (bench_attention, bench_norm, bench_layernorm_ffn, bench_recurrent, bench_adam, bench_overhead)
@@ -104,8 +108,8 @@ def small_attention_cases() -> list[harness.Case]:
     bias = attention_problems.attention(2, 2, 33, 16, bias="learned")
     lengths = [17, 1, 30]
     packs = attention_problems.varlen(lengths, 2, 16, True)
-    paged = attention_problems.decode([33, 7], 4, 40, 16, kv_heads=2, page_size=8)
-    whole = attention_problems.decode([40, 40], 4, 40, 16)
+    paged = decode([33, 7], 4, 40, 16, kv_heads=2, page_size=8)
+    whole = decode([40, 40], 4, 40, 16)
     peers = [
         (window, attention_peers.dense(window, CPU, True, 7, with_flex=False)),
         (bias, attention_peers.dense(bias, CPU, False, with_flex=False)),
@@ -171,7 +175,7 @@ def test_packages_of_others_are_called_as_they_want(
     ]
     window = problem(1, 2, 33, 16, True, window=(7, 0))
     packs = attention_problems.varlen([17, 1, 30], 2, 16, True)
-    paged = attention_problems.decode([33, 7], 4, 40, 16, kv_heads=2, page_size=8)
+    paged = decode([33, 7], 4, 40, 16, kv_heads=2, page_size=8)
     calls += [
         (window, attention_peers._of_others(window, True, 7)),
         (packs, attention_peers._flash_varlen(packs, True)),
@@ -202,7 +206,7 @@ def test_torchs_choice_is_named_and_not_timed_twice(bench: harness.Bench) -> Non
 
 
 def test_rows_hold_what_was_measured(bench: harness.Bench) -> None:
-    rows = harness.measure(tiny(problems.norm(8, 16)), torch.float32, bench)
+    rows = harness.measure(tiny(norm(8, 16)), torch.float32, bench)
     assert [(row.mode, row.contestant) for row in rows] == [
         (mode, name) for mode in ("forward", "backward", "both") for name in ("bigkern", "eager")
     ]
@@ -227,7 +231,7 @@ def test_a_wrong_result_gets_no_time(bench: harness.Bench, monkeypatch: pytest.M
         return y * 1.01, *rest
 
     monkeypatch.setitem(op.backends, "cpu", registry.Backend("cpu", wrong, right.backward))
-    (row,) = harness.measure(tiny(problems.norm(8, 16, "rms")), torch.float32, bench)
+    (row,) = harness.measure(tiny(norm(8, 16, "rms")), torch.float32, bench)
     assert "output" in row.wrong
     assert math.isnan(row.ms)
 
@@ -237,7 +241,7 @@ def contestant(name: str, call: Any) -> harness.Contestant:
 
 
 def test_a_peer_that_is_wrong_or_refuses_is_left_out_with_its_reason(bench: harness.Bench) -> None:
-    problem = problems.norm(8, 16)
+    problem = norm(8, 16)
 
     def refuses(inputs: Any) -> Any:
         raise harness.LeftOut("no such shape")
@@ -266,7 +270,7 @@ def test_a_peer_that_is_wrong_or_refuses_is_left_out_with_its_reason(bench: harn
 
 
 def test_bigkern_gets_no_time_where_stock_disagrees_at_full_size(bench: harness.Bench) -> None:
-    problem = problems.norm(8, 16)
+    problem = norm(8, 16)
     stock = contestant("eager", lambda inputs: problem.stock(inputs) * 1.01)
     (row,) = harness.measure(harness.Case(problem, [harness.ours(problem), stock]), torch.float32, bench)
     assert row.contestant == "bigkern"
@@ -354,7 +358,7 @@ def test_files_round_trip(tmp_path: Path) -> None:
 def test_a_folders_other_tables_stay_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     from bigkern.benchmarks import plot
-    from bigkern.cli.bench import _old_rows
+    from bigkern.benchmarks.cli import _old_rows
 
     ours = [row(case="a", mode="forward", dtype="float32", device="cpu")]
     table.write(tmp_path / "norm.csv", ours)
@@ -374,7 +378,7 @@ def test_command(
     capsys: pytest.CaptureFixture[str],
     bench: harness.Bench,
 ) -> None:
-    monkeypatch.setattr(bench_norm, "cases", lambda _: [tiny(problems.norm(8, 16))])
+    monkeypatch.setattr(bench_norm, "cases", lambda _: [tiny(norm(8, 16))])
     monkeypatch.setattr(harness.Bench, "copy_rate", lambda _: 10.0)
     options = ["bench", "norm", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path)]
     assert main([*options, "--json"]) == 0
@@ -461,12 +465,12 @@ def test_saved_memory_counts_blocks_of_memory_once_and_no_parameters() -> None:
 def test_saving_the_input_saves_memory() -> None:
     megabytes = {}
     for save in ("preactivation", "input"):
-        problem = problems.layernorm_ffn(512, 64, 256, save=save)
+        problem = layernorm_ffn(512, 64, 256, save=save)
         inputs = problem.make(torch.float32, CPU)
         task = harness.ours(problem).tasks(inputs)["backward"]
         with bigkern.use("cpu"):
             megabytes[save] = timing.saved_mb(task, [inputs[name] for name in problem.parameters])
-    problem = problems.layernorm_ffn(512, 64, 256)
+    problem = layernorm_ffn(512, 64, 256)
     inputs = problem.make(torch.float32, CPU)
     eager = harness.by_autograd("eager", problem.stock, "torch").tasks(inputs)["backward"]
     stock = timing.saved_mb(eager, [inputs[name] for name in problem.parameters])
@@ -476,7 +480,7 @@ def test_saving_the_input_saves_memory() -> None:
 
 def test_a_forward_row_names_what_runs_without_gradients(bench: harness.Bench) -> None:
     """A LayerNorm of this size runs on our kernels with a gradient, and on stock without one."""
-    problem = problems.norm(2048, 513)
+    problem = norm(2048, 513)
     rows = harness.measure(harness.Case(problem, [harness.ours(problem)]), torch.float32, bench)
     assert {row.mode: row.backend for row in rows} == {"forward": "torch", "backward": "cpu", "both": "cpu"}
 
@@ -745,9 +749,7 @@ def test_operators_are_told_apart() -> None:
 def test_a_part_of_a_benchmark_leaves_the_rest_of_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bench: harness.Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        bench_norm, "cases", lambda _: [tiny(problems.norm(8, 16)), tiny(problems.norm(4, 16))]
-    )
+    monkeypatch.setattr(bench_norm, "cases", lambda _: [tiny(norm(8, 16)), tiny(norm(4, 16))])
     monkeypatch.setattr(harness.Bench, "copy_rate", lambda _: 10.0)
     options = ["bench", "norm", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path), "--only"]
     assert main([*options, "LAYER", "4x"]) == 0
@@ -770,6 +772,6 @@ def test_models_need_transformers_and_say_so(
     options = ["--device", "cpu", "--out", str(tmp_path)]
     assert main(["bench", "models", *options]) == 2
     assert "pip install 'bigkern[transformers]'" in capsys.readouterr().err
-    monkeypatch.setattr("bigkern.cli.bench.OPS", ("models",))
+    monkeypatch.setattr("bigkern.benchmarks.cli.OPS", ("models",))
     assert main(["bench", *options]) == 0  # everything that there is
     assert "left out: models: pip install" in capsys.readouterr().out

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from bigkern import evidence, registry
-from bigkern.cli import bench, doctor, problems
-from bigkern.cli.console import Console
+from bigkern.benchmarks import cli as bench
+from bigkern.cli import doctor
 from bigkern.cli.main import COMMANDS, main
-from bigkern.cli.problem import judge
+from bigkern.core import evidence, registry
+from bigkern.core.problem import judge
+from bigkern.ops import problems
+from bigkern.terminal.console import Console
 
 
 def document(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any]:
@@ -57,7 +59,8 @@ import sys, torch
 def refuse(path):
     raise OSError("undefined symbol: xyz")
 torch.ops.load_library = refuse
-from bigkern.cli import doctor, problems
+from bigkern.cli import doctor
+from bigkern.ops import problems
 from bigkern.cli.main import main
 doctor.DTYPES, every = (torch.float32,), problems.small
 problems.small = lambda op: every(op)[:1]
@@ -145,7 +148,7 @@ def test_doctor_survives_a_crashing_kernel(
 
 def test_verify_records_gpu_kernels_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("bigkern.evidence.device_arch", lambda index: "sm_90")
+    monkeypatch.setattr("bigkern.core.evidence.device_arch", lambda index: "sm_90")
     monkeypatch.setattr(evidence, "_proven", frozenset())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     passed = doctor.Finding("attention", "cuda", "cuda:0", cases=5)

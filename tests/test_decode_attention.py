@@ -13,9 +13,9 @@ from parity import BACKENDS, FUZZ_FROM, RECORD, assert_parity, device_of, poison
 from torch import Tensor
 
 import bigkern
-from bigkern.ops import decode_attention as op
-from bigkern.parity import Yardstick
-from bigkern.reference import decode_attention as reference
+from bigkern.core.parity import Yardstick
+from bigkern.ops.attention import decode as op
+from bigkern.ops.attention import decode_reference as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EVERY = pytest.mark.parametrize("backend", BACKENDS)

@@ -10,7 +10,7 @@ import pkgutil
 import pytest
 
 import bigkern
-from bigkern import info
+from bigkern.core import info
 
 SKIPPED = ("bigkern._info", "bigkern.triton_kernels", "bigkern.benchmarks", "bigkern.__main__")
 
@@ -23,7 +23,7 @@ MODULES = sorted(
 
 @pytest.mark.parametrize("name", ["bigkern", *MODULES])
 def test_examples_run(name: str) -> None:
-    if name.startswith("bigkern.integrations.transformers"):
+    if name.startswith("bigkern.patch.transformers.attention"):
         pytest.importorskip("transformers")
     results = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert results.failed == 0

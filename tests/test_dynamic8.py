@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bigkern.reference.dynamic8 import BLOCK, blocks_of, codebook, dequantised, quantised
+from bigkern.ops.adam.dynamic8 import BLOCK, blocks_of, codebook, dequantised, quantised
 
 
 @pytest.mark.parametrize("signed", [True, False])

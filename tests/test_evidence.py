@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigkern import evidence
-from bigkern.evidence import Entry
+from bigkern.core import evidence
+from bigkern.core.evidence import Entry
 
 
 def entry(op: str = "attention", arch: str = "sm_90", cases: int = 10) -> Entry:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import bigkern
 from bigkern import FrozenWeight, freeze_weight, frozen_layernorm_ffn
-from bigkern.ops import frozen_layernorm_ffn as room
-from bigkern.parity import Yardstick
-from bigkern.reference import frozen_layernorm_ffn as reference
+from bigkern.core.parity import Yardstick
+from bigkern.ops.layernorm_ffn import frozen as room
+from bigkern.ops.layernorm_ffn import frozen_reference as reference
 
 OP = "frozen_layernorm_ffn"
 BACKENDS = [name for name in KERNEL_BACKENDS if name in ("cpu", "triton")]

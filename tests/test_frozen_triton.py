@@ -14,15 +14,16 @@ from parity import BACKENDS, assert_parity, device_of, poisoned_empty_memory
 from torch import Tensor
 from triton_interpreter import from_e4m3, to_e4m3
 
-from bigkern.parity import Yardstick
-from bigkern.reference.layernorm_ffn import GATED, activate
+from bigkern.core.parity import Yardstick
+from bigkern.ops.layernorm_ffn.reference import GATED, activate
 
 if "triton" not in BACKENDS:
     pytest.skip("neither a GPU nor TRITON_INTERPRET=1", allow_module_level=True)
 
-from bigkern.triton_kernels import frozen_ffn, launch
-from bigkern.triton_kernels.frozen_ffn import frozen_down, frozen_up, quantize_rows
-from bigkern.triton_kernels.quantize import LONGEST
+from bigkern.triton_kernels.common import launch
+from bigkern.triton_kernels.layernorm_ffn import frozen as frozen_ffn
+from bigkern.triton_kernels.layernorm_ffn.frozen import frozen_down, frozen_up, quantize_rows
+from bigkern.triton_kernels.layernorm_ffn.quantize import LONGEST
 
 DEVICE = device_of("triton")
 E4M3 = torch.float8_e4m3fn

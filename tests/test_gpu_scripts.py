@@ -10,7 +10,7 @@ import gpu_warm
 import pytest
 import torch
 
-from bigkern import info, registry
+from bigkern.core import info, registry
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(info.import_error is not None, reason="needs the compiled kernels")

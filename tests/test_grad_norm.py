@@ -8,9 +8,9 @@ from parity import BACKENDS, KERNEL_BACKENDS, assert_parity, device_of, run_back
 from torch import Tensor
 
 import bigkern
+from bigkern.core.parity import Yardstick
 from bigkern.ops.adam import Packed
-from bigkern.ops.grad_norm import grad_norm
-from bigkern.parity import Yardstick
+from bigkern.ops.adam.grad_norm import grad_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = (1, 7, 0, 63, 129, 1023, 9000)

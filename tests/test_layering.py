@@ -9,48 +9,61 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
-# What each room of the package may import of the package, besides itself.
-ALLOWED = {
-    "evidence": set(),
-    "info": {"_info"},
-    "parity": {"random_rounding"},
-    "random_rounding": set(),
-    "registry": {"evidence", "info"},
-    "reference": set(),
-    "ops": {"registry", "info", "reference", "triton_kernels"},
-    "nn": {"ops", "reference", "registry"},
-    "optim": {"ops", "reference", "registry"},
-    "patch": {"nn", "ops", "registry", "optim", "integrations"},
-    "freeze": {"nn", "ops", "patch", "registry"},
-    "models": {"nn", "ops"},
+# The parts of the package, from the bottom up: what each may import besides itself, always something above it
+# in this list, so that there are no circles.
+ALLOWED: dict[str, set[str]] = {
     "triton_kernels": set(),
+    "core": {"_info"},
+    "ops": {"core", "triton_kernels"},
+    "nn": {"core", "ops"},
+    "optim": {"core", "ops"},
+    "models": {"core", "nn", "ops"},
+    "patch": {"core", "ops", "nn"},
+    "freeze": {"core", "ops", "nn", "patch"},
+    "integrations": {"ops", "patch"},
+    "terminal": {"core"},
+    "train": {"terminal", "models", "optim"},
+    "benchmarks": {
+        "core",
+        "ops",
+        "nn",
+        "optim",
+        "models",
+        "patch",
+        "freeze",
+        "terminal",
+        "train",
+        "integrations",
+    },
+    "cli": {"core", "ops", "terminal", "train", "benchmarks"},
 }
-# Rooms on top: they may import anything below.
-TOP = {"__init__", "__main__", "cli", "benchmarks", "integrations"}
+TOP = {"__init__", "__main__"}
+# Parts that stand on other packages than torch and numpy: the extras.
+EXTRAS = {"integrations", "terminal", "train", "benchmarks", "cli"}
 
-# What the core may import at the top of a file besides itself.
+# What all others may import at the top of a file besides the package.
 CORE = {"torch", "numpy"} | sys.stdlib_module_names
 
 TORCH_INCLUDE = re.compile(r'#include\s*[<"](?:torch|ATen|c10)/')
-# The torch binding: op.cpp of each room and the one header they share.
+# The torch binding: op.cpp of each op and the header that they share.
 TORCH_FILES = {"op.cpp", "op.h"}
 
 
-def room_of(path: Path) -> str:
+def part_of(path: Path) -> str:
     parts = path.relative_to(ROOT).parts
     if parts[0] in ("triton_kernels", "benchmarks"):
         return parts[0]
     return parts[1].removesuffix(".py")
 
 
-def imported_rooms(tree: ast.Module) -> set[tuple[str, int]]:
+def imported_parts(tree: ast.Module) -> set[tuple[str, int]]:
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             if node.level:
-                assert node.level == 1, f"line {node.lineno}: a relative import out of the room"
+                assert node.level == 1, f"line {node.lineno}: a relative import out of the folder"
                 continue
             names = (
                 [f"bigkern.{alias.name}" for alias in node.names]
@@ -64,30 +77,65 @@ def imported_rooms(tree: ast.Module) -> set[tuple[str, int]]:
 
 
 def python_files() -> list[Path]:
-    return sorted(file for room in ("bigkern", "triton_kernels") for file in (ROOT / room).rglob("*.py"))
+    folders = ("bigkern", "triton_kernels", "benchmarks")
+    return sorted(file for folder in folders for file in (ROOT / folder).rglob("*.py"))
 
 
 def test_imports_go_downward() -> None:
+    order = list(ALLOWED)
+    for part, allowed in ALLOWED.items():
+        assert allowed <= {*order[: order.index(part)], "_info"}, f"{part} may import what stands above it"
     wrong = []
     for file in python_files():
-        room = room_of(file)
-        if room in TOP:
+        part = part_of(file)
+        if part in TOP:
             continue
-        assert room in ALLOWED, f"{file.relative_to(ROOT)} stands in a room that the layout does not know"
-        for target, line in imported_rooms(ast.parse(file.read_text())):
-            if target != room and target not in ALLOWED[room]:
-                wrong.append(f"{file.relative_to(ROOT)}:{line}: {room} must not import bigkern.{target}")
+        assert part in ALLOWED, f"{file.relative_to(ROOT)} is in no part that the layout knows"
+        for target, line in imported_parts(ast.parse(file.read_text())):
+            if target != part and target not in ALLOWED[part]:
+                wrong.append(f"{file.relative_to(ROOT)}:{line}: {part} must not import bigkern.{target}")
     assert not wrong, "\n".join(wrong)
 
 
+def test_no_circles_between_modules() -> None:
+    """Imports at the top of files; those within functions are there to be late."""
+    modules = {module_of(file): file for file in python_files()}
+    imports = {
+        name: {
+            target
+            for node in ast.parse(file.read_text()).body
+            if isinstance(node, ast.ImportFrom) and node.module
+            for target in (f"{node.module}.{alias.name}" for alias in node.names)
+            for target in (target if target in modules else node.module,)
+            if target in modules and target != name
+        }
+        for name, file in modules.items()
+        if part_of(file) not in TOP
+    }
+    circles = []
+    while imports:
+        free = [name for name, targets in imports.items() if not targets & imports.keys()]
+        if not free:
+            circles = sorted(imports)
+            break
+        for name in free:
+            del imports[name]
+    assert not circles, f"these import each other in circles: {circles}"
+
+
+def module_of(file: Path) -> str:
+    name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    return name if name.startswith("bigkern") else f"bigkern.{name}"
+
+
 def test_core_imports_torch_and_numpy_alone() -> None:
-    """Outside the top rooms, other packages are imported inside functions only (triton, in its own room)."""
+    """Outside the extras, other packages are imported inside functions only (triton, in its own folder)."""
     wrong = []
     for file in python_files():
-        room = room_of(file)
-        if room in TOP:
+        part = part_of(file)
+        if part in TOP | EXTRAS or "patch/transformers" in file.as_posix():
             continue
-        allowed = CORE | ({"triton"} if room == "triton_kernels" else set())
+        allowed = CORE | ({"triton"} if part == "triton_kernels" else set())
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
@@ -115,9 +163,7 @@ def test_kernels_are_free_of_torch() -> None:
 def test_every_package_is_installed() -> None:
     listed = re.search(r"^packages = \[\n(.*?)\n\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
     assert listed is not None
-    folders = {file.parent.relative_to(ROOT) for file in (ROOT / "bigkern").rglob("*.py")}
-    packages = {folder.as_posix().replace("/", ".") for folder in folders}
-    packages |= {"bigkern.triton_kernels", "bigkern.benchmarks"}
+    packages = {module_of(file.parent / "__init__.py") for file in python_files()}
     assert set(re.findall(r'"([\w.]+)"', listed[1])) == packages
 
 

@@ -26,9 +26,9 @@ from parity import (
 from torch import Tensor, nn
 
 import bigkern
+from bigkern.core.parity import Yardstick
 from bigkern.ops import layernorm_ffn as ops
-from bigkern.parity import Yardstick
-from bigkern.reference import layernorm_ffn as reference
+from bigkern.ops.layernorm_ffn import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NORMS = ["layer", "rms", "none"]

@@ -16,9 +16,9 @@ from parity import BACKENDS, device_of, run_backend
 from torch import Tensor
 
 import bigkern
-from bigkern import registry
-from bigkern.ops.frozen_layernorm_ffn import frozen_linear
-from bigkern.ops.grad_norm import grad_norm
+from bigkern.core import registry
+from bigkern.ops.adam.grad_norm import grad_norm
+from bigkern.ops.layernorm_ffn.frozen import frozen_linear
 
 Tensors = dict[str, Tensor]
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.gradcheck import gradgradcheck
 
 import bigkern
-from bigkern import info
-from bigkern.parity import Yardstick
+from bigkern.core import info
+from bigkern.core.parity import Yardstick
 
 RUN_HERE = [name for name in BACKENDS if name in ("cpu", "torch")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bigkern.nn
+from bigkern.core.parity import Yardstick
 from bigkern.models import cnn
 from bigkern.models.cnn import inception
 from bigkern.models.cnn.convnext import Block, LayerNorm2d
-from bigkern.parity import Yardstick
 
 # Parameters as torchvision publishes them with its weights, and the sha256 of its state dict's sorted
 # "key shape" lines; both from torchvision 0.28.0.

@@ -11,7 +11,7 @@ from parity import BACKENDS
 from torch import Tensor
 
 import bigkern
-from bigkern import info
+from bigkern.core import info
 from bigkern.optim import AdamW
 
 pytestmark = pytest.mark.skipif(info.import_error is not None, reason="the extension is not built")

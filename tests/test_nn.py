@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import bigkern
-from bigkern.parity import Yardstick
+from bigkern.core.parity import Yardstick
 
 DTYPES = [torch.float32, torch.bfloat16]
 E, H = 64, 4

@@ -14,9 +14,9 @@ from parity import BACKENDS, KERNEL_BACKENDS, assert_parity, device_of, poisoned
 from torch import Tensor
 
 import bigkern
+from bigkern.core.parity import Yardstick
 from bigkern.ops import norm as ops
-from bigkern.parity import Yardstick
-from bigkern.reference import norm as reference
+from bigkern.ops.norm import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["layer", "rms"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import bigkern
-from bigkern import info
+from bigkern.core import info
 from bigkern.optim import Adam, AdamW
 
 OURS = {"Adam": Adam, "AdamW": AdamW}

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bigkern.ops.adam import adam
-from bigkern.ops.grad_norm import grad_norm
+from bigkern.ops.adam.grad_norm import grad_norm
 from bigkern.optim import Adam, AdamW
 
 NOT_TENSORS: list[Any] = [None, True, 0, 1.5, math.nan, "a", object(), 1j, torch.float32, np.float32(0.5)]

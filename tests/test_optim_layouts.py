@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 import bigkern
-from bigkern import info
+from bigkern.core import info
 from bigkern.ops.adam import adam
-from bigkern.ops.adam_arguments import LISTS
+from bigkern.ops.adam.call import LISTS
+from bigkern.ops.adam.dynamic8 import blocks_of
 from bigkern.optim import Adam, AdamW
-from bigkern.reference.dynamic8 import blocks_of
 
 F32, BF16, CODES = torch.float32, torch.bfloat16, torch.uint8
 SHAPE = (6, 5, 4, 3)  # 360 elements: codes of two blocks

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import bigkern
+from bigkern.core.parity import Yardstick
+from bigkern.ops.adam.dynamic8 import dequantised, quantised
+from bigkern.ops.adam.reference import in_memory, joined, stochastically_rounded
 from bigkern.optim import Adam, AdamW
-from bigkern.parity import Yardstick
-from bigkern.reference.adam import in_memory, joined, stochastically_rounded
-from bigkern.reference.dynamic8 import dequantised, quantised
 
 BF16, FP32, CODES = torch.bfloat16, torch.float32, torch.uint8
 

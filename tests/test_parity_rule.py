@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigkern.parity import Verdict, Yardstick
-from bigkern.random_rounding import random_rounding
+from bigkern.core.parity import Verdict, Yardstick
+from bigkern.core.random_rounding import random_rounding
 
 N = 4096
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -23,19 +23,16 @@ import torch
 from torch import Tensor, nn
 
 import bigkern
-from bigkern import info
-from bigkern.parity import Yardstick
+from bigkern.core import info
+from bigkern.core.parity import Yardstick
 
 hf = pytest.importorskip("transformers")
 
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP  # noqa: E402
 from transformers.models.llama.modeling_llama import LlamaMLP  # noqa: E402
 
-from bigkern.integrations import transformers as integration  # noqa: E402
-from bigkern.integrations import transformers_blocks as blocks  # noqa: E402
-from bigkern.integrations import transformers_forms as forms  # noqa: E402
-from bigkern.integrations import transformers_layers as layers  # noqa: E402
-from bigkern.integrations import transformers_parts as parts  # noqa: E402
+from bigkern.patch.transformers import attention as integration  # noqa: E402
+from bigkern.patch.transformers import blocks, forms, layers, parts  # noqa: E402
 
 VOCABULARY, WIDTH, LENGTH = 61, 32, 12
 
@@ -379,7 +376,7 @@ def test_a_subclass_is_left_alone_and_named() -> None:
 
 def test_another_version_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch's layers are patched without its classes, and nobody else hears of them."""
-    monkeypatch.setitem(sys.modules, "bigkern.integrations.transformers_blocks", None)
+    monkeypatch.setitem(sys.modules, "bigkern.patch.transformers.blocks", None)
     with pytest.warns(UserWarning, match=r"BertModel: its attention and blocks need transformers 5\.17"):
         report = bigkern.patch(build("bert"))
     assert {row.op for row in report} == {"norm", "linear", "-"}

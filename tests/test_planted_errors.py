@@ -24,8 +24,8 @@ from parity import RECORD
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigkern.parity import Yardstick
-from bigkern.random_rounding import COMPOUND, SUMS, aten, taken_apart
+from bigkern.core.parity import Yardstick
+from bigkern.core.random_rounding import COMPOUND, SUMS, aten, taken_apart
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

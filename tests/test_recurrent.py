@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 import bigkern
-from bigkern.ops.recurrent import recurrent, stock
-from bigkern.ops.recurrent_arguments import bind
-from bigkern.ops.recurrent_stock import REFERENCE, REFERENCE_BACKWARD
-from bigkern.parity import Yardstick
-from bigkern.reference import recurrent as reference
+from bigkern.core.parity import Yardstick
+from bigkern.ops.recurrent import recurrent, reference, stock
+from bigkern.ops.recurrent.call import bind
+from bigkern.ops.recurrent.stock import REFERENCE, REFERENCE_BACKWARD
 
 MODES = list(reference.GATES)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import bigkern
-from bigkern import registry
-from bigkern.registry import Backend, BackendRefused
+from bigkern.core import registry
+from bigkern.core.registry import Backend, BackendRefused
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_every_op_has_the_same_backends() -> None:
 
 
 def test_cuda_kernels_without_evidence_are_declined(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigkern.evidence.device_arch", lambda index: "sm_61")
+    monkeypatch.setattr("bigkern.core.evidence.device_arch", lambda index: "sm_61")
     reason = registry.unproven("attention", "cuda", 0)
     assert reason is not None
     assert "not verified on sm_61" in reason

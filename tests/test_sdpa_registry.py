@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bigkern
-from bigkern import info, registry
+from bigkern.core import info, registry
 from bigkern.integrations import sdpa
 
 pytest.importorskip("torch.nn.attention", reason="torch is too old")

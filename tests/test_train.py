@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigkern.cli import checkpoint, compare, corpus
-from bigkern.cli.console import Failure
 from bigkern.cli.main import main
-from bigkern.cli.trainer import Recipe, Streaming
 from bigkern.models import RecurrentConfig, RecurrentLM
+from bigkern.terminal.console import Failure
+from bigkern.train import checkpoint, compare, corpus
+from bigkern.train.trainer import Recipe, Streaming
 
 safetensors = pytest.importorskip("safetensors.torch")
 

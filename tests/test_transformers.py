@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 import bigkern
-from bigkern.parity import Yardstick
+from bigkern.core.parity import Yardstick
 
 hf = pytest.importorskip("transformers")
 
 from transformers.masking_utils import sliding_window_causal_mask_function  # noqa: E402
 
-from bigkern.integrations import transformers as ours  # noqa: E402
+from bigkern.patch.transformers import attention as ours  # noqa: E402
 
 ours.register()
 

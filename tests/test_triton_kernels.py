@@ -16,26 +16,27 @@ import torch.nn.functional as F
 from parity import BACKENDS, assert_parity, device_of, poisoned_empty_memory
 from torch import Tensor
 
-from bigkern.parity import Yardstick
-from bigkern.reference import attention as attention_reference
-from bigkern.reference import layernorm_ffn as ffn_reference
-from bigkern.reference import norm as norm_reference
-from bigkern.reference.dropout import dropped
-from bigkern.reference.norm import HIDDEN, OUTPUT
+from bigkern.core.dropout_reference import dropped
+from bigkern.core.parity import Yardstick
+from bigkern.ops.attention import reference as attention_reference
+from bigkern.ops.layernorm_ffn import reference as ffn_reference
+from bigkern.ops.norm import reference as norm_reference
+from bigkern.ops.norm.reference import HIDDEN, OUTPUT
 
 if "triton" not in BACKENDS:
     pytest.skip("neither a GPU nor TRITON_INTERPRET=1", allow_module_level=True)
 
-from bigkern.triton_kernels import (
-    adam,
-    attention,
-    attention_decode,
-    attention_scores,
-    attention_tiles,
-    launch,
-    layernorm_ffn,
-    products,
+from bigkern.triton_kernels import adam, attention, layernorm_ffn
+from bigkern.triton_kernels.attention import (
+    decode as attention_decode,
 )
+from bigkern.triton_kernels.attention import (
+    scores as attention_scores,
+)
+from bigkern.triton_kernels.attention import (
+    tiles as attention_tiles,
+)
+from bigkern.triton_kernels.common import launch, products
 from bigkern.triton_kernels.norm import LONGEST_FORWARD
 
 DEVICE = device_of("triton")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import bigkern
-from bigkern import registry
+from bigkern.core import registry
 
 
 def chosen() -> str:

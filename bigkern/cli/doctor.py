@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from bigkern import evidence, info, registry
-from bigkern.cli import problems
-from bigkern.cli.console import Console, RunFailed, machine
 from bigkern.cli.env import devices
-from bigkern.cli.problem import Problem, expect, judge
-from bigkern.parity import Yardstick
+from bigkern.core import evidence, info, registry
+from bigkern.core.parity import Yardstick
+from bigkern.core.problem import Problem, expect, judge
+from bigkern.ops import problems
+from bigkern.terminal.console import Console, RunFailed, machine
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from bigkern import evidence, info
-from bigkern.cli import problems
-from bigkern.cli.console import Console, machine
+from bigkern.core import evidence, info
+from bigkern.ops import problems
+from bigkern.terminal.console import Console, machine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,22 +9,22 @@ from importlib import import_module
 
 import torch
 
-from bigkern.cli.console import INTERRUPTED, Console, Failure
+from bigkern.terminal.console import INTERRUPTED, Console, Failure
 
-COMMANDS = {
-    "env": "versions, build, devices, and which backend runs each op here",
-    "doctor": "test every op on every backend of this machine against float64",
-    "bench": "benchmark the kernels against stock PyTorch on this machine",
-    "train": "train a small model from end to end, beside stock PyTorch if you like",
+COMMANDS = {  # name -> its module, and what it does
+    "env": ("bigkern.cli.env", "versions, build, devices, and which backend runs each op here"),
+    "doctor": ("bigkern.cli.doctor", "test every op on every backend of this machine against float64"),
+    "bench": ("bigkern.benchmarks.cli", "benchmark the kernels against stock PyTorch on this machine"),
+    "train": ("bigkern.cli.train", "train a small model from end to end, beside stock PyTorch if you like"),
 }
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="bigkern", description="Fused kernels for PyTorch.")
     commands = top.add_subparsers(dest="command", metavar="command", required=True)
-    for name, summary in COMMANDS.items():
+    for name, (module, summary) in COMMANDS.items():
         sub = commands.add_parser(name, help=summary, description=summary)
-        import_module(f"bigkern.cli.{name}").add_arguments(sub)
+        import_module(module).add_arguments(sub)
         sub.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     return top
 
@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     console = Console(arguments.json)
     try:
-        return int(import_module(f"bigkern.cli.{arguments.command}").run(arguments, console))
+        module, _ = COMMANDS[arguments.command]
+        return int(import_module(module).run(arguments, console))
     except KeyboardInterrupt:
         code, words = INTERRUPTED, "interrupted"
     except Failure as failure:

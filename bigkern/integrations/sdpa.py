@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bigkern.ops.attention import ATTENTION
-from bigkern.ops.attention_arguments import bind
+from bigkern.ops.attention.call import bind
 
 NAME = "bigkern"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bigkern import registry
+from bigkern.core import registry
 from bigkern.nn.torchscript import ScriptsAsStock
 from bigkern.ops.batch_norm import Activation, batch_norm
 

@@ -6,9 +6,10 @@ from typing import Any, NoReturn, cast
 
 from torch import Tensor, nn
 
-from bigkern import registry
+from bigkern.core import registry
 from bigkern.nn.torchscript import refuse
-from bigkern.ops.frozen_layernorm_ffn import (
+from bigkern.ops.layernorm_ffn import GATED, Activation
+from bigkern.ops.layernorm_ffn.frozen import (
     FP8,
     FrozenWeight,
     Weights,
@@ -18,7 +19,6 @@ from bigkern.ops.frozen_layernorm_ffn import (
     frozen_linear,
     packed,
 )
-from bigkern.ops.layernorm_ffn import GATED, Activation
 
 
 class FrozenLinear(nn.Module):
@@ -41,7 +41,7 @@ class FrozenLinear(nn.Module):
     Saved for backward: what torch's own product saves; the weight has no gradient.
 
     Raises:
-        ValueError: as :func:`bigkern.ops.frozen_layernorm_ffn.freeze_weight`.
+        ValueError: as :func:`bigkern.ops.layernorm_ffn.frozen.freeze_weight`.
 
     Example:
         >>> import torch, bigkern

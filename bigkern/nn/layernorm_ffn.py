@@ -7,11 +7,11 @@ from typing import Any, Literal, NoReturn, get_args
 import torch
 from torch import Tensor, nn
 
+from bigkern.core.checks import check_choice, check_eps, check_factory, check_flag, check_size
+from bigkern.core.dropout import check_dropout
 from bigkern.nn.frozen import FrozenLinear, frozen_feed_forward
 from bigkern.nn.layer_norm import LayerNorm, RMSNorm
 from bigkern.nn.torchscript import refuse
-from bigkern.ops.checks import check_choice, check_eps, check_factory, check_flag, check_size
-from bigkern.ops.dropout import check_dropout
 from bigkern.ops.layernorm_ffn import GATED, Activation, Placement, Save, layernorm_ffn
 
 

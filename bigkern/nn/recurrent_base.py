@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from bigkern import registry
+from bigkern.core import registry
+from bigkern.core.checks import check_flag, check_number
+from bigkern.core.library import traced
 from bigkern.nn.torchscript import ScriptsAsStock
-from bigkern.ops._library import traced
-from bigkern.ops.checks import check_flag, check_number
 from bigkern.ops.linear import linear
 from bigkern.ops.norm import layer_norm
 from bigkern.ops.recurrent import RECURRENT, declined, recurrent
-from bigkern.reference.recurrent import layer_norm_scan
+from bigkern.ops.recurrent.reference import layer_norm_scan
 
 States = tuple[Tensor, ...]  # (h,), of an LSTM (h, c)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigkern import registry
+from bigkern.core import registry
 from bigkern.nn.torchscript import ScriptsAsStock
 from bigkern.ops.recurrent import RECURRENT, declined, recurrent
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigkern.ops._library import KERNEL_DTYPES
-from bigkern.ops.adam_arguments import check_flag, finite
+from bigkern.core.library import KERNEL_DTYPES
+from bigkern.ops.adam.call import check_flag, finite
 
 Group = dict[str, Any]
 

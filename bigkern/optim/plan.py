@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from bigkern import registry
+from bigkern.core import registry
 from bigkern.ops.adam import ADAM, Packed
-from bigkern.ops.grad_norm import GRAD_NORM
+from bigkern.ops.adam.grad_norm import GRAD_NORM
 from bigkern.optim.offload import Transfer
 from bigkern.optim.options import Group
 from bigkern.optim.shards import Layout, is_dtensor, is_lazy, raw

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from bigkern.ops._library import lazily_negated
+from bigkern.core.library import lazily_negated
 
 Layout = tuple[Any, tuple[Any, ...]]  # device mesh, placements
 

@@ -15,12 +15,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bigkern.ops._library import lazily_negated
+from bigkern.core.library import lazily_negated
 from bigkern.ops.adam import dense, same_layout
+from bigkern.ops.adam.dynamic8 import blocks_of
+from bigkern.ops.adam.reference import decoded, encode, joined, shaped
 from bigkern.optim.options import Storage
 from bigkern.optim.shards import is_dtensor, like, raw
-from bigkern.reference.adam import decoded, encode, joined, shaped
-from bigkern.reference.dynamic8 import blocks_of
 
 State = dict[str, Tensor]
 

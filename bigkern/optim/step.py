@@ -20,9 +20,9 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from bigkern import registry
+from bigkern.core import registry
 from bigkern.ops.adam import ADAM
-from bigkern.ops.adam_arguments import number, split_lr
+from bigkern.ops.adam.call import number, split_lr
 from bigkern.optim import backward, states
 from bigkern.optim.offload import Transfer
 from bigkern.optim.options import SEED, Group, Storage, mixed, name_of

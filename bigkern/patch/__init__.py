@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 import bigkern.nn as ours
-from bigkern.patch import huggingface
 from bigkern.patch.describe import describe
 from bigkern.patch.report import PatchReport, Report, Row
+from bigkern.patch.transformers import lazy as huggingface
 
 __all__ = ["PatchReport", "Report", "Row", "patch", "unpatch"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import bigkern.nn as ours
-from bigkern import registry
+from bigkern.core import registry
 from bigkern.nn.frozen import explain_frozen
 from bigkern.nn.transformer import activation_name, ffn_stock_reason
 from bigkern.patch.report import Row

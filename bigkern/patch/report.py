@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bigkern import registry
+from bigkern.core import registry
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,15 +15,17 @@ import torch
 from source import DTYPES, Call, Source
 from torch import Tensor
 
-from bigkern import registry
-from bigkern.ops import adam_arguments, attention_arguments, recurrent_arguments
+from bigkern.core import registry
 from bigkern.ops import batch_norm as batch_norm_op
-from bigkern.ops import decode_attention as decode_op
-from bigkern.ops import frozen_layernorm_ffn as frozen_op
 from bigkern.ops import layernorm_ffn as ffn_op
 from bigkern.ops import norm as norm_op
-from bigkern.reference import adam as reference_adam
-from bigkern.reference.recurrent import scan_backward
+from bigkern.ops.adam import call as adam_arguments
+from bigkern.ops.adam import reference as reference_adam
+from bigkern.ops.attention import call as attention_arguments
+from bigkern.ops.attention import decode as decode_op
+from bigkern.ops.layernorm_ffn import frozen as frozen_op
+from bigkern.ops.recurrent import call as recurrent_arguments
+from bigkern.ops.recurrent.reference import scan_backward
 
 Arguments = list[Any]
 

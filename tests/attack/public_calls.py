@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import bigkern
 from bigkern.ops.adam import adam
-from bigkern.ops.grad_norm import grad_norm
+from bigkern.ops.adam.grad_norm import grad_norm
 
 Arguments = dict[str, Any]
 

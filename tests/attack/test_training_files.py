@@ -19,11 +19,13 @@ import numpy as np
 import pytest
 import torch
 
-from bigkern import evidence
-from bigkern.cli import checkpoint, corpus, doctor, files
-from bigkern.cli.console import Console, RunFailed
+from bigkern.cli import doctor
 from bigkern.cli.main import main
-from bigkern.cli.trainer import Trainer
+from bigkern.core import evidence
+from bigkern.terminal import files
+from bigkern.terminal.console import Console, RunFailed
+from bigkern.train import checkpoint, corpus
+from bigkern.train.trainer import Trainer
 
 safetensors = pytest.importorskip("safetensors.torch")
 SafetensorError = pytest.importorskip("safetensors").SafetensorError
@@ -167,7 +169,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
 def test_a_comparison_that_diverges_ends_in_one_line(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("bigkern.cli.compare.measure_memory", lambda this: {})
+    monkeypatch.setattr("bigkern.train.compare.measure_memory", lambda this: {})
     assert train(text, tmp_path / "run", "--compare", "--steps", "20") == 1
     assert "training diverged: the loss of step 6 is nan" in the_line(capsys)
     assert not (tmp_path / "run/compare.json").exists()
@@ -185,7 +187,9 @@ def test_json_documents_hold_null_for_what_is_not_finite(capsys: pytest.CaptureF
 @pytest.fixture
 def no_step_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "train_step", lambda self: pytest.fail("a step was taken"))
-    monkeypatch.setattr("bigkern.cli.compare.measure_memory", lambda this: pytest.fail("memory was measured"))
+    monkeypatch.setattr(
+        "bigkern.train.compare.measure_memory", lambda this: pytest.fail("memory was measured")
+    )
 
 
 @pytest.mark.usefixtures("no_step_is_taken")
@@ -717,7 +721,7 @@ def test_a_vocabulary_is_no_larger_than_its_text_allows(text: Path, tmp_path: Pa
 def test_wrong_options_of_bench_end_in_one_line(
     more: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("bigkern.cli.bench._measure", lambda *_: pytest.fail("something was measured"))
+    monkeypatch.setattr("bigkern.benchmarks.cli._measure", lambda *_: pytest.fail("something was measured"))
     assert main(["bench", "linear", *more]) == 2
     assert words in the_line(capsys)
 
@@ -726,7 +730,7 @@ def test_a_damaged_table_is_found_out_before_its_part_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("bigkern.benchmarks.harness.Bench.name", lambda self: "here")
-    monkeypatch.setattr("bigkern.cli.bench._measure", lambda *_: pytest.fail("something was measured"))
+    monkeypatch.setattr("bigkern.benchmarks.cli._measure", lambda *_: pytest.fail("something was measured"))
     table = tmp_path / "here/linear.csv"
     table.parent.mkdir()
     table.write_text("not,a,table\n1,2,3\n")
@@ -767,7 +771,7 @@ def test_evidence_that_cannot_be_recorded_ends_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("bigkern.evidence.device_arch", lambda index: "sm_90")
+    monkeypatch.setattr("bigkern.core.evidence.device_arch", lambda index: "sm_90")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     file = evidence.user_file()
     if damage == "malformed":

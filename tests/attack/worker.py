@@ -20,7 +20,7 @@ from judge import Finding, judge
 from source import Call, Source
 from spoil import spoil
 
-from bigkern import info
+from bigkern.core import info
 
 
 def draw(kind: str, number: int) -> Call:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from bigkern.core.library import plain
 from bigkern.models.cnn.convnext import Block
 from bigkern.nn import BatchNorm2d
 from bigkern.nn.transformer import hooked
-from bigkern.ops._library import plain
 
 
 class FoldedConv2d(nn.Conv2d):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bigkern.ops.attention import attention
-from bigkern.ops.decode_attention import decode_attention
+from bigkern.ops.attention.decode import decode_attention
 
 
 class Cache:

@@ -1,0 +1,135 @@
+"""One concrete call of an op, as bigkern writes it and as stock PyTorch does: for doctor and benchmarks.
+
+A problem makes its inputs, calls the public function, calls the stock counterpart, and can be judged: the
+stock call in float64 is the reference, and the parity rule compares errors (``bigkern.core.parity``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigkern.core import registry
+from bigkern.core.parity import Verdict, Yardstick
+
+Inputs = dict[str, Tensor]
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
+
+ON_THE_CPU = 1 << 24  # inputs of more elements are drawn where they are used
+
+
+def _nothing(device: torch.device) -> Inputs:
+    return {}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call of ``op``; ``label`` is its row's name in every table.
+
+    ``shapes`` are inputs to be drawn, ``constants`` inputs that are what they are: lengths, masks, slopes.
+    ``outputs`` names what the public function and stock return; of a longer tuple only the first counts.
+    ``flops`` and ``elements`` are of the forward pass: the useful arithmetic, and how many elements of the
+    dtype must at least cross the memory bus. A backward pass takes ``backward_factor`` times as much.
+    """
+
+    op: str
+    label: str
+    shapes: dict[str, tuple[int, ...]]
+    public: Callable[..., Any]
+    arguments: Callable[[Inputs], Call]
+    stock: Callable[[Inputs], Any]
+    constants: Callable[[torch.device], Inputs] = _nothing
+    outputs: tuple[str, ...] = ("output",)
+    flops: float = 0.0
+    elements: float = 0.0
+    backward_factor: float = 2.0
+    differentiable: bool = True
+    parameters: tuple[str, ...] = ()  # the inputs that a layer would own
+    explain_options: dict[str, Any] = field(default_factory=dict)  # what explain must be told besides
+
+    def make(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
+        """Inputs drawn in float32 from ``seed``, rounded to dtype; small ones are alike on all devices."""
+        drawn = sum(torch.Size(shape).numel() for shape in self.shapes.values())
+        source = device if drawn > ON_THE_CPU else torch.device("cpu")
+        generator = torch.Generator(source).manual_seed(seed)
+        made: Inputs = {}
+        for name, shape in self.shapes.items():
+            value = torch.randn(shape, generator=generator, device=source)
+            if name.startswith(("w1", "w2")):
+                value /= shape[-1] ** 0.5
+            if name.startswith(("weight_", "bias_")):  # a recurrent layer's, about as torch draws them
+                value /= (3 * shape[-1]) ** 0.5
+            if name.endswith("weight") or name.startswith("norm_weight"):
+                value = 1 + 0.1 * value
+            if name.startswith("v_"):
+                value = value.square()  # Adam's second moment
+            wanted = self.differentiable and not name.startswith("fixed_")
+            made[name] = value.to(device, dtype).requires_grad_(wanted)
+        return made | self.constants(device)
+
+    def ours(self, inputs: Inputs) -> Any:
+        """One tensor, or as many as ``outputs`` names."""
+        arguments, options = self.arguments(inputs)
+        result = self.public(*arguments, **options)
+        return result[0] if isinstance(result, tuple) and len(self.outputs) == 1 else result
+
+    def explain(self, inputs: Inputs) -> registry.Explanation:
+        arguments, options = self.arguments(inputs)
+        return registry.explain(self.op, *arguments, **options, **self.explain_options)
+
+
+def results(
+    call: Callable[[Inputs], Any], inputs: Inputs, names: tuple[str, ...] = ("output",)
+) -> dict[str, Tensor]:
+    """The outputs of ``call`` and, for fixed random gradients of them, the gradient of every input."""
+    returned = call(inputs)
+    outputs = returned if isinstance(returned, tuple) else (returned,)
+    found = {name: output.detach() for name, output in zip(names, outputs, strict=True)}
+    wanted = {name: value for name, value in inputs.items() if value.requires_grad}
+    if wanted and torch.is_grad_enabled():
+        upstream = [_drawn(output.shape, seed).to(output) for seed, output in enumerate(outputs)]
+        grads = torch.autograd.grad(outputs, list(wanted.values()), upstream)
+        found.update({f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)})
+    return found
+
+
+@lru_cache(maxsize=8)
+def _drawn(shape: torch.Size, seed: int) -> Tensor:
+    """Random gradients that every dtype holds; drawn once, for stock also runs with random roundings."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def expect(problem: Problem, dtype: torch.dtype, device: torch.device) -> Yardstick:
+    """What float64 makes of the problem, and stock PyTorch."""
+    inputs = problem.make(dtype, device)
+    wide = {name: _widened(value) for name, value in inputs.items()}
+    exact = results(problem.stock, wide, problem.outputs)
+    return Yardstick(exact, lambda: results(problem.stock, inputs, problem.outputs))
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+
+
+def judge(
+    problem: Problem,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str | None = None,
+    expected: Yardstick | None = None,
+) -> dict[str, Verdict]:
+    """The parity rule for every output and every gradient; without ``backend`` bigkern chooses one.
+
+    Raises:
+        BackendRefused: the backend cannot run this call.
+    """
+    inputs = problem.make(dtype, device)
+    with registry.use(**({} if backend is None else {problem.op: backend})):
+        ours = results(problem.ours, inputs, problem.outputs)
+    expected = expected or expect(problem, dtype, device)
+    return {name: expected.judge(name, value) for name, value in ours.items()}

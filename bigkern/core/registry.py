@@ -1,0 +1,288 @@
+"""Declare an op once, register its backends, see and force the choice between them.
+
+An op has up to four backends, always asked in the same visible order: ``cuda``, ``triton``, ``cpu``,
+``torch``. Each answers two questions about a call, with ``None`` or with a sentence saying why not:
+
+* ``refuses``: the backend *cannot* run this call ("head_dim 320 > 256"). Nothing overrides it.
+* ``declines``: it could, but should not be chosen by itself ("not verified on sm_89", "stock is
+  faster below 4096 elements"). :func:`use` overrides it; so do the tests and ``bigkern doctor``.
+
+The last backend, ``torch``, is stock PyTorch. It refuses only what PyTorch refuses, so a call always
+has somewhere to run.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bigkern.core import evidence
+
+ORDER = ("cuda", "triton", "cpu", "torch")
+
+Reason = str | None
+
+
+class BackendRefused(RuntimeError):
+    """The backend forced with :func:`use` cannot run this call; the message says why."""
+
+
+def _never(*args: Any, **kwargs: Any) -> Reason:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One way to run an op: its kernels, and what it says of a call."""
+
+    name: str
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] | None = None
+    refuses: Callable[..., Reason] = _never
+    declines: Callable[..., Reason] = _never
+
+    def objection(self, *args: Any) -> Reason:
+        return self.refuses(*args) or self.declines(*args)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A line of :func:`explain`: a backend, whether it runs, and why it does not."""
+
+    backend: str
+    chosen: bool
+    reason: str
+
+
+class Explanation(tuple[Choice, ...]):
+    """Every backend of an op with its reason; prints as a table."""
+
+    op: str
+
+    def __new__(cls, op: str, choices: list[Choice]) -> Explanation:
+        self = super().__new__(cls, choices)
+        self.op = op
+        return self
+
+    @property
+    def chosen(self) -> str:
+        return next((choice.backend for choice in self if choice.chosen), "none")
+
+    def __str__(self) -> str:
+        rows = [f"  {'->' if c.chosen else '  '} {c.backend:<8} {c.reason}" for c in self]
+        return "\n".join([self.op, *rows])
+
+    __repr__ = __str__
+
+
+class Op:
+    """An op's name and its backends, in the order in which they are asked."""
+
+    def __init__(self, name: str, bind: Callable[..., tuple[Any, ...]]):
+        self.name = name
+        self.bind = bind  # the public call's arguments -> what the backends' questions receive
+        self.backends: dict[str, Backend] = {}
+
+    def register(self, backend: Backend) -> None:
+        if backend.name not in ORDER:
+            raise ValueError(f"backend {backend.name!r} is not one of {', '.join(ORDER)}")
+        self.backends[backend.name] = backend
+        self.backends = {name: self.backends[name] for name in ORDER if name in self.backends}
+
+    def resolve(self, *args: Any) -> Backend:
+        """The backend that runs a call with these arguments."""
+        forced = _forced_backend(self.name)
+        if forced is not None:
+            return self._forced(forced, *args)
+        for backend in self.backends.values():
+            if backend.refuses(*args) is None and backend.declines(*args) is None:
+                return backend
+        raise BackendRefused(str(self.explain(*args)))
+
+    def of_node(self, *args: Any) -> Backend:
+        """The same of an opaque node: what the CPU's kernels decline never became one."""
+        cpu = self.backends["cpu"]
+        return cpu if not forced() and cpu.refuses(*args) is None else self.resolve(*args)
+
+    def _forced(self, name: str, *args: Any) -> Backend:
+        backend = self.backends.get(name)
+        if backend is None:
+            raise BackendRefused(f"{self.name}: there is no {name} backend here; {_built()}")
+        reason = backend.refuses(*args)
+        if reason is not None:
+            raise BackendRefused(f"{self.name}: the {name} backend refuses this call: {reason}")
+        return backend
+
+    def explain(self, *args: Any) -> Explanation:
+        forced = _forced_backend(self.name)
+        choices: list[Choice] = []
+        found = False
+        for backend in self.backends.values():
+            if forced is not None:
+                reason = backend.refuses(*args) or (
+                    None if backend.name == forced else f"use({forced!r}) is in force"
+                )
+            else:
+                reason = backend.objection(*args)
+            chosen = not found and reason is None
+            if reason is None and not chosen:
+                reason = "could run, but an earlier backend does"
+            found = found or chosen
+            choices.append(Choice(backend.name, chosen, reason or "runs this call"))
+        return Explanation(self.name, choices)
+
+
+_ops: dict[str, Op] = {}
+
+
+def declare(name: str, bind: Callable[..., tuple[Any, ...]]) -> Op:
+    """Declare the op ``name``; ``bind`` turns a public call's arguments into the backends' arguments."""
+    if name in _ops:
+        raise ValueError(f"op {name!r} is already declared")
+    _ops[name] = Op(name, bind)
+    return _ops[name]
+
+
+def get(name: str) -> Op:
+    if not isinstance(name, str) or name not in _ops:
+        there_are = ", ".join(sorted(_ops))
+        raise ValueError(f"op must be a declared one: no op named {name!r}; there are {there_are}")
+    return _ops[name]
+
+
+def ops() -> dict[str, Op]:
+    return dict(_ops)
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend runs ``op`` on these arguments, and why each other one does not.
+
+    Args:
+        op: a declared op's name, as ``"attention"``: one of ``sorted(registry.ops())``.
+        *args, **kwargs: the arguments of the public function of that op.
+
+    Returns:
+        A tuple of :class:`Choice` that prints as a table; ``.chosen`` is the backend's name.
+
+    Raises:
+        ValueError: ``op`` is not declared, or the arguments are not valid for it.
+
+    Example:
+        >>> import torch, bigkern
+        >>> q = torch.randn(1, 4, 128, 64)
+        >>> bigkern.explain("attention", q, q, q, causal=True).chosen in ("cpu", "torch")
+        True
+    """
+    declared = get(op)
+    return declared.explain(*declared.bind(*args, **kwargs))
+
+
+# ---- the choice that is in force -------------------------------------------------------------------
+
+Blocks = tuple[dict[str, str], ...]  # of use() that were entered and not left: op, or "*", -> backend
+
+_BLOCKS: ContextVar[Blocks] = ContextVar("bigkern.use")
+_HANDED_ON = "bigkern.use"
+
+
+class _Here(types.ModuleType):
+    """The blocks of this thread or asyncio task.
+
+    A module's attribute is read, guarded and written by torch.compile as it is; a ContextVar it cannot trace.
+    """
+
+    @property
+    def blocks(self) -> Blocks:
+        blocks = _BLOCKS.get(None)
+        if blocks is not None:
+            return blocks
+        return _handed_on() if torch._C._current_graph_task_id() != -1 else ()
+
+    @blocks.setter
+    def blocks(self, blocks: Blocks) -> None:
+        _BLOCKS.set(blocks)
+        torch._C._stash_obj_in_tls(_HANDED_ON, (threading.get_ident(), blocks))
+
+
+def _handed_on() -> Blocks:
+    """In a thread of autograd's own, which has no context: the blocks of the thread that called backward."""
+    if not torch._C._is_key_in_tls(_HANDED_ON):
+        return ()
+    thread, blocks = torch._C._get_obj_in_tls(_HANDED_ON)
+    return () if thread == threading.get_ident() else blocks
+
+
+_here = _Here("bigkern.core.registry.here")
+
+
+@contextmanager
+def use(backend: str | None = None, **per_op: str) -> Iterator[None]:
+    """Force a backend for every op, or op by op, while the block lasts.
+
+    Inside it, a call that the backend cannot run raises :class:`BackendRefused` with the reason. It
+    does not fall back. The choice is that of the thread or asyncio task that enters the block, and of the
+    tasks that it starts there; other threads and tasks choose for themselves. In eager mode a backward runs
+    on the backend of its forward, wherever it is called; in a compiled graph, on what is in force there.
+
+    Args:
+        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"torch"``, for all ops.
+        **per_op: a backend for one op each, ``attention="torch"``.
+
+    Raises:
+        ValueError: an op or a backend of that name does not exist.
+
+    Example:
+        >>> import torch, bigkern
+        >>> q = torch.randn(1, 4, 8, 64)
+        >>> with bigkern.use("torch"):
+        ...     o = bigkern.attention(q, q, q)
+    """
+    wanted = dict(per_op) if backend is None else {"*": backend, **per_op}
+    for op, name in wanted.items():
+        if op != "*":
+            get(op)
+        if name not in ORDER:
+            argument = "backend" if op == "*" else op
+            raise ValueError(f"{argument} must be a backend: {name!r} is not one of {', '.join(ORDER)}")
+    _here.blocks = (*_here.blocks, wanted)
+    try:
+        yield
+    finally:
+        wanted.clear()  # wherever a context that has a copy may be: the block is over
+        _here.blocks = tuple(block for block in _here.blocks if block)
+
+
+def _forced_backend(op: str) -> str | None:
+    """What the innermost block says that names the op, else the innermost that speaks of all ops."""
+    if not (blocks := _here.blocks):
+        return None
+    wanted: dict[str, str] = {}
+    for block in blocks:
+        wanted.update(block)
+    return wanted.get(op) or wanted.get("*")
+
+
+def forced() -> bool:
+    """Whether :func:`use` is in force for any op."""
+    return any(_here.blocks)
+
+
+def unproven(op: str, backend: str, device_index: int) -> Reason:
+    """Why a GPU kernel should not be chosen on this device: nothing has shown that it is right there."""
+    arch = evidence.device_arch(device_index)
+    if evidence.verified(op, backend, arch):
+        return None
+    return f"not verified on {arch}; run `bigkern doctor --verify` on this machine"
+
+
+def _built() -> str:
+    from bigkern.core import info
+
+    return info.summary()

@@ -1,0 +1,1 @@
+"""The ops, a package each: public function, checks, reference, backends, problems."""

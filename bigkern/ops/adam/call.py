@@ -1,0 +1,271 @@
+"""Checking a public call of adam, and turning it into the op's arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from bigkern.core.checks import check_written
+from bigkern.ops.adam.dynamic8 import blocks_of
+
+LISTS = (
+    "params",
+    "grads",
+    "exp_avgs",
+    "exp_avg_sqs",
+    "max_exp_avg_sqs",
+    "state_steps",
+    "masters",
+    "exp_avg_scales",
+    "exp_avg_sq_scales",
+)
+NARROW = (torch.bfloat16, torch.float16)
+NUMBERS = (float, int, Real)  # the usual ones first: asking an abstract class takes time
+
+
+def bind(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    state_steps: Sequence[Tensor],
+    *,
+    masters: Sequence[Tensor] = (),
+    exp_avg_scales: Sequence[Tensor] = (),
+    exp_avg_sq_scales: Sequence[Tensor] = (),
+    lr: float | Tensor = 1e-3,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+    amsgrad: bool = False,
+    maximize: bool = False,
+    zero_grads: bool = False,
+    max_norm: float | None = None,
+    seed: int | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    grad_norm: Tensor | None = None,
+) -> tuple[Any, ...]:
+    """Check a public call and turn it into the op's arguments, in the order of its schema."""
+    lists = dict(
+        zip(
+            LISTS,
+            (
+                params,
+                grads,
+                exp_avgs,
+                exp_avg_sqs,
+                max_exp_avg_sqs,
+                state_steps,
+                masters,
+                exp_avg_scales,
+                exp_avg_sq_scales,
+            ),
+            strict=True,
+        )
+    )
+    for name, tensors in lists.items():
+        check_tensors(name, tensors)
+    flags = {"decoupled": decoupled, "amsgrad": amsgrad, "maximize": maximize, "zero_grads": zero_grads}
+    for name, flag in flags.items():
+        check_flag(name, flag)
+    codes = len(exp_avgs) > 0 and exp_avgs[0].dtype == torch.uint8
+    if amsgrad and codes:
+        raise ValueError("amsgrad must be False with 8-bit moments: a maximum of codes would creep upwards")
+    optional = {"max_exp_avg_sqs": (amsgrad, "amsgrad"), "masters": (len(masters) > 0, "")}
+    optional |= dict.fromkeys(("exp_avg_scales", "exp_avg_sq_scales"), (codes, "8-bit moments"))
+    for name, tensors in lists.items():
+        wanted, why = optional.get(name, (True, ""))
+        if not wanted and len(tensors) != 0:
+            raise ValueError(f"{name} must be empty without {why}, not of length {len(tensors)}")
+        if wanted and len(tensors) != len(params):
+            raise ValueError(f"{name} must have one tensor a parameter, {len(params)}, not {len(tensors)}")
+    _check_like_params("params", params, params)
+    _check_like_params("grads", grads, params)
+    for name in ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"):
+        _check_moments(name, lists[name], exp_avgs, params)
+    if masters:
+        _check_masters(masters, params)
+    if codes:
+        _check_scales("exp_avg_scales", exp_avg_scales, params)
+        _check_scales("exp_avg_sq_scales", exp_avg_sq_scales, params)
+    device = params[0].device if params else torch.device("cpu")
+    for i, step in enumerate(state_steps):
+        _check_scalar_tensor(f"state_steps[{i}]", step, device)
+        if not step.is_floating_point():
+            raise TypeError(f"state_steps[{i}] must be floating point, not {step.dtype}")
+    _check_distinct(params)
+    for name, tensors in lists.items():
+        if name != "grads" or zero_grads or grad_scale is not None:
+            for i, tensor in enumerate(tensors):
+                check_written(f"{name}[{i}]", tensor)
+    if isinstance(lr, Tensor):
+        _check_scalar_tensor("lr", lr, device)
+    rate, lr_tensor = split_lr(lr, device) if isinstance(lr, Tensor) else (lr, None)
+    rates = (
+        _hyper("lr", rate, math.inf),
+        _hyper("beta1", beta1, 1.0),
+        _hyper("beta2", beta2, 1.0),
+        _hyper("eps", eps, math.inf),
+        _hyper("weight_decay", weight_decay, math.inf),
+    )
+    if (max_norm is None) != (grad_norm is None):
+        raise ValueError("max_norm and grad_norm must be given together")
+    norm = 0.0 if max_norm is None else _hyper("max_norm", max_norm, math.inf)
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
+        raise ValueError(f"seed must be an int in [0, 2^63), not {seed!r}")
+    scale, skip, total = (
+        _scalar(name, scalar, device)
+        for name, scalar in (("grad_scale", grad_scale), ("found_inf", found_inf), ("grad_norm", grad_norm))
+    )
+    hyper = (*rates, decoupled, amsgrad, maximize, zero_grads, norm, seed)
+    return (*map(list, lists.values()), *hyper, scale, skip, lr_tensor, total)
+
+
+def split_lr(lr: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
+    """``lr`` as the op takes it: a number, or a tensor where reading the number would wait for a GPU."""
+    if not isinstance(lr, Tensor) or lr.device.type == "cpu":
+        return number("lr", lr), None
+    return 0.0, lr.detach().to(device=device, dtype=torch.float32, non_blocking=True)
+
+
+def check_tensors(name: str, tensors: Any) -> None:
+    """Refuse what is not a list of tensors."""
+    if not isinstance(tensors, (list, tuple)):
+        raise TypeError(f"{name} must be a list of Tensors, not {type(tensors).__name__}")
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}[{i}] must be a Tensor, not {type(tensor).__name__}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is not a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+
+
+def number(name: str, value: Any) -> float:
+    """``value`` as a float."""
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a number, not {value!r}") from error
+
+
+def finite(value: Any) -> float | None:
+    """A real number as a float; None if it is not one, or not finite."""
+    try:
+        real = float(value) if isinstance(value, NUMBERS) else math.nan
+    except OverflowError:
+        return None
+    return real if math.isfinite(real) else None
+
+
+def _check_like_params(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            raise TypeError(f"{name}[{i}] must be floating point, not {tensor.dtype}")
+        if tensor.dtype != param.dtype:
+            raise TypeError(f"{name}[{i}] must have params[{i}]'s dtype {param.dtype}, not {tensor.dtype}")
+        _check_place(name, i, tensor, param)
+
+
+def _check_place(name: str, i: int, tensor: Tensor, param: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}[{i}] must be dense, not {tensor.layout}")
+    if tensor.device != param.device:
+        want, have = param.device, tensor.device
+        raise ValueError(f"{name}[{i}] must be on params[{i}]'s device {want}, not {have}")
+    if tensor.shape != param.shape:
+        shape, got = tuple(param.shape), tuple(tensor.shape)
+        raise ValueError(f"{name}[{i}] must have params[{i}]'s shape {shape}, not {got}")
+
+
+def _check_moments(
+    name: str, tensors: Sequence[Tensor], exp_avgs: Sequence[Tensor], params: Sequence[Tensor]
+) -> None:
+    """Moments are stored as their parameter is, or wider, or all in bfloat16 or 8-bit codes."""
+    for i, (tensor, param) in enumerate(zip(tensors, params, strict=False)):
+        allowed = {param.dtype}
+        if param.dtype in (torch.float32, *NARROW):
+            allowed |= {torch.float32, torch.bfloat16, torch.uint8}
+        if tensor.dtype not in allowed:
+            raise TypeError(
+                f"{name}[{i}] must have params[{i}]'s dtype {param.dtype}, or be float32, bfloat16 or uint8"
+                f" beside a parameter of at most 32 bits, not {tensor.dtype}"
+            )
+        if tensor.dtype != exp_avgs[i].dtype:
+            raise TypeError(
+                f"{name}[{i}] must have exp_avgs[{i}]'s dtype {exp_avgs[i].dtype}, not {tensor.dtype}"
+            )
+        _check_place(name, i, tensor, param)
+
+
+def _check_masters(masters: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    for i, (master, param) in enumerate(zip(masters, params, strict=True)):
+        if param.dtype not in NARROW:
+            raise TypeError(f"masters must be empty for params[{i}] of dtype {param.dtype}: it needs none")
+        if master.dtype != torch.float32 and not (
+            master.dtype == torch.int16 and param.dtype == torch.bfloat16
+        ):
+            raise TypeError(
+                f"masters[{i}] must be float32, or, for bfloat16, int16 remainders, not {master.dtype}"
+            )
+        _check_place("masters", i, master, param)
+
+
+def _check_scales(name: str, scales: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    for i, (scale, param) in enumerate(zip(scales, params, strict=True)):
+        blocks = blocks_of(param.numel())
+        if scale.dtype != torch.float32 or scale.shape != (blocks,):
+            have = f"{scale.dtype} {tuple(scale.shape)}"
+            raise ValueError(f"{name}[{i}] must be float32 ({blocks},), one for 256 elements, not {have}")
+
+
+def _check_distinct(params: Sequence[Tensor]) -> None:
+    seen: dict[int, int] = {}
+    for i, param in enumerate(params):
+        if param.numel() == 0 or type(param) not in (Tensor, Parameter):
+            continue
+        first = seen.setdefault(0 if param.is_meta else param.data_ptr(), i)
+        if first != i and not param.is_meta:
+            raise ValueError(f"params[{i}] shares its memory with params[{first}]; each must be given once")
+
+
+def _hyper(name: str, value: Any, end: float) -> float:
+    if not isinstance(value, NUMBERS):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+    real = finite(value)
+    if real is None or not 0.0 <= real < end:
+        raise ValueError(f"{name} must be in [0.0, {end}), not {value}")
+    return real
+
+
+def _scalar(name: str, tensor: Any, device: torch.device) -> Tensor | None:
+    """A one-element tensor as the op takes it, or None."""
+    if tensor is None:
+        return None
+    _check_scalar_tensor(name, tensor, device)
+    return cast(Tensor, tensor.detach().to(device, torch.float32))
+
+
+def _check_scalar_tensor(name: str, tensor: Any, device: torch.device) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, not {tensor.layout}")
+    if tensor.numel() != 1:
+        raise ValueError(f"{name} must have 1 element, not shape {tuple(tensor.shape)}")
+    if tensor.is_complex():
+        raise TypeError(f"{name} must be real, not {tensor.dtype}")
+    if tensor.is_meta and device.type != "meta":
+        raise ValueError(f"{name} must be on params' device {device}, not on {tensor.device}")

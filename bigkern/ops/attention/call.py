@@ -1,0 +1,254 @@
+"""What attention may be called with: the checks, and the op's own form of the arguments."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bigkern.core.checks import MOST, check_dense, check_number, kind
+from bigkern.core.dropout import check_dropout, drawn_key, dropout_key
+from bigkern.core.library import DEBUG
+from bigkern.ops.attention.reference import Rules
+
+Causal = Literal[False, True, "none", "top_left", "bottom_right"]
+Window = tuple[int | None, int | None]
+
+_CAUSAL = {
+    False: "none",
+    True: "top_left",
+    "none": "none",
+    "top_left": "top_left",
+    "bottom_right": "bottom_right",
+}
+
+
+def bind(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    causal: Causal = False,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    window: Window | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    offset: int = 0,
+    return_lse: bool = False,
+) -> tuple[Any, ...]:
+    """Check a public call and turn it into the op's arguments: q, k, v and :class:`Rules`, flat.
+
+    With cumulative lengths, q, k and v are packed, ``[total, H, D]``, and leave as ``[1, H, total, D]``.
+    """
+    q, k, v, bias = autocast(q, k, v, bias)
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    if packed:
+        q, k, v = (_unpacked(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    check_tensors(q, k, v)
+    B, Hq, Sq, D = q.shape
+    Bk, Hkv, Sk, Dk = k.shape
+    Bv, Hv, Sv, _Dv = v.shape
+    if Bk != B or Dk != D:
+        raise ValueError(f"k must be [{B}, Hkv, Sk, {D}] to match q {tuple(q.shape)}, not {tuple(k.shape)}")
+    if Bv != Bk or Hv != Hkv or Sv != Sk:
+        raise ValueError(f"v must be [{Bk}, {Hkv}, {Sk}, Dv] to match k, not {tuple(v.shape)}")
+    if Hkv == 0 or Hq % Hkv != 0:
+        raise ValueError(f"q's head count {Hq} must be a multiple of k's and v's, {Hkv}")
+    if packed:
+        if mask is not None or bias is not None:
+            raise ValueError(f"{'bias' if mask is None else 'mask'} cannot be given for packed sequences")
+        cu_seqlens_q = cumulative("cu_seqlens_q", cu_seqlens_q, Sq, q.device)
+        cu_seqlens_k = cumulative("cu_seqlens_k", cu_seqlens_k, Sk, q.device)
+        if cu_seqlens_k.shape != cu_seqlens_q.shape:
+            wanted, have = cu_seqlens_q.shape[0], cu_seqlens_k.shape[0]
+            raise ValueError(f"cu_seqlens_k must have as many entries as cu_seqlens_q, {wanted}, not {have}")
+        B = cu_seqlens_q.shape[0] - 1
+        Sq = longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
+        Sk = longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a bool Tensor, not {kind(mask)}; an additive mask goes into bias")
+        mask = four_dimensional("mask", mask, (B, Hq, Sq, Sk), q.device)
+    if bias is not None:
+        if not isinstance(bias, Tensor) or bias.dtype != q.dtype:
+            raise TypeError(f"bias must be a Tensor of q's dtype {q.dtype}, not {kind(bias)}")
+        bias = four_dimensional("bias", bias, (B, Hq, Sq, Sk), q.device)
+    if alibi_slopes is not None:
+        alibi_slopes = check_slopes(alibi_slopes, B, q)
+    if sinks is not None:
+        sinks = per_head("sinks", sinks, [(Hq,)], q)
+    causal_rule, left, right = corner_and_window(causal, window)
+    key = None if seed is None else dropout_key(dropout_p, seed, offset)
+    return (
+        q, k, v, mask, bias, alibi_slopes, sinks, key, cu_seqlens_q, cu_seqlens_k, check_scale(scale, D),
+        causal_rule, left, right, check_softcap(softcap), check_dropout(dropout_p), Sq, Sk,
+    )  # fmt: skip
+
+
+# ---- tensors ---------------------------------------------------------------------------------------
+
+
+def autocast(q: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """As torch's autocast does for its own attention: floating point, but not float64, becomes its dtype."""
+    device = q.device.type if isinstance(q, Tensor) else "none"
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return q, *others
+    dtype, narrowed = torch.get_autocast_dtype(device), (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in narrowed else x for x in (q, *others))
+
+
+def _unpacked(name: str, x: Tensor) -> Tensor:
+    check_dense(name, x)
+    if x.dim() != 3:
+        raise ValueError(f"{name} must be packed, 3 dimensions [total, H, D], not shape {tuple(x.shape)}")
+    return x.transpose(0, 1).unsqueeze(0)
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = ("q", "k", "v")) -> None:
+    for name, tensor in zip(names, (q, k, v), strict=True):
+        check_dense(name, tensor)
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions [B, H, S, D], not shape {tuple(tensor.shape)}")
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's dtype {q.dtype}, not {tensor.dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, not {tensor.device}")
+    if not q.is_floating_point():
+        raise TypeError(f"q must be floating point, not {q.dtype}")
+    if q.shape[3] == 0:
+        raise ValueError("q's head dimension must not be 0")
+
+
+def four_dimensional(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """A view with 4 dimensions, each 1 or that of ``shape`` = [B, Hq, Sq, Sk]."""
+    check_dense(name, x)
+    if x.device != device:
+        raise ValueError(f"{name} must be on q's device {device}, not {x.device}")
+    matches = all(have in (1, want) for have, want in zip(reversed(x.shape), reversed(shape), strict=False))
+    if x.dim() > 4 or not matches:
+        raise ValueError(
+            f"{name} of shape {tuple(x.shape)} does not broadcast to [B, Hq, Sq, Sk] = {list(shape)}"
+        )
+    return x if x.dim() == 4 else x[(None,) * (4 - x.dim())]
+
+
+def per_head(name: str, x: Tensor, shapes: list[tuple[int, ...]], q: Tensor) -> Tensor:
+    """Numbers of each query head, in float32 (float64 if q is)."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating point Tensor, not {kind(x)}")
+    check_dense(name, x)
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on q's device {q.device}, not {x.device}")
+    if tuple(x.shape) not in shapes:
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{name} must have shape {wanted}, one number a query head, not {list(x.shape)}")
+    return x.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
+
+
+def check_slopes(alibi_slopes: Tensor, B: int, q: Tensor) -> Tensor:
+    Hq = q.shape[1]
+    slopes = per_head("alibi_slopes", alibi_slopes, [(Hq,), (B, Hq)], q)
+    if slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError("alibi_slopes has no gradient: detach it, or write the slopes as a bias")
+    return slopes
+
+
+# ---- packed sequences ------------------------------------------------------------------------------
+
+
+def cumulative(name: str, x: Tensor | None, total: int, device: torch.device) -> Tensor:
+    """Cumulative lengths: from 0 to ``total``, never falling. On a GPU looked at only with BIGKERN_DEBUG."""
+    if not isinstance(x, Tensor) or x.dtype != torch.int32:
+        raise TypeError(f"{name} must be an int32 Tensor, not {kind(x)}")
+    check_dense(name, x)
+    if x.dim() != 1 or x.shape[0] == 0:
+        raise ValueError(f"{name} must have shape [sequences + 1], not {list(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on q's device {device}, not {x.device}")
+    if may_look(x):
+        ends = x.tolist()
+        if ends[0] != 0 or ends[-1] != total:
+            raise ValueError(
+                f"{name} must run from 0 to {total}, the rows of {name[-1]}, not {ends[0]}..{ends[-1]}"
+            )
+        if any(b < a for a, b in pairwise(ends)):
+            raise ValueError(f"{name} must not fall, but it is {ends}")
+    return x.contiguous()
+
+
+def longest(name: str, given: int | None, cu_seqlens: Tensor) -> int:
+    """The longest sequence's length, read from the device if it is not given."""
+    if given is not None and (isinstance(given, bool) or not isinstance(given, int | torch.SymInt)):
+        raise TypeError(f"{name} must be an int or None, not {kind(given)}")
+    if given is not None and not 0 <= given <= MOST:
+        raise ValueError(f"{name} must be within 0 and {MOST}, not {given}")
+    if given is not None and not may_look(cu_seqlens):
+        return given
+    found = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
+    if given is not None and given < found:
+        raise ValueError(f"{name} must be at least {found}, the longest sequence there is, not {given}")
+    return found if given is None else given
+
+
+def may_look(x: Tensor) -> bool:
+    """Whether reading a tensor's values costs no synchronisation, or is asked for."""
+    return (x.is_cpu or DEBUG) and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
+# ---- numbers ---------------------------------------------------------------------------------------
+
+
+def check_scale(scale: float | None, D: int) -> float:
+    if scale is None:
+        return 1.0 / math.sqrt(D)
+    return check_number("scale", scale, "finite")
+
+
+def check_softcap(softcap: float) -> float:
+    return check_number("softcap", softcap, "finite and not negative (0: none)", 0.0)
+
+
+def corner_and_window(causal: Causal, window: Window | None) -> tuple[str, int, int]:
+    """The causal rule's name and the window (-1: unlimited); a causal window ends at the query's place."""
+    if not isinstance(causal, bool | str) or causal not in _CAUSAL:
+        raise ValueError(f'causal must be False, True, "top_left" or "bottom_right", not {causal!r}')
+    rule = _CAUSAL[causal]
+    left, right = (None, None) if window is None else _window(window)
+    if rule != "none":
+        right = 0
+    return rule, -1 if left is None else left, -1 if right is None else right
+
+
+def _window(window: Window) -> Window:
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        raise TypeError(f"window must be a pair (left, right) of numbers of keys, None: all; not {window!r}")
+    for side in window:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
+            raise TypeError(f"window must hold ints or None, not {side!r}")
+        if side is not None and not 0 <= side <= MOST:
+            raise ValueError(f"window must be within 0 and {MOST}, not {tuple(window)}; None means unlimited")
+    return window[0], window[1]
+
+
+# ---- dropout ---------------------------------------------------------------------------------------
+
+_DROPOUT_P, _DROPOUT_KEY = (3 + Rules._fields.index(name) for name in ("dropout_p", "dropout_key"))
+
+
+def with_drawn_key(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The op's arguments; if there is dropout and no seed was given, with a key from torch's generator."""
+    if arguments[_DROPOUT_P] == 0.0 or arguments[_DROPOUT_KEY] is not None:
+        return arguments
+    return *arguments[:_DROPOUT_KEY], drawn_key(), *arguments[_DROPOUT_KEY + 1 :]

@@ -1,0 +1,64 @@
+"""Attention against a cache of keys and values, in plain torch: what every decode kernel must compute.
+
+Query i of sequence b stands at key cache_seqlens[b] - Sq + i, and sees the keys before cache_seqlens[b] that
+the causal rule and the window, counted from there, let it see.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bigkern.ops.attention import reference as dense
+
+
+def gathered(cache: Tensor, page_table: Tensor | None) -> Tensor:
+    """[B, H, S, D] of a cache that may lie in pages, [pages, H, page_size, D]."""
+    if page_table is None:
+        return cache
+    known = page_table.clamp(0, cache.shape[0] - 1).long()  # entries that are not in use may hold anything
+    pages = cache[known]  # [B, pages of a sequence, H, page_size, D]
+    return pages.transpose(1, 2).flatten(2, 3)
+
+
+def as_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    page_table: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    causal: str,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+) -> tuple[object, ...]:
+    """The same call as one of attention's, whose mask and bias say what depends on a sequence's length."""
+    Sq = q.shape[2]
+    k, v = gathered(k_cache, page_table), gathered(v_cache, page_table)
+    Sk = k.shape[2]
+    i, j = torch.arange(Sq, device=q.device)[:, None], torch.arange(Sk, device=q.device)
+    lengths = cache_seqlens.view(-1, 1, 1, 1)
+    back = lengths - Sq + i - j  # [B, 1, Sq, Sk]
+    exists = j < lengths
+    seen = exists
+    if window_left >= 0:
+        seen = seen & (back <= window_left)
+    if window_right >= 0:
+        seen = seen & (-back <= window_right)
+    bias = None
+    if alibi_slopes is not None:
+        bias = -alibi_slopes.view(-1, alibi_slopes.shape[-1], 1, 1) * back.abs()
+    unused = ~exists.view(-1, 1, Sk, 1)  # may hold anything, NaN included
+    k, v = k.masked_fill(unused, 0.0), v.masked_fill(unused, 0.0)
+    rules = dense.Rules(
+        seen, bias, None, sinks, None, None, None, scale, "none", -1, -1, softcap, 0.0, Sq, Sk
+    )
+    return q, k, v, *rules
+
+
+def decode_attention(*arguments: object) -> tuple[Tensor, Tensor]:
+    """``o [B, Hq, Sq, Dv]`` in q's dtype and ``lse [B, Hq, Sq]`` in fp32 (fp64 for fp64)."""
+    return dense.attention(*as_attention(*arguments))  # type: ignore[arg-type]

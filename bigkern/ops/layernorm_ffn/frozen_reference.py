@@ -1,0 +1,106 @@
+"""The feed-forward block with weights frozen for inference, in plain torch: what every kernel must compute.
+
+Weights of 8 bits have one fp32 scale for each of their rows, an output of the product: w = q * scale.
+
+    int8    q = round(w / scale)     scale = max|row| / 127     p = (x q^T) * scale + b
+    fp8     q = e4m3(w / scale)      scale = max|row| / 448     p = (xq q^T) * xscale * scale + b
+            where the rows of x are rounded in the same way
+
+Sums are fp32. Everything else is layernorm_ffn's block, without dropout and without a backward.
+Dettmers et al., LLM.int8() (2022); Micikevicius et al., FP8 Formats for Deep Learning (2022).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bigkern.ops.layernorm_ffn.reference import PLAIN, Dropout, activate, layernorm_ffn
+from bigkern.ops.norm.reference import norm as plain_norm
+
+FP8 = torch.float8_e4m3fn
+LARGEST = {torch.int8: 127.0, FP8: 448.0}
+
+
+class Weight(NamedTuple):
+    """q [N, K] and its scale [N]; or w in x's dtype and None."""
+
+    values: Tensor
+    scale: Tensor | None
+
+
+def quantised(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``[N, K]`` in int8 or e4m3, and one fp32 scale a row; a row of zeros has the scale 1."""
+    wide = w.to(torch.promote_types(w.dtype, torch.float32))
+    largest = wide.abs().amax(-1)
+    scale = torch.where(largest == 0, 1, largest / LARGEST[dtype])
+    shares = wide / scale[..., None]
+    return (shares.round() if dtype == torch.int8 else shares).to(dtype), scale.float()
+
+
+def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """``x w^T + b`` in x's dtype."""
+    w, scale = weight
+    if scale is None:
+        return F.linear(x, w, bias)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if w.dtype == FP8:
+        q, x_scale = quantised(x.detach(), FP8)
+        rounded = q.to(wide) * x_scale.to(wide)[..., None]
+        p = F.linear(rounded + (x - x.detach()), w.to(wide))  # x's gradient passes the rounding
+    else:
+        p = F.linear(x, w.to(x.dtype)).to(wide)
+    p = p * scale
+    return (p if bias is None else p + bias).to(x.dtype)
+
+
+def _up(
+    x: Tensor, w1: Weight, b1: Tensor | None, activation: str, dropout: Dropout, save: bool
+) -> tuple[None, Tensor]:
+    return None, activate(product(x, w1, b1), activation)
+
+
+def _down(a: Tensor, w2: Weight, b2: Tensor | None, residual: Tensor | None, dropout: Dropout) -> Tensor:
+    y = product(a, w2, b2)
+    return y if residual is None else residual + y
+
+
+def _down_norm(
+    a: Tensor, w2: Weight, b2: Tensor | None, residual: Tensor | None, dropout: Dropout, *affine: Any
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    s = _down(a, w2, b2, residual, dropout)
+    y, _, mean, rstd = plain_norm(s, None, *affine)
+    return y, s, mean, rstd
+
+
+PIECES = PLAIN._replace(up=_up, down=_down, down_norm=_down_norm)
+
+
+def frozen_layernorm_ffn(
+    x: Tensor,
+    w1: Tensor,
+    w1_scale: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor,
+    w2_scale: Tensor | None,
+    b2: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    w1_packed: Tensor | None,
+    w2_packed: Tensor | None,
+    norm: str,
+    activation: str,
+    placement: str,
+    residual: bool,
+    eps: float,
+    pieces: Any = PIECES,
+) -> Tensor:
+    """``y`` like x. The packed weights are the CPU kernel's; here they are not looked at."""
+    options = (norm, activation, placement, residual, eps, 0.0, 0.0, "nothing")
+    weights: Any = Weight(w1, w1_scale), Weight(w2, w2_scale)
+    return layernorm_ffn(
+        x, weights[0], b1, weights[1], b2, norm_weight, norm_bias, None, *options, pieces=pieces
+    )[0]

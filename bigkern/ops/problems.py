@@ -1,0 +1,47 @@
+"""The problems of every op: what doctor examines, what env asks about, what the benchmarks measure."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from bigkern.core.problem import Problem
+from bigkern.ops.adam import grad_norm_problems
+from bigkern.ops.adam import problems as adam
+from bigkern.ops.attention import decode_problems
+from bigkern.ops.attention import problems as attention
+from bigkern.ops.batch_norm import problems as batch_norm
+from bigkern.ops.layernorm_ffn import frozen_problems
+from bigkern.ops.layernorm_ffn import problems as layernorm_ffn
+from bigkern.ops.linear import problems as linear
+from bigkern.ops.norm import problems as norm
+from bigkern.ops.recurrent import problems as recurrent
+
+_MODULES: dict[str, ModuleType] = {
+    "attention": attention,
+    "decode_attention": decode_problems,
+    "norm": norm,
+    "batch_norm": batch_norm,
+    "linear": linear,
+    "layernorm_ffn": layernorm_ffn,
+    "frozen_layernorm_ffn": frozen_problems,
+    "recurrent": recurrent,
+    "adam": adam,
+    "grad_norm": grad_norm_problems,
+}
+OPS = tuple(_MODULES)
+
+
+def small(op: str) -> list[Problem]:
+    """Small calls with odd sizes, for ``bigkern doctor``: seconds for all of them."""
+    return list(_MODULES[op].small())
+
+
+def thorough(op: str) -> list[Problem]:
+    """More calls, for ``bigkern doctor --verify``: sizes and options that choose other code in a kernel."""
+    return list(_MODULES[op].thorough())
+
+
+def typical(op: str) -> Problem:
+    """The call that ``bigkern env`` asks about: of an ordinary size."""
+    found: Problem = _MODULES[op].typical()
+    return found

@@ -1,1 +1,0 @@
-"""The ops in readable torch: the specification, the oracle of the tests, and the fallback."""

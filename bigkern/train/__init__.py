@@ -1,0 +1,1 @@
+"""Training small models from end to end: data, loop, checkpoints, comparison with stock."""
