@@ -9,7 +9,7 @@ OUT    ?= build/gpu-check
 WORKERS ?= $(shell nproc)
 
 BIN     := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -path 'csrc/simt/*')
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: demo test setup build bench lint types gates check parity-settings attack sanitize cuda-build-check gpu-check clean
 
@@ -49,7 +49,7 @@ $(VENV)/.dev: $(VENV)/.built
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cpp tests/attack -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 	$(BIN)/python tests/test_layering.py
 
 types: $(VENV)/.dev

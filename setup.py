@@ -91,12 +91,12 @@ def define(name: str, value: str = "") -> str:
 
 
 def ops_extension() -> cpp_extension.Extension:
-    """_ops: every room's kernels and op.cpp. torch's headers count as the system's: no warnings from them."""
+    """_ops: every op's kernels and op.cpp. torch's headers count as the system's: no warnings from them."""
     warnings = ["-Wall", "-Wextra"]
     torch_headers = [f"-isystem{path}" for path in cpp_extension.include_paths()]
     defines = [define("TORCH_TARGET_VERSION", TORCH_TARGET)]
     host = ["-O3", "-g0", "-fvisibility=hidden", *warnings, *torch_headers]
-    files = sources("exports.cpp", "*/op.cpp", "*/cpu*.cpp")
+    files = sources("exports.cpp", "*/op.cpp", "*/cpu/*.cpp")
     if not CUDA:
         return cpp_extension.CppExtension(
             "bigkern._ops",
@@ -110,7 +110,7 @@ def ops_extension() -> cpp_extension.Extension:
     device = ["-O3", "--expt-relaxed-constexpr", "-Xptxas=-warn-spills", "-Xcompiler=-fvisibility=hidden"]
     return cpp_extension.CUDAExtension(
         "bigkern._ops",
-        files + sources("*.cu", "*/*.cu"),
+        files + sources("*.cu", "*/cuda/*.cu"),
         include_dirs=[str(CSRC)],
         library_dirs=cuda_library_dirs(),
         extra_compile_args={"cxx": [*host, *defines], "nvcc": [*device, *defines]},

@@ -1,9 +1,9 @@
 // The table of all CUDA kernels, for bigkern._info and the compile-only gate.
-#include "adam/kernels.h"
-#include "attention/kernels.h"
+#include "adam/cuda/kernels.h"
+#include "attention/cuda/kernels.h"
 #include "common/exports.h"
-#include "layernorm_ffn/kernels.h"
-#include "recurrent/kernels.h"
+#include "layernorm_ffn/cuda/kernels.h"
+#include "recurrent/cuda/kernels.h"
 
 int bigkern_kernels(bigkern::KernelInfo* out, int capacity) {
   int count = 0;

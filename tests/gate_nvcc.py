@@ -38,7 +38,7 @@ SECTION_OR_VECTOR = re.compile(
 # compiler takes a vector apart without a word, and every test still passes. Nothing is asked of kernels that
 # take one element at a time.
 VECTORS = [
-    # room, kernel, loads, stores
+    # op, kernel, loads, stores
     ("adam", r"squares_kernel<", 1, 0),
     ("adam", r"update_kernel<(\w+), \1, false>", 4, 3),  # p, g, m, v -> p, m, v
     ("adam", r"update_kernel<(\w+), \1, true>", 5, 4),
@@ -69,7 +69,7 @@ def disassembler() -> str:
 
 @dataclass
 class Kernel:
-    room: str
+    op: str
     kernel: str
     arch: str
     registers: int = 0
@@ -86,8 +86,8 @@ class Kernel:
             bad.append(f"{self.spill_bytes} bytes spilled, {self.stack_bytes} bytes of stack")
         if self.registers > MAX_REGISTERS:
             bad.append(f"{self.registers} registers")
-        for room, pattern, loads, stores in VECTORS:
-            if room == self.room and re.match(pattern, self.kernel):
+        for op, pattern, loads, stores in VECTORS:
+            if op == self.op and re.match(pattern, self.kernel):
                 if self.loads_16 < loads:
                     bad.append(f"{self.loads_16} loads of 16 bytes, not {loads}")
                 if self.stores_16 < stores:
@@ -107,18 +107,18 @@ def compile_for(source: Path, arch: str) -> list[Kernel]:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-        kernels = resources(done.stdout + done.stderr, source.parent.name, arch)
+        kernels = resources(done.stdout + done.stderr, source.parent.parent.name, arch)
         (cubin,) = Path(folder).glob("*.cubin")
         count_vectors(cubin, kernels)
     return kernels
 
 
-def resources(said: str, room: str, arch: str) -> list[Kernel]:
+def resources(said: str, op: str, arch: str) -> list[Kernel]:
     """The kernels, from what ``ptxas -v`` said."""
     kernels: list[Kernel] = []
     for line in said.splitlines():
         if entry := ENTRY.search(line):
-            kernels.append(Kernel(room, entry["name"], arch))
+            kernels.append(Kernel(op, entry["name"], arch))
         if frame := FRAME.search(line):
             kernels[-1].stack_bytes = int(frame["stack"])
             kernels[-1].spill_bytes = int(frame["stores"]) + int(frame["loads"])
@@ -167,18 +167,18 @@ def main() -> None:
     options = parser.parse_args()
     if shutil.which("nvcc") is None:
         sys.exit("gate_nvcc: nvcc is not on the PATH; install the CUDA toolkit or leave this gate out")
-    sources = sorted((ROOT / "csrc").glob("*/*.cu"))
+    sources = sorted((ROOT / "csrc").glob("*/cuda/*.cu"))
     jobs = [(source, arch) for source in sources for arch in ARCHITECTURES]
     with ThreadPoolExecutor(2) as pool:
         kernels = [kernel for found in pool.map(lambda job: compile_for(*job), jobs) for kernel in found]
     demangled(kernels)
-    kernels.sort(key=lambda kernel: (kernel.room, kernel.kernel, kernel.arch))
+    kernels.sort(key=lambda kernel: (kernel.op, kernel.kernel, kernel.arch))
 
     columns = f"{'registers':>9} {'stack':>6} {'spills':>6} {'smem':>6} {'ld16':>5} {'st16':>5}"
-    print(f"{'room':<14} {'arch':<7} {columns}  kernel")
+    print(f"{'op':<14} {'arch':<7} {columns}  kernel")
     for k in kernels:
         print(
-            f"{k.room:<14} {k.arch:<7} {k.registers:>9} {k.stack_bytes:>6} {k.spill_bytes:>6}"
+            f"{k.op:<14} {k.arch:<7} {k.registers:>9} {k.stack_bytes:>6} {k.spill_bytes:>6}"
             f" {k.static_smem:>6} {k.loads_16:>5} {k.stores_16:>5}  {k.kernel}"
         )
     if options.csv:
@@ -190,7 +190,7 @@ def main() -> None:
     bad = [k for k in kernels if k.failures()]
     for k in bad:
         print(f"FAILED {k.kernel} on {k.arch}: {'; '.join(k.failures())}")
-    missing = [p for r, p, *_ in VECTORS if not any(k.room == r and re.match(p, k.kernel) for k in kernels)]
+    missing = [p for op, p, *_ in VECTORS if not any(k.op == op and re.match(p, k.kernel) for k in kernels)]
     if missing:
         sys.exit(f"VECTORS names kernels that do not exist: {missing}")
     print(f"{len(kernels)} kernels, {len(bad)} failed")

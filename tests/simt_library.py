@@ -1,7 +1,7 @@
 """Build the CUDA sources for the host against the emulator, and offer them as a backend.
 
 The same ``op.cpp`` and ``*.cu`` that nvcc compiles become ``build/simt/bigkern_simt.so``, whose ops
-``bigkern_simt::*`` take CPU tensors and run the kernels in ``csrc/simt``.
+``bigkern_simt::*`` take CPU tensors and run the kernels in ``tests/simt``.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ LIBRARY = BUILD / "bigkern_simt.so"
 
 def _sources() -> list[Path]:
     csrc = ROOT / "csrc"
+    emulator = ROOT / "tests" / "simt"
     return sorted(
-        [*csrc.glob("*/op.cpp"), *csrc.glob("*.cu"), *csrc.glob("*/*.cu"), *csrc.glob("simt/*.cpp")]
+        [*csrc.glob("*/op.cpp"), *csrc.glob("*.cu"), *csrc.glob("*/cuda/*.cu"), *emulator.glob("*.cpp")]
     )
 
 
 def _ninja_file() -> str:
     compiler = os.environ.get("CXX", "g++")
     torch_lib = Path(torch.__file__).parent / "lib"
+    headers = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}", *(f"-isystem{path}" for path in include_paths())]
     flags = (
         "-O2 -g1 -fPIC -std=c++20 -Wall -Wextra -Werror -Wno-unknown-pragmas"
-        f" -DBIGKERN_SIMT -DBIGKERN_CUDA -DTORCH_TARGET_VERSION=0x020b000000000000 -I{ROOT / 'csrc'} "
-        + " ".join(f"-isystem{path}" for path in include_paths())
+        f" -DBIGKERN_SIMT -DBIGKERN_CUDA -DTORCH_TARGET_VERSION=0x020b000000000000 {' '.join(headers)}"
     )
     lines = [
         "rule compile",
@@ -51,7 +52,7 @@ def _ninja_file() -> str:
     ]
     objects = []
     for source in _sources():
-        target = f"{source.parent.name}_{source.stem}.o"
+        target = str(source.relative_to(ROOT).with_suffix(".o"))
         objects.append(target)
         lines.append(f"build {target}: compile {source}")
     lines.append(f"build {LIBRARY.name}: link {' '.join(objects)}")

@@ -45,7 +45,7 @@ EXTRAS = {"integrations", "terminal", "train", "benchmarks", "cli"}
 CORE = {"torch", "numpy"} | sys.stdlib_module_names
 
 TORCH_INCLUDE = re.compile(r'#include\s*[<"](?:torch|ATen|c10)/')
-# The torch binding: op.cpp of each op and the header that they share.
+# The torch binding: op.cpp of each op and the headers that it includes.
 TORCH_FILES = {"op.cpp", "op.h"}
 
 
@@ -149,12 +149,15 @@ def test_core_imports_torch_and_numpy_alone() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def cpp_files() -> list[Path]:
+    suffixes = {".h", ".inl", ".cuh", ".cu", ".cpp"}
+    return sorted(file for file in (ROOT / "csrc").rglob("*") if file.suffix in suffixes)
+
+
 def test_kernels_are_free_of_torch() -> None:
-    sources = [file for file in (ROOT / "csrc").rglob("*") if file.suffix in {".h", ".cuh", ".cu", ".cpp"}]
-    assert sources
     wrong = [
         str(file.relative_to(ROOT))
-        for file in sources
+        for file in cpp_files()
         if file.name not in TORCH_FILES and TORCH_INCLUDE.search(file.read_text())
     ]
     assert not wrong, f"these must not include torch: {wrong}"
@@ -168,13 +171,9 @@ def test_every_package_is_installed() -> None:
 
 
 def test_emulator_is_never_shipped() -> None:
-    """Nothing outside csrc/simt includes it, but for the one header that chooses what CUDA is."""
-    including = [
-        str(file.relative_to(ROOT))
-        for file in (ROOT / "csrc").rglob("*.*")
-        if file.parent.name != "simt" and file.suffix != ".md" and '"simt/' in file.read_text()
-    ]
-    assert set(including) <= {"csrc/common/cuda.cuh", "csrc/common/ptx.cuh"}, including
+    """It stands with the tests; two headers, which choose what CUDA is, include it, and nothing else does."""
+    including = {str(file.relative_to(ROOT)) for file in cpp_files() if '"simt/' in file.read_text()}
+    assert including == {"csrc/common/cuda/cuda.cuh", "csrc/common/cuda/ptx.cuh"}, including
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 //
 // A kernel stores bf16 and fp16 and computes in float: the two functions here are the only casts
 // there are. They need no CUDA header on the host, so that the vectorised CPU kernels and the
-// emulator (csrc/simt) share them with nvcc. Rounding is to nearest, ties to even, everywhere;
+// emulator (tests/simt) share them with nvcc. Rounding is to nearest, ties to even, everywhere;
 // infinities, NaNs and subnormals survive both ways.
 #pragma once
 

@@ -25,7 +25,7 @@
 #include "common/parallel.h"
 
 #ifdef BIGKERN_CUDA
-#include "common/launch_error.h"
+#include "common/cuda/launch_error.h"
 #endif
 
 namespace bigkern {

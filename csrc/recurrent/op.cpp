@@ -1,7 +1,7 @@
 // Recurrent layers as torch ops, a layer on the CPU, a scan on a GPU: check, allocate, launch.
 #include "common/op.h"
 
-#include "common/team.h"
+#include "common/cpu/team.h"
 #include "recurrent/recurrent.h"
 
 namespace bigkern::recurrent {

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "check.h"
-#include "common/launch.cuh"
+#include "common/cuda/launch.cuh"
 
 namespace bigkern {
 

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <numeric>
 
-#include "attention/kernels.h"
+#include "attention/cuda/kernels.h"
 #include "attention_tensor.h"
 
 namespace bigkern::attention {

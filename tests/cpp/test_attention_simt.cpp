@@ -6,7 +6,7 @@
 #include <functional>
 #include <utility>
 
-#include "attention/kernels.h"
+#include "attention/cuda/kernels.h"
 #include "attention_tensor.h"
 
 namespace bigkern::attention {

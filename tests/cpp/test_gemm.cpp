@@ -26,7 +26,7 @@ enum class Function { exp, exp2, log, tanh, normal_cdf, sqrt, sum, greatest };
 
 }  // namespace bigkern::gemm_test
 
-#define BIGKERN_KERNELS "gemm_kernels.h"
+#define BIGKERN_KERNELS "gemm_kernels.inl"
 #include "common/cpu/foreach_isa.h"
 
 namespace bigkern::gemm_test {

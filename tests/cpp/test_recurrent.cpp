@@ -1,13 +1,13 @@
 // The recurrent CPU kernels against plain loops in double, on every instruction set there is, and
-// the teams of threads that they work in (common/team.h). Outputs and workspaces start as NaN; a
-// workspace ends where memory does.
+// the teams of threads that they work in (common/cpu/team.h). Outputs and workspaces start as NaN;
+// a workspace ends where memory does.
 
 #include <sched.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
-#include "common/team.h"
+#include "common/cpu/team.h"
 #include "recurrent_reference.h"
 
 namespace bigkern::recurrent {

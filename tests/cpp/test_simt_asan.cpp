@@ -1,8 +1,8 @@
 // Accesses out of bounds that must end the process with a report of AddressSanitizer. The build
 // gives these cases an executable of their own and expects that report from each of them.
 #include "check.h"
-#include "common/cuda.cuh"
-#include "common/launch.cuh"
+#include "common/cuda/cuda.cuh"
+#include "common/cuda/launch.cuh"
 #include "device.h"
 
 namespace bigkern {

@@ -6,11 +6,11 @@
 #include <string>
 
 #include "check.h"
-#include "common/cuda.cuh"
-#include "common/grid_barrier.cuh"
-#include "common/launch.cuh"
-#include "common/ptx.cuh"
-#include "common/reduce.cuh"
+#include "common/cuda/cuda.cuh"
+#include "common/cuda/grid_barrier.cuh"
+#include "common/cuda/launch.cuh"
+#include "common/cuda/ptx.cuh"
+#include "common/cuda/reduce.cuh"
 #include "device.h"
 
 namespace bigkern {

@@ -4,8 +4,8 @@
 #include <string>
 
 #include "check.h"
-#include "common/cuda.cuh"
-#include "common/launch.cuh"
+#include "common/cuda/cuda.cuh"
+#include "common/cuda/launch.cuh"
 #include "device.h"
 
 namespace bigkern {

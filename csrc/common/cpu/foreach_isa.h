@@ -1,8 +1,8 @@
 // Compiles one kernel source for every instruction set, in one translation unit, without any
-// per-file compiler flag. A cpu.cpp says
+// per-file compiler flag. A dispatch.cpp says
 //
 //   #include <the std headers its kernels use>      first: nothing standard is included below
-//   #define BIGKERN_KERNELS "adam/cpu_kernels.h"    has no include guard
+//   #define BIGKERN_KERNELS "adam/cpu/update.inl"    has no include guard
 //   #include "common/cpu/foreach_isa.h"
 //
 //   namespace bigkern::adam::cpu {
@@ -15,7 +15,7 @@
 //
 // and its kernels say
 //
-//   #include "common/cpu/gemm.h"                    if wanted; vec.h is there already
+//   #include "common/cpu/gemm.inl"                    if wanted; vec.inl is there already
 //   namespace bigkern::adam::BIGKERN_ISA {
 //   using namespace bigkern::BIGKERN_ISA;           vf, load, store, fma, exp, ...
 //   namespace { helpers }
@@ -53,7 +53,7 @@
 #define BIGKERN_ISA portable
 #define BIGKERN_LEVEL 0
 #define BIGKERN_FN
-#include "common/cpu/vec.h"
+#include "common/cpu/vec.inl"
 #include BIGKERN_KERNELS
 #undef BIGKERN_ISA
 #undef BIGKERN_LEVEL
@@ -71,7 +71,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #endif
-#include "common/cpu/vec.h"
+#include "common/cpu/vec.inl"
 #include BIGKERN_KERNELS
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -96,7 +96,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512")
 #endif
-#include "common/cpu/vec.h"
+#include "common/cpu/vec.inl"
 #include BIGKERN_KERNELS
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -123,7 +123,7 @@
 #pragma GCC target( \
     "avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,prefer-vector-width=512")
 #endif
-#include "common/cpu/vec.h"
+#include "common/cpu/vec.inl"
 #include BIGKERN_KERNELS
 #if defined(__clang__)
 #pragma clang attribute pop
