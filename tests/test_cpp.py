@@ -1,8 +1,12 @@
-"""Run the C++ tests: build the CMake tree, then one pytest case for each case of ctest."""
+"""Run the C++ tests: build the CMake tree, then one pytest case for each case of ctest.
+
+Headers, and what is compiled once per instruction set, are also compiled by themselves.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import os
 import re
 import shutil
 import subprocess
@@ -47,6 +51,24 @@ def build() -> str:
 def test_everything_builds() -> None:
     error = build()
     assert not error, error[-8000:]
+
+
+# Pieces from the middle of another file, torch's headers and pybind11's, and what compiles other files.
+NOT_ALONE = re.compile(r"vec_(avx2|avx512|portable)\.inl|op(_frozen)?\.h|addresses\.h|foreach_isa\.h")
+
+
+def headers() -> list[str]:
+    files = (file for file in sorted((ROOT / "csrc").rglob("*")) if file.suffix in {".h", ".inl", ".cuh"})
+    return [str(file.relative_to(ROOT)) for file in files if not NOT_ALONE.fullmatch(file.name)]
+
+
+@pytest.mark.parametrize("file", headers())
+def test_a_header_stands_alone(file: str) -> None:
+    """It includes what it uses; an .inl does too when an editor reads it."""
+    include = [f"-I{ROOT / folder}" for folder in ("csrc", "tests")]
+    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-fsyntax-only", "-w", "-DBIGKERN_SIMT", *include]
+    done = shell(*command, "-x", "c++", ROOT / file)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("case", cases())

@@ -163,6 +163,16 @@ def test_kernels_are_free_of_torch() -> None:
     assert not wrong, f"these must not include torch: {wrong}"
 
 
+def test_headers_have_guards_and_inl_files_have_none() -> None:
+    """What is compiled once per instruction set is an .inl, and says so."""
+    for file in cpp_files():
+        text = file.read_text()
+        guarded = "\n#pragma once\n" in text
+        assert guarded == (file.suffix in {".h", ".cuh"}), f"{file.relative_to(ROOT)}: {guarded=}"
+        comment = text.partition("\n\n")[0].replace("\n//", "")
+        assert file.suffix != ".inl" or "once per instruction set" in comment, file.relative_to(ROOT)
+
+
 def test_every_package_is_installed() -> None:
     listed = re.search(r"^packages = \[\n(.*?)\n\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
     assert listed is not None

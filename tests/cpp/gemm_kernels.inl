@@ -1,6 +1,7 @@
-// What test_gemm.cpp compiles once per instruction set; no include guard.
+// The products and functions that test_gemm.cpp calls. Compiled once per instruction set.
 
 #include "common/cpu/gemm.inl"
+#include "gemm_call.h"
 
 namespace bigkern::gemm_test::BIGKERN_ISA {
 using namespace bigkern::BIGKERN_ISA;

@@ -6,25 +6,8 @@
 
 #include "check.h"
 #include "common/dtypes.h"
+#include "gemm_call.h"
 #include "threads.h"
-
-namespace bigkern::gemm_test {
-
-struct Call {
-  Dtype dtype;
-  int64_t M, N, K;
-  const void* A;
-  int64_t a_row, a_column;
-  const void* B;
-  int64_t b_row, b_column;
-  float* C;  // [M, N]
-  bool accumulate;
-  float* workspace;
-};
-
-enum class Function { exp, exp2, log, tanh, normal_cdf, sqrt, sum, greatest };
-
-}  // namespace bigkern::gemm_test
 
 #define BIGKERN_KERNELS "gemm_kernels.inl"
 #include "common/cpu/foreach_isa.h"

@@ -1,4 +1,4 @@
-// dynamic8.h's codes, W at a time, for one instruction set (see common/cpu/foreach_isa.h).
+// dynamic8.h's codes, W at a time. Compiled once per instruction set.
 //
 // The exponent of a level, as a float, is its decade, and both directions are a line a decade:
 //
@@ -8,6 +8,12 @@
 // with the eight rows of each table in one register. Decades of shares do not begin at powers of
 // two: a share's bits, read as a number, are nearly its logarithm, which gives the decade or the
 // one below, and one comparison says which.
+
+#include "adam/dynamic8.h"
+
+#ifndef BIGKERN_ISA  // an editor reads this file by itself
+#include "common/cpu/vec.inl"
+#endif
 
 namespace bigkern::adam::BIGKERN_ISA {
 using namespace bigkern::BIGKERN_ISA;

@@ -1,5 +1,4 @@
-// The sum of the squares of a slice of all gradients, for one instruction set (see
-// common/cpu/foreach_isa.h).
+// The sum of the squares of a slice of all gradients. Compiled once per instruction set.
 //
 // A core that reads one stream waits for memory where it could wait for several. So a chunk of a
 // gradient is read in four places at once:
@@ -8,6 +7,12 @@
 //
 // and of every four quarters' next kStretch elements the squares are added up in fp32, W wide; the
 // sums of those in double. A NaN or an infinity reaches the end.
+
+#include "adam/cpu/slices.h"
+
+#ifndef BIGKERN_ISA  // an editor reads this file by itself
+#include "common/cpu/vec.inl"
+#endif
 
 namespace bigkern::adam::BIGKERN_ISA {
 using namespace bigkern::BIGKERN_ISA;

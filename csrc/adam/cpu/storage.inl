@@ -1,5 +1,5 @@
 // How a parameter and its moments are stored between steps: W elements of each, as fp32 in
-// registers, in and out. For one instruction set (see common/cpu/foreach_isa.h).
+// registers, in and out. Compiled once per instruction set.
 //
 //   Place      p: T itself, or a master beside it          bytes of p and master, read + written
 //                Master::none       T                        fp32 8, 16 bits 4
@@ -12,6 +12,15 @@
 //   block of m   codes, scale -> decode -> step -> buffer, largest -> encode -> codes, scale
 //
 // p, v and vmax can be rounded to bf16 at random.
+
+#include <type_traits>
+
+#include "adam/adam.h"
+#include "adam/remainder.h"
+
+#ifndef BIGKERN_ISA  // an editor reads this file by itself
+#include "adam/cpu/dynamic8.inl"
+#endif
 
 #include "common/cpu/dropout.inl"
 

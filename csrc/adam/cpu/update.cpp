@@ -2,8 +2,6 @@
 //
 // update.inl holds the kernel, compiled once for each instruction set; here is the choice among
 // them, and the steps, which advance after every thread has read them.
-#include <type_traits>
-
 #include "adam/adam.h"
 #include "adam/cpu/slices.h"
 

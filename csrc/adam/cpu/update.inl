@@ -1,5 +1,4 @@
-// The Adam update of a slice of all parameters, for one instruction set (see
-// common/cpu/foreach_isa.h).
+// The Adam update of a slice of all parameters. Compiled once per instruction set.
 //
 // Every array of a parameter is read and written once, W elements at a time, side by side:
 //
@@ -10,7 +9,10 @@
 // prefetch made it slower, and every line that is stored has just been read, so streaming stores
 // gain nothing.
 
+#include <type_traits>
+
 #include "adam/cpu/dynamic8.inl"
+#include "adam/cpu/slices.h"
 #include "adam/cpu/storage.inl"
 
 namespace bigkern::adam::BIGKERN_ISA {

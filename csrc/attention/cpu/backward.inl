@@ -12,6 +12,12 @@
 // A task goes through all tiles of a key head, or through every parts-th of them: then the parts'
 // sums are added in a second pass, always in the same order, without atomics.
 
+#include <algorithm>
+
+#ifndef BIGKERN_ISA  // an editor reads this file by itself
+#include "attention/cpu/dbias.inl"
+#endif
+
 namespace bigkern::attention::BIGKERN_ISA {
 namespace {
 

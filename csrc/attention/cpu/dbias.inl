@@ -9,6 +9,12 @@
 //             |     |     |     |                  sums [keys, 64] in fp32; a bias that has one
 //             +-----+-----+-----+                  query (key) is summed over lanes (keys) at last.
 
+#include <algorithm>
+
+#ifndef BIGKERN_ISA  // an editor reads this file by itself
+#include "attention/cpu/terms.inl"
+#endif
+
 namespace bigkern::attention::BIGKERN_ISA {
 namespace {
 

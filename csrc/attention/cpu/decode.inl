@@ -9,6 +9,12 @@
 // Where there are fewer heads than threads, the keys of a head are cut into parts; their results
 // are put together in a second pass, always in the same order (Flash-Decoding; Dao et al., 2023).
 
+#include <algorithm>
+
+#ifndef BIGKERN_ISA  // an editor reads this file by itself
+#include "attention/cpu/scores.inl"
+#endif
+
 namespace bigkern::attention::BIGKERN_ISA {
 namespace {
 

@@ -1,8 +1,4 @@
 // Attention on the CPU: the entry points, and the table of instruction sets behind them.
-#include <algorithm>
-#include <cstring>
-#include <type_traits>
-
 #include "attention/attention.h"
 #include "attention/cpu/work.h"
 

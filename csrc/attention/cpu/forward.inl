@@ -6,6 +6,12 @@
 //                                  max, p = e^(x - max), sum                  lane by lane
 //   o^T [Dv, 64] stays in L1       o^T = o^T e^(old max - max) + v^T p        v from where it lies
 
+#include <algorithm>
+
+#ifndef BIGKERN_ISA  // an editor reads this file by itself
+#include "attention/cpu/decode.inl"
+#endif
+
 namespace bigkern::attention::BIGKERN_ISA {
 namespace {
 

@@ -1,4 +1,5 @@
-// The CPU kernels, in the order in which they build on each other; once per instruction set.
+// The CPU kernels, in the order in which they build on each other. Compiled once per instruction
+// set.
 
 // clang-format off
 #include "common/cpu/dropout.inl"

@@ -1,5 +1,5 @@
 // The one matrix product of the attention kernels, C[M, N] = A[M, K] B[K, N], for tiles that lie in
-// cache. Compiled once per instruction set (common/cpu/foreach_isa.h).
+// cache. Compiled once per instruction set.
 //
 // A block of C, 6 rows by 4 vectors (6 by 2 with 16 registers), stays in registers while k runs;
 // each step broadcasts one element from each row of A and multiplies it by one row of B. A is read
@@ -9,6 +9,13 @@
 //   A[:, k]  a        c c c c                     pair of bf16 that are neighbours along k: then
 //            a        c c c c   6 x 4 registers   one step advances k by two
 //            ...      .......
+
+#include "attention/cpu/work.h"
+
+#ifndef BIGKERN_ISA  // an editor reads this file by itself
+#include "common/cpu/dropout.inl"
+#include "common/cpu/gemm.inl"
+#endif
 
 namespace bigkern::attention::BIGKERN_ISA {
 using namespace bigkern::BIGKERN_ISA;

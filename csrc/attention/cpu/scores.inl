@@ -4,6 +4,12 @@
 //   x = scale k q^T      x = c tanh(x / c)      x += bias - slope |place - key|      -inf if not
 //   seen
 
+#include <cstring>
+
+#ifndef BIGKERN_ISA  // an editor reads this file by itself
+#include "attention/cpu/tile.inl"
+#endif
+
 namespace bigkern::attention::BIGKERN_ISA {
 namespace {
 

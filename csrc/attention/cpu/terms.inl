@@ -6,6 +6,12 @@
 //
 // With dropout both p and dp are multiplied by its factors, but ds keeps its own p.
 
+#include <algorithm>
+
+#ifndef BIGKERN_ISA  // an editor reads this file by itself
+#include "attention/cpu/forward.inl"
+#endif
+
 namespace bigkern::attention::BIGKERN_ISA {
 namespace {
 

@@ -1,6 +1,13 @@
 // Moving tiles between tensors and scratch: widening, pairing and transposing. Compiled once per
 // instruction set.
 
+#include <cstring>
+#include <type_traits>
+
+#ifndef BIGKERN_ISA  // an editor reads this file by itself
+#include "attention/cpu/product.inl"
+#endif
+
 namespace bigkern::attention::BIGKERN_ISA {
 namespace {
 

@@ -1,7 +1,12 @@
 // The generator of common/dropout.h on vectors: a lane for each element.
 //
-// Included once per instruction set, inside foreach_isa.h, after common/dropout.h; no include
-// guard.
+// Compiled once per instruction set.
+
+#include "common/dropout.h"
+
+#ifndef BIGKERN_ISA  // an editor reads this file by itself
+#include "common/cpu/vec.inl"
+#endif
 
 namespace bigkern::BIGKERN_ISA {
 namespace {

@@ -1,8 +1,7 @@
 // Compiles one kernel source for every instruction set, in one translation unit, without any
-// per-file compiler flag. A dispatch.cpp says
+// per-file compiler flag. An op's dispatch.cpp says
 //
-//   #include <the std headers its kernels use>      first: nothing standard is included below
-//   #define BIGKERN_KERNELS "adam/cpu/update.inl"    has no include guard
+//   #define BIGKERN_KERNELS "adam/cpu/update.inl"
 //   #include "common/cpu/foreach_isa.h"
 //
 //   namespace bigkern::adam::cpu {
@@ -15,7 +14,8 @@
 //
 // and its kernels say
 //
-//   #include "common/cpu/gemm.inl"                    if wanted; vec.inl is there already
+//   #include <algorithm>                            whatever they use, at the top
+//   #include "common/cpu/gemm.inl"                  if wanted; vec.inl is there already
 //   namespace bigkern::adam::BIGKERN_ISA {
 //   using namespace bigkern::BIGKERN_ISA;           vf, load, store, fma, exp, ...
 //   namespace { helpers }
@@ -30,23 +30,18 @@
 //   - A lambda that touches vectors is written `[&](vf x) BIGKERN_FN { ... }`: not every compiler
 //     hands the target on to lambdas, and one with empty brackets would also convert to a plain
 //     function pointer, which has the base target.
-//   - Standard templates come from headers included before this one, and so keep the base target.
+//   - Headers are included at the top of an .inl, under no #if: the first pass, which has the base
+//     target, reads them all, and what is in them keeps that target.
+//
+// What is compiled once per instruction set is an .inl and has no include guard. An editor, and
+// tests/test_cpp.py, read it by itself as well: then it includes the .inl before it, down to
+// one_isa.h, which stands in for this file.
+#pragma once
 
 #include "common/cpu/isa.h"
-#include "common/dtypes.h"
-#include "common/parallel.h"
 
 #ifndef BIGKERN_KERNELS
-#error "define BIGKERN_KERNELS as the header to compile once per instruction set"
-#endif
-
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-#if BIGKERN_X86
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
+#error "define BIGKERN_KERNELS as the .inl to compile once per instruction set"
 #endif
 
 // ---- portable: the target that the compiler was given -------------------------------------------

@@ -21,9 +21,10 @@
 // A matrix B that never changes can be kept packed instead (PanelMatrix): its panels are then read
 // where they are, in the type they are stored in. With few rows that is all that B costs.
 //
-// Included once per instruction set, inside foreach_isa.h; no include guard.
+// Compiled once per instruction set.
 
 #include "common/cpu/gemm_tile.inl"
+#include "common/parallel.h"
 
 namespace bigkern::BIGKERN_ISA {
 namespace {

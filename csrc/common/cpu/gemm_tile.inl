@@ -9,7 +9,7 @@
 //     +---+  +-------+-------+              are widened between memory and register.
 //
 // Few rows have kernels and, if they are all there are, A panels of their own height: A then leaves
-// L1 to B. Included once per instruction set by gemm.inl; no include guard.
+// L1 to B. Compiled once per instruction set.
 
 #include "common/cpu/pack.inl"
 

@@ -11,7 +11,7 @@
 //   d0 d1 d2 ..                        ..
 //
 // The packers read through a functor, so that a transformation (a normalisation, an activation)
-// happens on the way in. Included once per instruction set, inside foreach_isa.h; no include guard.
+// happens on the way in. Compiled once per instruction set.
 
 #include "common/cpu/vec_int8.inl"
 

@@ -1,7 +1,7 @@
 // Vectors of W floats, and the math of kernels on them, written once for every instruction set.
 //
-// Included by foreach_isa.h once per level, so it has no include guard. `vf` is a GCC/clang vector:
-// + - * / and comparisons are operators, here are only the rest. Storage is float, bf16 or fp16;
+// Compiled once per instruction set. `vf` is a GCC/clang vector: + - * / and comparisons are
+// operators, here are only the rest. Storage is float, bf16 or fp16;
 // arithmetic is always float:
 //
 //   vf x = load(p + i);  x = fma(x, scale, shift);  store(p + i, exp(x));
@@ -9,6 +9,22 @@
 //
 // Polynomials are minimax fits made for this file; the error of each function stands beside it,
 // measured over all of its range (tests/cpp/test_gemm.cpp).
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/cpu/isa.h"
+#include "common/dtypes.h"
+
+#if BIGKERN_X86
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#ifndef BIGKERN_ISA  // an editor reads this file by itself
+#include "common/cpu/one_isa.h"
+#endif
 
 namespace bigkern::BIGKERN_ISA {
 namespace {

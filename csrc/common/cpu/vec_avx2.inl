@@ -1,5 +1,5 @@
-// The parts of vec.inl that AVX2, FMA and F16C say better than the compiler would (included inside
-// vec.inl).
+// The parts of vec.inl that AVX2, FMA and F16C say better than the compiler would. A piece from the
+// middle of vec.inl, once per instruction set that takes it.
 
 BIGKERN_VEC vf fma(vf a, vf b, vf c) {
   return vf(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));

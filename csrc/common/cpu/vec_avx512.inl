@@ -1,4 +1,5 @@
-// The parts of vec.inl that AVX-512 says better than the compiler would (included inside vec.inl).
+// The parts of vec.inl that AVX-512 says better than the compiler would. A piece from the middle of
+// vec.inl, once per instruction set that takes it.
 
 BIGKERN_VEC __mmask16 first_lanes(int64_t n) { return __mmask16((1u << n) - 1u); }
 

@@ -1,8 +1,11 @@
 // int8 as a storage type beside those of vec.inl: whole numbers of [-128, 127] as vectors of
 // floats.
 //
-// Every one of them is a float and a bf16 without rounding. Included once per instruction set by
-// pack.inl; no include guard.
+// Every one of them is a float and a bf16 without rounding. Compiled once per instruction set.
+
+#ifndef BIGKERN_ISA  // an editor reads this file by itself
+#include "common/cpu/vec.inl"
+#endif
 
 namespace bigkern::BIGKERN_ISA {
 namespace {

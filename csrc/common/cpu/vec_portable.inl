@@ -1,6 +1,7 @@
-// The parts of vec.inl in plain C++: SSE2 or NEON, whatever the compiler targets (included inside
-// vec.inl). The compiler turns the vector operators into instructions; only aarch64's fused
-// multiply-add and half conversions have to be named.
+// The parts of vec.inl in plain C++: SSE2 or NEON, whatever the compiler targets. A piece from the
+// middle of vec.inl, once per instruction set that takes it. The compiler turns the vector
+// operators into instructions; only aarch64's fused multiply-add and half conversions have to be
+// named.
 
 BIGKERN_VEC vf fma(vf a, vf b, vf c) {
 #if defined(__aarch64__)

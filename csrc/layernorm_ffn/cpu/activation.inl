@@ -1,6 +1,10 @@
 // The activations and their derivatives on vectors of floats.
 //
-// Included once per instruction set by kernels.inl; no include guard.
+// Compiled once per instruction set.
+
+#ifndef BIGKERN_ISA  // an editor reads this file by itself
+#include "layernorm_ffn/cpu/norm.inl"
+#endif
 
 namespace bigkern::layernorm_ffn::BIGKERN_ISA {
 namespace {

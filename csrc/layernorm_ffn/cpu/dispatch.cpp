@@ -1,10 +1,7 @@
 // The op on the CPU: picks the kernels of the machine's instruction set.
 //
-// The kernels are written once, in cpu_*.h, and compiled here for every level (foreach_isa.h).
+// The kernels are written once, in *.inl, and compiled here for every level (foreach_isa.h).
 
-#include <initializer_list>
-
-#include "common/cpu/pages.h"
 #include "layernorm_ffn/layernorm_ffn.h"
 
 #define BIGKERN_KERNELS "layernorm_ffn/cpu/kernels.inl"

@@ -1,8 +1,16 @@
 // Dropout of a matrix, W columns at a time.
 //
-// Included once per instruction set by kernels.inl; no include guard.
+// Compiled once per instruction set.
+
+#include "layernorm_ffn/layernorm_ffn.h"
+
+#ifndef BIGKERN_ISA  // an editor reads this file by itself
+#include "common/cpu/dropout.inl"
+#include "common/cpu/gemm.inl"
+#endif
 
 namespace bigkern::layernorm_ffn::BIGKERN_ISA {
+using namespace bigkern::BIGKERN_ISA;
 namespace {
 
 // drop(x, i, j): what is left of x, columns j .. j + W of row i; x itself without dropout.

@@ -9,7 +9,15 @@
 // da, and n, are never stored. Weight gradients sum over the tokens kTokens at a time, in fp32, so
 // that packed panels stay in the cache however many tokens there are.
 //
-// Included once per instruction set by kernels.inl; no include guard.
+// Compiled once per instruction set.
+
+#include <initializer_list>
+
+#include "common/cpu/pages.h"
+
+#ifndef BIGKERN_ISA  // an editor reads this file by itself
+#include "layernorm_ffn/cpu/ffn_forward.inl"
+#endif
 
 namespace bigkern::layernorm_ffn::BIGKERN_ISA {
 namespace {

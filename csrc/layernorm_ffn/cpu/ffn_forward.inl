@@ -17,7 +17,13 @@
 // How the weights become panels, each time or once for all: ffn_weights.inl. Where they are int8,
 // the epilogues multiply by the scale of the column first.
 //
-// Included once per instruction set by kernels.inl; no include guard.
+// Compiled once per instruction set.
+
+#include "common/cpu/pages.h"
+
+#ifndef BIGKERN_ISA  // an editor reads this file by itself
+#include "layernorm_ffn/cpu/ffn_weights.inl"
+#endif
 
 namespace bigkern::layernorm_ffn::BIGKERN_ISA {
 namespace {

@@ -13,7 +13,11 @@
 // loop widens in its registers. int8 is always [K][NR]: whether two steps make a word is the other
 // operand's affair, so one packing serves every dtype of x.
 //
-// Included once per instruction set by kernels.inl; no include guard.
+// Compiled once per instruction set.
+
+#ifndef BIGKERN_ISA  // an editor reads this file by itself
+#include "layernorm_ffn/cpu/activation.inl"
+#endif
 
 namespace bigkern::layernorm_ffn::BIGKERN_ISA {
 namespace {

@@ -1,12 +1,9 @@
-// All CPU kernels of the op, compiled by dispatch.cpp once per instruction set; no include guard.
+// The CPU kernels, in the order in which they build on each other. Compiled once per instruction
+// set.
 
-// clang-format off: each builds on those before it
+// clang-format off
 #include "common/cpu/dropout.inl"
 #include "common/cpu/gemm.inl"
-
-namespace bigkern::layernorm_ffn::BIGKERN_ISA {
-using namespace bigkern::BIGKERN_ISA;
-}
 
 #include "layernorm_ffn/cpu/dropout.inl"
 #include "layernorm_ffn/cpu/norm.inl"

@@ -1,6 +1,10 @@
 // What one instruction set offers to dispatch.cpp: each launcher on the call's dtype.
 //
-// Included once per instruction set by kernels.inl; no include guard.
+// Compiled once per instruction set.
+
+#ifndef BIGKERN_ISA  // an editor reads this file by itself
+#include "layernorm_ffn/cpu/ffn_backward.inl"
+#endif
 
 namespace bigkern::layernorm_ffn::BIGKERN_ISA {
 

@@ -8,7 +8,13 @@
 // fp32 mean of a row near 1e4 is off by up to 5e-4, which a row with a tiny variance would feel:
 // every pass therefore corrects it by `shift`, the average of v - mean, which is exact.
 //
-// Included once per instruction set by kernels.inl; no include guard.
+// Compiled once per instruction set.
+
+#include "common/cpu/pages.h"
+
+#ifndef BIGKERN_ISA  // an editor reads this file by itself
+#include "layernorm_ffn/cpu/dropout.inl"
+#endif
 
 namespace bigkern::layernorm_ffn::BIGKERN_ISA {
 namespace {

@@ -1,6 +1,5 @@
 // The linear layer on the CPU: picks the kernels of the machine's instruction set.
 
-#include "common/cpu/pages.h"
 #include "linear/linear.h"
 
 #define BIGKERN_KERNELS "linear/cpu/kernels.inl"

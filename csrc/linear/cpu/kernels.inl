@@ -5,9 +5,11 @@
 // The backward's sums can be long, over a vocabulary's outputs or a batch's rows: in float32 they
 // are taken in parts, whose packed operands stay in the caches instead of being a second copy.
 //
-// Compiled by dispatch.cpp once per instruction set; no include guard.
+// Compiled once per instruction set.
 
 #include "common/cpu/gemm.inl"
+#include "common/cpu/pages.h"
+#include "linear/linear.h"
 
 namespace bigkern::linear::BIGKERN_ISA {
 using namespace bigkern::BIGKERN_ISA;

@@ -1,7 +1,11 @@
 // One step of a cell for W units of one sequence, in registers: from gates to state, and back.
 //
 // The gates come as x + b + W_hh h' (GRU's n in two parts), and stay activated for the backward.
-// Included once per instruction set; no include guard.
+// Compiled once per instruction set.
+
+#ifndef BIGKERN_ISA  // an editor reads this file by itself
+#include "recurrent/cpu/plan.inl"
+#endif
 
 namespace bigkern::recurrent::BIGKERN_ISA {
 namespace {

@@ -1,10 +1,5 @@
 // Recurrent layers on the CPU: picks the kernels of the machine's instruction set.
 
-#include <new>
-#include <type_traits>
-
-#include "common/cpu/pages.h"
-#include "common/cpu/team.h"
 #include "recurrent/recurrent.h"
 
 #define BIGKERN_KERNELS "recurrent/cpu/kernels.inl"

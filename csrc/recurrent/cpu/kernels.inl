@@ -1,12 +1,18 @@
 // A recurrent layer on the CPU: the weights packed once, then one team of threads for all steps.
 //
-// Compiled by dispatch.cpp once per instruction set; no include guard.
+// Compiled once per instruction set.
 
+#include <new>
+#include <type_traits>
+
+#include "common/cpu/pages.h"
+
+// clang-format off
 #include "recurrent/cpu/plan.inl"
-//
 #include "recurrent/cpu/cell.inl"
 #include "recurrent/cpu/layer.inl"
 #include "recurrent/cpu/scan_backward.inl"
+// clang-format on
 
 namespace bigkern::recurrent::BIGKERN_ISA {
 namespace {

@@ -11,8 +11,13 @@
 //         +------------------- transposed, into the other buffer ----------------------+
 //
 // h' has two buffers, so that a chain's threads wait for each other once a step. The fp32 state h,
-// c and the input's tiles are their thread's alone. Included once per instruction set; no include
-// guard.
+// c and the input's tiles are their thread's alone. Compiled once per instruction set.
+
+#include <cstring>
+
+#ifndef BIGKERN_ISA  // an editor reads this file by itself
+#include "recurrent/cpu/cell.inl"
+#endif
 
 namespace bigkern::recurrent::BIGKERN_ISA {
 namespace {

@@ -12,9 +12,11 @@
 //              6..9 |  thread 2 | thread 3           |  chain 1
 //                   +-----------+---------+---------+
 //
-// Included once per instruction set; no include guard.
+// Compiled once per instruction set.
 
 #include "common/cpu/gemm.inl"
+#include "common/cpu/team.h"
+#include "recurrent/recurrent.h"
 
 namespace bigkern::recurrent::BIGKERN_ISA {
 using namespace bigkern::BIGKERN_ISA;

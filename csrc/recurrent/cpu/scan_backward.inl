@@ -9,7 +9,11 @@
 // Sequences end where the walk begins: at their last step dh is dhn + dy. They begin where it ends:
 // one more product gives dh0, with the next step's or, at the very end, by itself.
 //
-// Included once per instruction set; no include guard.
+// Compiled once per instruction set.
+
+#ifndef BIGKERN_ISA  // an editor reads this file by itself
+#include "recurrent/cpu/layer.inl"
+#endif
 
 namespace bigkern::recurrent::BIGKERN_ISA {
 namespace {
