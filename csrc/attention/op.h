@@ -142,8 +142,7 @@ void check_pages(const Tensor& page_table, const int32_t* lengths, const Tensor&
   }
 }
 
-// ---- a call's shape
-// ------------------------------------------------------------------------------
+// ---- a call's shape -----------------------------------------------------------------------------
 
 // The op's arguments besides q, k and v, as the schema lists them.
 struct Rules {

@@ -33,8 +33,7 @@ namespace bigkern {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// ---- checks: what is done to every tensor of a call before its memory is touched
-// -----------------
+// ---- checks: what is done to every tensor of a call before its memory is touched ----------------
 
 // Throws what becomes Python's RuntimeError, of a message that begins with the argument's name:
 // torch's own macro would put our function and file before it.
@@ -130,8 +129,7 @@ inline void check_f32(const OptionalTensor& x, const char* name, const First& fi
   check_sizes(*x, name, sizes);
 }
 
-// ---- tensors as kernels take them
-// ----------------------------------------------------------------
+// ---- tensors as kernels take them ---------------------------------------------------------------
 
 // The address of an optional tensor's data, null where there is no tensor.
 inline const void* data_or_null(const OptionalTensor& x) {
