@@ -131,10 +131,10 @@ def _old_rows(path: Path) -> list[Row]:
 def _measure(name: str, bench: Bench, dtype: str | None, only: list[str]) -> list[Row]:
     from bigkern.benchmarks import breakdown, harness
 
-    room = import_module(f"bigkern.benchmarks.bench_{name}")
+    module = import_module(f"bigkern.benchmarks.bench_{name}")
     bench.console.say(f"\n{name}")
     rows: list[Row] = []
-    for case in room.cases(bench):
+    for case in module.cases(bench):
         if not all(word.lower() in case.problem.label.lower() for word in only):
             continue
         dtypes = [getattr(torch, dtype)] if dtype else case.dtypes

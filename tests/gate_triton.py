@@ -416,7 +416,7 @@ def recurrent_call(
     return call
 
 
-ROOMS: dict[str, Callable[[int], Iterator[Case]]] = {
+OPS: dict[str, Callable[[int], Iterator[Case]]] = {
     "attention": attention_cases,
     "decode": lambda arch: decode_cases(),
     "norm": lambda arch: norm_cases(),
@@ -447,12 +447,12 @@ QUICK = {
 # ---- running them ----------------------------------------------------------------------------------
 
 
-def rows(arch: int, room: str, wanted: str) -> list[Row]:
-    """What the cases of a room compile to, each kernel once; ``wanted`` is a pattern for the cases."""
+def rows(arch: int, op: str, wanted: str) -> list[Row]:
+    """What the cases of a op compile to, each kernel once; ``wanted`` is a pattern for the cases."""
     compiled = compile_only(arch)
     found: list[Row] = []
     seen: set[int] = set()
-    for case, call, wgmma in ROOMS[room](arch):
+    for case, call, wgmma in OPS[op](arch):
         if not re.search(wanted, case):
             continue
         compiled.clear()
@@ -472,7 +472,7 @@ def rows(arch: int, room: str, wanted: str) -> list[Row]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--arch", type=int, choices=sorted(SHARED_LIMIT), action="append")
-    parser.add_argument("--only", choices=sorted(ROOMS), action="append")
+    parser.add_argument("--only", choices=sorted(OPS), action="append")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--json", type=Path)
@@ -480,8 +480,8 @@ def main() -> int:
     print(f"triton {triton.__version__}")
     print(f"{'arch':>5}  {'kernel':<32} {'case':<38} warps  regs stack  shared wgmma")
     results: list[Row] = []
-    work = list(product(options.arch or sorted(SHARED_LIMIT), options.only or list(ROOMS)))
-    patterns = [QUICK[room] if options.quick else "" for _, room in work]
+    work = list(product(options.arch or sorted(SHARED_LIMIT), options.only or list(OPS)))
+    patterns = [QUICK[op] if options.quick else "" for _, op in work]
     with ProcessPoolExecutor() as processes:  # as many as there are cores
         for row in chain.from_iterable(processes.map(rows, *zip(*work, strict=True), patterns)):
             numbers = f"{row.warps:>5} {row.registers:>5} {row.stack:>5} {row.shared:>7} {row.wgmma:>5}"

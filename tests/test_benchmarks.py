@@ -44,7 +44,7 @@ from bigkern.ops.recurrent import recurrent
 from bigkern.terminal.console import Console, Failure
 
 CPU = torch.device("cpu")
-ROOMS = (bench_attention, bench_norm, bench_layernorm_ffn, bench_recurrent, bench_adam, bench_overhead)
+MODULES = (bench_attention, bench_norm, bench_layernorm_ffn, bench_recurrent, bench_adam, bench_overhead)
 
 
 @pytest.fixture
@@ -68,9 +68,9 @@ def tiny(problem: Problem) -> harness.Case:
     )
 
 
-@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.__name__.rsplit("_", 1)[-1])
-def test_every_benchmark_has_cases(room: Any, bench: harness.Bench) -> None:
-    cases = room.cases(bench)
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.rsplit("_", 1)[-1])
+def test_every_benchmark_has_cases(module: Any, bench: harness.Bench) -> None:
+    cases = module.cases(bench)
     assert cases
     for case in cases:
         assert case.contestants[0].name == "bigkern"
@@ -495,8 +495,8 @@ def test_recurrent_layers_are_swept_by_batch_and_hidden_size(device: str) -> Non
     cases = bench_recurrent.cases(harness.Bench(torch.device(device), False, Console()))
     assert len({case.problem.label for case in cases}) == len(cases)
     places: dict[str, set[float]] = {}
-    room = bench_recurrent
-    axes = {"batch": room.BATCHES, "hidden size": room.HIDDEN, "length": room.LENGTHS}
+    module = bench_recurrent
+    axes = {"batch": module.BATCHES, "hidden size": module.HIDDEN, "length": module.LENGTHS}
     for case in cases:
         assert [contestant.name for contestant in case.contestants[:2]] == ["bigkern", "eager"]
         if case.panel:

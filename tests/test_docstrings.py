@@ -32,7 +32,7 @@ def test_examples_run(name: str) -> None:
 def test_public_names_are_documented_with_an_example() -> None:
     public = [getattr(bigkern, name) for name in bigkern.__all__]
     public = [thing for thing in public if inspect.isfunction(thing)]
-    public += [getattr(room, name) for room in (bigkern.nn, bigkern.optim) for name in room.__all__]
+    public += [getattr(module, name) for module in (bigkern.nn, bigkern.optim) for name in module.__all__]
     for thing in public:
         if thing is bigkern.unpatch:
             continue  # shown in patch's example

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import bigkern
 from bigkern import FrozenWeight, freeze_weight, frozen_layernorm_ffn
 from bigkern.core.parity import Yardstick
-from bigkern.ops.layernorm_ffn import frozen as room
+from bigkern.ops.layernorm_ffn import frozen as op
 from bigkern.ops.layernorm_ffn import frozen_reference as reference
 
 OP = "frozen_layernorm_ffn"
@@ -59,7 +59,7 @@ def judge(backend: str, weights: str, inputs: list[Any], **options: Any) -> None
 
 
 def in_torch(arguments: Any, options: dict[str, Any]) -> dict[str, Tensor]:
-    return {"y": reference.frozen_layernorm_ffn(*room.bind(*arguments, **options))}
+    return {"y": reference.frozen_layernorm_ffn(*op.bind(*arguments, **options))}
 
 
 def kinds(backend: str) -> list[str]:
@@ -185,7 +185,7 @@ def test_gradients_pass_through(weights: str) -> None:
 def test_opcheck_and_compile(backend: str) -> None:
     x, w1, b1, w2, b2, *norm = inputs_of(backend, torch.float32, (6, 24), 40)
     first, second = (freeze_weight(w, "int8") for w in (w1, w2))  # type: ignore[arg-type]
-    arguments = room.bind(x, first, b1, second, b2, *norm)  # type: ignore[arg-type]
+    arguments = op.bind(x, first, b1, second, b2, *norm)  # type: ignore[arg-type]
 
     def block(x: Tensor) -> Tensor:
         return frozen_layernorm_ffn(x, first, b1, second, b2, *norm) * 2  # type: ignore[arg-type]
@@ -309,9 +309,9 @@ def test_bad_weights() -> None:
 def test_fp8_needs_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     with pytest.raises(ValueError, match=r"weights=.fp8. needs .* 8\.9 .* has 8\.0"):
-        room.check_fp8(torch.device("cuda", 0), "weights")
+        op.check_fp8(torch.device("cuda", 0), "weights")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    room.check_fp8(torch.device("cuda", 0), "weights")
+    op.check_fp8(torch.device("cuda", 0), "weights")
 
 
 def changed(**change: Any) -> dict[str, Any]:

@@ -203,7 +203,7 @@ def test_bias_activation(backend: str, activation: str) -> None:
     """The pass with a bias of its own, as after a product that takes none."""
     if backend == "cpu":
         return
-    room = triton_rooms() if backend == "triton" else native_ops(backend)
+    module = triton_functions() if backend == "triton" else native_ops(backend)
     for dtype, F_ in itertools.product(DTYPES, (64, 63)):
         columns = 2 * F_ if activation in reference.GATED else F_
         product, bias = torch.randn(2, 7, columns, device=device_of(backend)).to(dtype).unbind(0)
@@ -214,11 +214,11 @@ def test_bias_activation(backend: str, activation: str) -> None:
 
         yardstick = Yardstick(passed(product.double(), bias.double()), partial(passed, product, bias))
         biased = product.clone()
-        ours = {"preactivation": biased, "out": room.bias_activation(biased, bias, activation, 0.0, None)}
+        ours = {"preactivation": biased, "out": module.bias_activation(biased, bias, activation, 0.0, None)}
         assert_parity("layernorm_ffn", backend, ours, yardstick, activation)
 
 
-def triton_rooms() -> Any:
+def triton_functions() -> Any:
     return importlib.import_module("bigkern.triton_kernels.layernorm_ffn")
 
 

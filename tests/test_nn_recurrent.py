@@ -46,7 +46,7 @@ def loop(backend: str) -> Iterator[None]:
 
 def twins(kind: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     """torch's layer and ours with the same weights, the state dict loaded across and back."""
-    stock, ours = (getattr(room, kind)(*args, **kwargs) for room in (nn, bigkern.nn))
+    stock, ours = (getattr(module, kind)(*args, **kwargs) for module in (nn, bigkern.nn))
     assert list(ours.state_dict()) == list(stock.state_dict())
     ours.load_state_dict(stock.state_dict())
     stock.load_state_dict(ours.state_dict())
@@ -439,9 +439,9 @@ def test_compiles_whole(kind: str) -> None:
 
 def test_packed_of_no_steps_is_refused_as_torch_does() -> None:
     empty = PackedSequence(torch.zeros(0, I), torch.zeros(0, dtype=torch.int64))
-    for room in (torch.nn, bigkern.nn):
+    for module in (torch.nn, bigkern.nn):
         with pytest.raises(IndexError):
-            room.LSTM(I, H)(empty)
+            module.LSTM(I, H)(empty)
 
 
 def test_exports_with_any_batch() -> None:

@@ -340,7 +340,7 @@ def test_optimizer_inputs(name: str, dtype: torch.dtype) -> None:
         for flag in ("fused",) if low else ("default", *entry(name).supported_impls):
             options = sample.kwargs if flag == "default" else {**sample.kwargs, flag: True}
             (ours, *plan), (theirs, *other) = (
-                trajectory(getattr(room, name), options, dtype) for room in (bigkern.optim, torch.optim)
+                trajectory(getattr(module, name), options, dtype) for module in (bigkern.optim, torch.optim)
             )
             case = f"{name}, {sample.desc}, {flag}"
             torch.testing.assert_close(ours, theirs, **tolerance, msg=lambda text, c=case: f"{c}: {text}")
@@ -351,8 +351,8 @@ def test_optimizer_inputs(name: str, dtype: torch.dtype) -> None:
 def test_optimizer_schedulers(name: str) -> None:
     for schedulers in entry(name).scheduler_inputs:
         (ours, *plan), (theirs, *other) = (
-            trajectory(getattr(room, name), {"lr": 0.01}, torch.float32, schedulers)
-            for room in (bigkern.optim, torch.optim)
+            trajectory(getattr(module, name), {"lr": 0.01}, torch.float32, schedulers)
+            for module in (bigkern.optim, torch.optim)
         )
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
         assert plan == other
@@ -366,9 +366,9 @@ def test_optimizer_errors(name: str, dtype: torch.dtype) -> None:
         sample, said = case.optimizer_error_input, []
         params = [nn.Parameter(torch.randn(2, 3, dtype=dtype))] if sample.params is None else sample.params
         caught = pytest.warns if issubclass(case.error_type, Warning) else pytest.raises
-        for room in (torch.optim, bigkern.optim):
+        for module in (torch.optim, bigkern.optim):
             with caught(case.error_type, match=case.error_regex) as heard:
-                optimizer = getattr(room, name)(params, **sample.kwargs)
+                optimizer = getattr(module, name)(params, **sample.kwargs)
                 if case.error_on.name == "STEP_ERROR":
                     optimizer.step()
             said.append([str(w.message) for w in heard] if caught is pytest.warns else str(heard.value))

@@ -113,14 +113,14 @@ def unproven(op: str, backend: str) -> Callable[..., registry.Reason]:
     return declines
 
 
-def triton_kernel(room: str, name: str) -> Callable[..., Any]:
-    """A function of the Triton room, imported when it is first called.
+def triton_kernel(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module in triton_kernels, imported when it is first called.
 
     Triton reads memory without asking torch's dispatcher, which resolves lazy negation for compiled kernels.
     """
 
     def call(*arguments: Any) -> Any:
-        module = importlib.import_module(f"bigkern.triton_kernels.{room}")
-        return getattr(module, name)(*(x.resolve_neg() if isinstance(x, Tensor) else x for x in arguments))
+        kernels = importlib.import_module(f"bigkern.triton_kernels.{module}")
+        return getattr(kernels, name)(*(x.resolve_neg() if isinstance(x, Tensor) else x for x in arguments))
 
     return call

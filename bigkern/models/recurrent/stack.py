@@ -38,9 +38,9 @@ class Parts(NamedTuple):
     cells: dict[str, Callable[..., nn.RNNBase]]
 
 
-def _cells(room: Any) -> dict[str, Callable[..., nn.RNNBase]]:
-    plain = {f"rnn_{f}": partial(room.RNN, nonlinearity=f) for f in ("tanh", "relu")}
-    return {"lstm": room.LSTM, "gru": room.GRU, **plain}
+def _cells(module: Any) -> dict[str, Callable[..., nn.RNNBase]]:
+    plain = {f"rnn_{f}": partial(module.RNN, nonlinearity=f) for f in ("tanh", "relu")}
+    return {"lstm": module.LSTM, "gru": module.GRU, **plain}
 
 
 OURS = Parts(bnn.Linear, linear, attend, _cells(bnn))

@@ -34,14 +34,14 @@ class Cache:
         if self.lengths is not None:
             caches = self.keys[layer], self.values[layer]
             return cast(Tensor, decode_attention(q, *caches, self.lengths, k=k, v=v, alibi_slopes=slopes))
-        self.keys[layer], self.values[layer] = self._room(k), self._room(v)
+        self.keys[layer], self.values[layer] = self._with_capacity(k), self._with_capacity(v)
         return cast(Tensor, attention(q, k, v, causal=True, alibi_slopes=slopes))
 
-    def _room(self, x: Tensor) -> Tensor:
+    def _with_capacity(self, x: Tensor) -> Tensor:
         B, H, S, D = x.shape
-        room = x.new_zeros(B, H, self.capacity, D)
-        room[:, :, :S] = x
-        return room
+        cached = x.new_zeros(B, H, self.capacity, D)
+        cached[:, :, :S] = x
+        return cached
 
     def advance(self, by: Tensor | int) -> None:
         """Count tokens that every layer has now read."""

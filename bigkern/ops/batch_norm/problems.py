@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigkern.core.problem import Call, Inputs, Problem
-from bigkern.ops import batch_norm as room
+from bigkern.ops import batch_norm as op
 
 
 def batch_norm(
@@ -53,7 +53,7 @@ def batch_norm(
         "batch_norm",
         " ".join(filter(None, words)),
         shapes,
-        room.batch_norm,
+        op.batch_norm,
         call,
         stock,
         constants=constants,

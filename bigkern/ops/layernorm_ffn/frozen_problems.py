@@ -11,9 +11,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from bigkern.core.problem import Call, Inputs, Problem
 from bigkern.ops.layernorm_ffn import GATED, stock_activation
-from bigkern.ops.layernorm_ffn import frozen as room
+from bigkern.ops.layernorm_ffn import frozen as op
 
-Weights = room.Weights
+Weights = op.Weights
 
 
 def frozen(M: int, D: int, hidden: int, weights: Weights, activation: str = "gelu") -> Problem:
@@ -24,7 +24,7 @@ def frozen(M: int, D: int, hidden: int, weights: Weights, activation: str = "gel
         return frozen_block(inputs["x"], _weights(inputs, 0))
 
     def public(*arguments: Any, **options: Any) -> Tensor:
-        return room.frozen_layernorm_ffn(*arguments, **options)
+        return op.frozen_layernorm_ffn(*arguments, **options)
 
     return _problem(M, D, hidden, weights, activation, 1, public, call)
 
@@ -37,7 +37,7 @@ def stack(M: int, D: int, hidden: int, weights: Weights, activation: str, blocks
         x = inputs["x"]
         for i in range(blocks):
             arguments, options = frozen_block(x, _weights(inputs, i))
-            x = room.frozen_layernorm_ffn(*arguments, **options)
+            x = op.frozen_layernorm_ffn(*arguments, **options)
         return x
 
     return _problem(M, D, hidden, weights, activation, blocks, public, lambda inputs: ((inputs,), {}))
@@ -96,9 +96,9 @@ def _frozen_block(weights: Weights, activation: str) -> Callable[[Tensor, tuple[
     kept = WeakIdKeyDictionary()
     gated = activation in GATED
 
-    def frozen_once(w: Tensor, gated: bool) -> room.FrozenWeight:
+    def frozen_once(w: Tensor, gated: bool) -> op.FrozenWeight:
         if w not in kept:
-            kept[w] = room.freeze_weight(w, weights, gated=gated)
+            kept[w] = op.freeze_weight(w, weights, gated=gated)
         return kept[w]  # type: ignore[no-any-return]
 
     def arguments(x: Tensor, tensors: tuple[Any, ...]) -> Call:
@@ -111,7 +111,7 @@ def _frozen_block(weights: Weights, activation: str) -> Callable[[Tensor, tuple[
 
 def _acting(w: Tensor, weights: Weights) -> Tensor:
     """w as the frozen weight acts, in w's dtype."""
-    values, scale, _ = room.freeze_weight(w.float(), weights)
+    values, scale, _ = op.freeze_weight(w.float(), weights)
     return values.to(w.dtype) if scale is None else (values.double() * scale[:, None]).to(w.dtype)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 
 from bigkern.core.problem import Inputs, Problem
-from bigkern.ops import linear as room
+from bigkern.ops import linear as op
 
 
 def linear(M: int, N: int, K: int, transposed: bool = False, bias: bool = True, name: str = "") -> Problem:
@@ -23,7 +23,7 @@ def linear(M: int, N: int, K: int, transposed: bool = False, bias: bool = True, 
         "linear",
         " ".join(filter(None, words)),
         shapes,
-        room.linear,
+        op.linear,
         lambda inputs: (operands(inputs), {}),
         lambda inputs: F.linear(*operands(inputs)),  # type: ignore[arg-type]
         flops=2 * M * N * K,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bigkern.core.problem import Call, Inputs, Problem
-from bigkern.ops import recurrent as room
+from bigkern.ops import recurrent as op
 from bigkern.ops.recurrent.reference import GATES
 
 STOCK: dict[str, Any] = {
@@ -90,7 +90,7 @@ def _weight_shapes(G: int, I: int, H: int, directions: int, biases: bool) -> dic
 
 
 def _flat(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
-    y, state = room.recurrent(*arguments, **options)
+    y, state = op.recurrent(*arguments, **options)
     return (y, *state) if isinstance(state, tuple) else (y, state)
 
 
