@@ -18,10 +18,8 @@ from pathlib import Path
 from bigkern.core import info
 
 TESTS = Path(__file__).parent
-FILES = (
-    "attention", "decode_attention", "varlen_attention", "norm", "layernorm_ffn", "frozen_layernorm_ffn",
-    "linear", "recurrent", "adam", "adam_storage", "grad_norm", "nn", "nn_recurrent", "optim", "models_cnn",
-)  # fmt: skip
+OPS = ("attention", "norm", "layernorm_ffn", "linear", "recurrent", "adam")
+BESIDE = ("nn", "nn_recurrent", "optim", "models_cnn")
 SLOW = "not triton and not simt and not compile and not opcheck"
 
 # Ours: instruction set and threads. Stock's: the code paths of MKL, oneDNN and ATen.
@@ -38,7 +36,7 @@ FUZZED_FROM = (0, 10_000, 20_000)
 def run(setting: dict[str, str], seed: int, workers: int) -> tuple[bool, str]:
     """All tests, or for later seeds the fuzzed ones."""
     which = SLOW if seed == FUZZED_FROM[0] else f"fuzz and {SLOW}"
-    files = [str(TESTS / f"test_{name}.py") for name in FILES]
+    files = [str(TESTS / op) for op in OPS] + [str(TESTS / f"test_{name}.py") for name in BESIDE]
     workers = max(1, workers // int(setting["BIGKERN_TEST_THREADS"]))  # threads share the cores
     command = [sys.executable, "-m", "pytest", *files, "-k", which, "-n", str(workers), "--dist", "worksteal"]
     environment = os.environ | setting | {"BIGKERN_FUZZ_FROM": str(seed)}
