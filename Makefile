@@ -34,7 +34,7 @@ $(VENV)/.ready:
 
 $(VENV)/.built: $(VENV)/.ready $(SOURCES)
 	$(BIN)/pip install --quiet --no-build-isolation --editable '.[test]'
-	$(BIN)/python -c 'from bigkern import info; print("bigkern:", info.summary())'
+	$(BIN)/python -c 'from bigkern.core import info; print("bigkern:", info.summary())'
 	touch $@
 
 bench: build

@@ -31,7 +31,7 @@ step "import and list"
 cd build  # so that the source tree is not what gets imported
 PYTHONPATH=cuda-site $python - <<'PY'
 import torch, bigkern
-from bigkern import info
+from bigkern.core import info
 from bigkern.core.library import SCHEMAS
 print(info.summary())
 assert info.has_cuda_kernels(), "the build holds no CUDA kernels"
@@ -51,7 +51,7 @@ $python -m pip install --quiet --no-deps --target build/cpu-site build/cpu-wheel
 cd build
 PYTHONPATH=cpu-site $python - <<'PY'
 import torch, bigkern
-from bigkern import info
+from bigkern.core import info
 assert info.import_error is None, info.import_error
 print(info.summary(), "- built with torch", info.build()["torch"], "- running under", torch.__version__)
 q = torch.randn(2, 4, 64, 32)
