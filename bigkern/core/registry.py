@@ -47,6 +47,7 @@ class Backend:
     backward: Callable[..., Any] | None = None
     refuses: Callable[..., Reason] = _never
     declines: Callable[..., Reason] = _never
+    by_torch: bool = False  # torch's own functions, differentiated by torch's autograd
 
     def objection(self, *args: Any) -> Reason:
         return self.refuses(*args) or self.declines(*args)
@@ -85,7 +86,7 @@ class Explanation(tuple[Choice, ...]):
 class Op:
     """An op's name and its backends, in the order in which they are asked."""
 
-    def __init__(self, name: str, bind: Callable[..., tuple[Any, ...]]):
+    def __init__(self, name: str, bind: Callable[..., Any]):
         self.name = name
         self.bind = bind  # the public call's arguments -> what the backends' questions receive
         self.backends: dict[str, Backend] = {}
@@ -144,10 +145,15 @@ _ops: dict[str, Op] = {}
 
 def declare(name: str, bind: Callable[..., tuple[Any, ...]]) -> Op:
     """Declare the op ``name``; ``bind`` turns a public call's arguments into the backends' arguments."""
-    if name in _ops:
-        raise ValueError(f"op {name!r} is already declared")
-    _ops[name] = Op(name, bind)
-    return _ops[name]
+    op = Op(name, bind)
+    add(op)
+    return op
+
+
+def add(op: Op) -> None:
+    if op.name in _ops:
+        raise ValueError(f"op {op.name!r} is already declared")
+    _ops[op.name] = op
 
 
 def get(name: str) -> Op:
@@ -181,7 +187,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         True
     """
     declared = get(op)
-    return declared.explain(*declared.bind(*args, **kwargs))
+    bound = declared.bind(*args, **kwargs)
+    return declared.explain(*(bound if isinstance(bound, tuple) else (bound,)))
 
 
 # ---- the choice that is in force -------------------------------------------------------------------

@@ -9,18 +9,19 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from bigkern.ops.linear.call import Gradients, Linear, LinearBackward
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+
+def linear(call: Linear) -> Tensor:
     """y in x's dtype."""
-    return F.linear(x, weight, bias)
+    return F.linear(call.x, call.weight, call.bias)
 
 
-def linear_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
+def linear_backward(call: LinearBackward) -> Gradients:
     """The gradients of x and of the weight."""
-    dx = dy.matmul(weight) if want_x else None
-    if not want_weight:
-        return dx, None
-    rows = dy.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
-    return dx, rows[0].t().mm(rows[1])
+    dy, x, weight = call.dy, call.x, call.weight
+    dx = dy.matmul(weight) if call.want_x else None
+    if not call.want_weight:
+        return Gradients(dx, None)
+    N, K = weight.shape
+    return Gradients(dx, dy.reshape(-1, N).t().mm(x.reshape(-1, K)))

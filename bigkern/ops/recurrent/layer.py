@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigkern.ops.linear import LINEAR
+from bigkern.ops.linear.backends import LINEAR
+from bigkern.ops.linear.call import Linear, LinearBackward
 from bigkern.ops.recurrent import reference
 from bigkern.ops.recurrent.call import layout_of
 
@@ -32,18 +33,17 @@ LONG = 4096  # rows
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    ours = LINEAR.backends["cpu"]
-    backend = ours if ours.objection(x, weight, bias) is None else LINEAR.backends["torch"]
-    return cast(Tensor, backend.forward(x, weight, bias))
+    call, ours = Linear(x, weight, bias), LINEAR.backends["cpu"]
+    return cast(Tensor, (ours if ours.objection(call) is None else LINEAR.reference).forward(call))
 
 
 def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, *wanted: bool) -> tuple[Any, Any]:
     """A weight's gradient sums over all rows: stock's product of few columns in one go, ours in parts."""
-    ours = LINEAR.backends["cpu"]
-    long_sums = x.dtype == torch.float32 and len(x) >= LONG and ours.refuses(x, weight, None) is None
-    takes = long_sums or ours.objection(x, weight, None) is None
-    backend = ours if takes else LINEAR.backends["torch"]
-    return cast(tuple[Any, Any], cast(Any, backend.backward)(dy, x, weight, *wanted))
+    call, ours = Linear(x, weight, None), LINEAR.backends["cpu"]
+    long_sums = x.dtype == torch.float32 and len(x) >= LONG and ours.refuses(call) is None
+    takes = long_sums or ours.objection(call) is None
+    backward = cast(Any, ours if takes else LINEAR.reference).backward
+    return cast(tuple[Any, Any], backward(LinearBackward(dy, x, weight, *wanted)))
 
 
 # ---- the layer -------------------------------------------------------------------------------------

@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigkern.ops.linear import reference as linear_reference
+from bigkern.ops.linear.call import LinearBackward
 from bigkern.ops.recurrent import reference
 from bigkern.ops.recurrent.call import layout_of
 from bigkern.ops.recurrent.layer import composed, composed_backward
 
 REFERENCE = composed(reference.scan, F.linear)
-REFERENCE_BACKWARD = composed_backward(reference.scan_backward, linear_reference.linear_backward)
+REFERENCE_BACKWARD = composed_backward(
+    reference.scan_backward, lambda *arguments: linear_reference.linear_backward(LinearBackward(*arguments))
+)
 
 FUNCTIONS: dict[str, Any] = {
     "LSTM": torch._VF.lstm,

@@ -1,0 +1,316 @@
+"""Declare an op once: the schemas, the compiled node, autograd and the choice of a candidate follow.
+
+An op is declared by its **call**, a slotted dataclass of the arguments as they are after the checks:
+
+    @dataclass(slots=True)
+    class Linear(Call):
+        x: Tensor              # [..., K]
+        weight: Tensor         # [N, K]
+        bias: Tensor | None    # [N]
+
+and by what its kernels return, a NamedTuple whose first fields are what the caller gets. From the types come
+the schemas of the public op ``bigkern::linear`` and of the native one that compiled kernels implement. A
+gradient is declared in the same way: the backward's call, what is kept for it by name, and the formula that
+turns upstream gradients into those of the call's fields (:class:`Autograd`).
+
+A call takes one of three ways: a candidate that torch differentiates itself runs as it is; in eager mode a
+candidate's kernels run inside one autograd function; anything that traces, compiles or subclasses tensors
+sees the public op, one opaque node, which chooses again when it runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bigkern.core import registry
+from bigkern.core.library import LIBRARY, define_native, plain
+from bigkern.core.registry import Backend
+
+Size = Annotated[int, "SymInt"]  # a size that torch.compile may leave open; kernels are given a number
+
+SCHEMAS: dict[Any, str] = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", float: "float", int: "int",
+    int | None: "int?", Size: "SymInt", bool: "bool", list[bool]: "bool[]", str: "str",
+}  # fmt: skip
+
+
+class Call:
+    """The arguments of an op after the checks: slotted dataclasses, whose order is the schema's."""
+
+    __slots__ = ()
+    names: ClassVar[tuple[str, ...]]
+    kinds: ClassVar[dict[str, Any]]  # name -> type
+    flat: ClassVar[Callable[[Any], tuple[Any, ...]]]  # all fields, in order
+
+    def __init_subclass__(cls) -> None:
+        cls.names = tuple(cls.__annotations__)
+        hints = typing.get_type_hints(cls, include_extras=True)
+        cls.kinds = {name: hints[name] for name in cls.names}
+        cls.flat = _getter(cls.names)
+
+
+def _getter(names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
+    """Code made of the names, as a dataclass's own __init__ is: a loop would cost a microsecond a call."""
+    getter: Callable[[Any], tuple[Any, ...]] = eval(f"lambda call: ({''.join(f'call.{n}, ' for n in names)})")
+    return getter
+
+
+def schema(name: str, call: type[Call], result: type) -> str:
+    """``linear(Tensor x, Tensor weight, Tensor? bias) -> (Tensor y)``, in torch's schema language."""
+
+    def listed(kinds: dict[str, Any]) -> str:
+        return ", ".join(f"{SCHEMAS[kind]} {field}" for field, kind in kinds.items())
+
+    return f"{name}({listed(call.kinds)}) -> ({listed(typing.get_type_hints(result))})"
+
+
+# ---- the declaration -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Autograd:
+    """The gradient of an op.
+
+    ``gradients(run, saved, grads, needed)`` gives those of the fields in ``of``, in their order, None where
+    one is not needed. ``run`` takes the backward's call and returns its result; ``saved`` has by name the
+    tensors in ``saves`` and the numbers of the call; ``grads`` are those of the outputs, None where there is
+    none; ``needed`` says of each field in ``of`` whether it is asked for, of a list of tensors for each.
+    """
+
+    call: type[Call]  # of the backward
+    result: type  # a NamedTuple
+    of: tuple[str, ...]  # the call's fields that have gradients
+    saves: tuple[str, ...]  # fields of the call and of the result
+    gradients: Callable[..., tuple[Any, ...]]
+    fake: Callable[[Any], Any]  # the backward's call -> its result, uninitialised
+    forward_of: Callable[[Any], Call]  # the backward's call -> a call for which the same candidate is chosen
+    # (saved, grads, needed) -> gradients that can be differentiated again; without it they cannot.
+    twice: Callable[..., tuple[Any, ...]] | None = None
+
+
+class Op(registry.Op):
+    """An op. Called with its call, it runs the candidate that ``explain`` names.
+
+    Args:
+        name: the op's name everywhere.
+        call, result: what goes in, and a NamedTuple of what kernels return.
+        bind: the public function's arguments -> the call; raises where they do not fit.
+        fake: the call -> the result, uninitialised.
+        reference: the op in plain torch, forward and backward: what a node runs for torch's own functions,
+            which return no more than the outputs.
+        outputs: how many fields of the result the caller gets: one tensor, or a tuple. The others are for
+            the backward.
+        autograd: its gradient, if it has one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        call: type[Call],
+        result: type,
+        *,
+        bind: Callable[..., Call],
+        fake: Callable[[Any], Any],
+        reference: Backend,
+        outputs: int = 1,
+        autograd: Autograd | None = None,
+    ):
+        super().__init__(name, bind)
+        registry.add(self)
+        self.call, self.result, self.outputs, self.reference = call, result, outputs, reference
+        kinds = call.kinds.items()
+        self._singles = _getter([name for name, kind in kinds if kind in (Tensor, Tensor | None)])
+        self._lists = _getter([name for name, kind in kinds if kind == list[Tensor]])
+        self._numbers = [n for n, kind in kinds if kind not in (Tensor, Tensor | None, list[Tensor])]
+        self._node = _define(name, call, result, fake, self._run_as_node)
+        if autograd is not None:
+            self.gradient = _Gradient(self, autograd)
+
+    def __call__(self, call: Any) -> Any:
+        candidate = self.resolve(call)
+        if candidate.by_torch:
+            return candidate.forward(call)
+        tensors = self.tensors(call)
+        if not plain(*tensors):
+            return self.given(self._node(*call.flat()))
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            return self.gradient.function.apply(self, candidate, call, *self.gradient.inputs(call))
+        return self.given(candidate.forward(call))
+
+    def tensors(self, call: Any) -> tuple[Tensor | None, ...]:
+        """Every tensor in a call."""
+        return (*self._singles(call), *itertools.chain.from_iterable(self._lists(call)))
+
+    def numbers(self, call: Any) -> dict[str, Any]:
+        return {name: getattr(call, name) for name in self._numbers}
+
+    def given(self, result: Any) -> Any:
+        """What the caller gets of a result."""
+        if isinstance(result, Tensor):
+            return result
+        return result[0] if self.outputs == 1 else tuple(result[: self.outputs])
+
+    def _run_as_node(self, call: Any) -> Any:
+        candidate = self.of_node(call)
+        return (self.reference if candidate.by_torch else candidate).forward(call)
+
+
+def _define(name: str, call: type[Call], result: type, fake: Any, run: Any) -> Any:
+    """Define a public op, which torch.compile sees as one node, and the native one of the same schema."""
+    LIBRARY.define(schema(name, call, result))
+    define_native(schema(name, call, result))
+
+    def of(function: Callable[[Any], Any]) -> Callable[..., Any]:
+        def flat(*arguments: Any) -> Any:
+            found = function(call(*arguments))
+            return found if isinstance(found, Tensor) else found[0] if len(found) == 1 else tuple(found)
+
+        return flat
+
+    torch.library.register_fake(f"bigkern::{name}", of(fake), lib=LIBRARY)
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, of(run), key)
+    return getattr(torch.ops.bigkern, name).default
+
+
+def native(name: str, namespace: Any = torch.ops.bigkern_native) -> Callable[[Any], Any]:
+    """The compiled kernels' op of that name, as a candidate runs it."""
+
+    def run(call: Any) -> Any:
+        return getattr(namespace, name).default(*call.flat())
+
+    return run
+
+
+# ---- gradients -------------------------------------------------------------------------------------
+
+
+class _Gradient:
+    """An op's gradient, in eager mode and in graphs: what is kept, and what becomes of it."""
+
+    def __init__(self, op: Op, autograd: Autograd):
+        self.op, self.autograd = op, autograd
+        self.function = _Once if autograd.twice is None else _Twice
+        self._fields = _getter(autograd.of)
+        name = f"{op.name}_backward"
+        self._node = _define(name, autograd.call, autograd.result, autograd.fake, self._run_as_node)
+        torch.library.register_autograd(
+            f"bigkern::{op.name}", self._in_a_graph, setup_context=self._set_up_graph, lib=LIBRARY
+        )
+
+    def inputs(self, call: Any) -> tuple[Tensor | None, ...]:
+        """The tensors that may have gradients, those of lists one by one."""
+        spread: list[Tensor | None] = []
+        for value in self._fields(call):
+            spread += value if isinstance(value, list) else [value]
+        return tuple(spread)
+
+    def save(self, ctx: Any, call: Any, result: Any) -> None:
+        result = self.op.result(*((result,) if isinstance(result, Tensor) else result))
+        kept: list[Tensor | None] = []
+        ctx.lengths = {}  # of the lists of tensors
+        for name in self.autograd.saves:
+            value = getattr(call, name) if name in call.names else getattr(result, name)
+            if isinstance(value, list):
+                ctx.lengths[name] = len(value)
+                kept += value
+            else:
+                kept.append(value)
+        ctx.save_for_backward(*kept)
+        ctx.numbers = self.op.numbers(call)
+        ctx.set_materialize_grads(False)
+
+    def saved(self, ctx: Any) -> types.SimpleNamespace:
+        """What :meth:`save` kept, by name."""
+        found, tensors = types.SimpleNamespace(**ctx.numbers), iter(ctx.saved_tensors)
+        for name in self.autograd.saves:
+            length = ctx.lengths.get(name)
+            value = next(tensors) if length is None else list(itertools.islice(tensors, length))
+            setattr(found, name, value)
+        return found
+
+    def of(
+        self, run: Any, ctx: Any, grads: Sequence[Tensor | None], needed: Sequence[Any]
+    ) -> tuple[Any, ...]:
+        if all(grad is None for grad in grads):
+            return (None,) * len(needed)
+        if torch.is_grad_enabled() and self.autograd.twice is not None:
+            return self.autograd.twice(self.saved(ctx), grads, needed)
+        return self.autograd.gradients(run, self.saved(ctx), grads, needed)
+
+    def _run_as_node(self, call: Any) -> Any:
+        candidate = self.op.of_node(self.autograd.forward_of(call))
+        backward = (self.op.reference if candidate.by_torch else candidate).backward
+        assert backward is not None
+        return self.autograd.result(*backward(call))
+
+    def _set_up_graph(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        self.save(ctx, self.op.call(*inputs), output)
+        if not isinstance(output, Tensor):
+            ctx.mark_non_differentiable(*(t for t in output[self.op.outputs :] if t is not None))
+
+    def _in_a_graph(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        wanted = dict(zip(self.op.call.names, ctx.needs_input_grad, strict=True))
+        needed = [wanted[name] for name in self.autograd.of]
+
+        def run(call: Any) -> Any:
+            return self.autograd.result(*self._node(*call.flat()))
+
+        found = self.autograd.gradients(run, self.saved(ctx), grads[: self.op.outputs], needed)
+        by_name = dict(zip(self.autograd.of, found, strict=True))
+        return tuple(by_name.get(name) for name in self.op.call.names)
+
+
+class _Once(torch.autograd.Function):
+    """Eager autograd straight onto the chosen candidate: a fifth of the cost of a Python custom op.
+
+    Autograd takes time for each argument, so it is given those that may have gradients, and all in one call.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, candidate: Backend, call: Any, *_differentiable: Tensor | None) -> Any:  # type: ignore[override]
+        result = candidate.forward(call)
+        ctx.gradient, ctx.run = op.gradient, candidate.backward
+        fields = op.gradient._fields(call)
+        ctx.counts = [len(value) if isinstance(value, list) else None for value in fields]
+        op.gradient.save(ctx, call, result)
+        return op.given(result)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        return _spread_gradients(ctx, grads)
+
+
+class _Twice(_Once):
+    """The same where gradients can be differentiated again."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        return _spread_gradients(ctx, grads)
+
+
+def _spread_gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    """As ``apply`` was given tensors: those of lists one by one, after the op, the candidate and the call."""
+    asked = iter(ctx.needs_input_grad[3:])
+    needed = [next(asked) if n is None else tuple(itertools.islice(asked, n)) for n in ctx.counts]
+
+    def run(call: Any) -> Any:
+        return ctx.gradient.autograd.result(*ctx.run(call))
+
+    spread: list[Tensor | None] = []
+    for found, count in zip(ctx.gradient.of(run, ctx, grads, needed), ctx.counts, strict=True):
+        if count is None:
+            spread.append(found)
+        else:
+            spread += found or [None] * count
+    return None, None, None, *spread

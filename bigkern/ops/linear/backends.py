@@ -1,0 +1,124 @@
+"""The linear op: its declaration and its candidates.
+
+A product and nothing around it is what stock libraries do best, on a GPU above all. On a CPU there are
+sizes and dtypes where they leave a third of the machine unused, and a kernel that reads its operands in
+panels does not: :func:`_cpu_declines` says where.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigkern.core import registry
+from bigkern.core.library import KERNEL_DTYPES, foreign, ordinary, unavailable
+from bigkern.core.op import Autograd, Op, native
+from bigkern.core.registry import Backend, Reason
+from bigkern.ops.linear import reference, stock
+from bigkern.ops.linear.call import Gradients, Linear, LinearBackward, Result, bind
+from bigkern.ops.norm import autocast
+
+# Where our CPU kernels win on two Zen 4 cores. In bfloat16 torch's products are as fast, and on a GPU faster.
+FASTER_IN = (torch.float32, torch.float16)
+FASTER_FROM = 256  # rows
+LEAST = 1 << 23  # multiply-adds: below, a call costs more than is gained
+
+
+# ---- gradients and fakes ---------------------------------------------------------------------------
+
+
+def _gradients(run: Any, saved: Any, grads: Any, needed: Any) -> tuple[Tensor | None, ...]:
+    """Of x, weight and bias."""
+    (dy,), (x, weight, bias) = grads, needed
+    call = LinearBackward(dy, saved.x, saved.weight, x, weight)
+    dx, dweight = run(call) if x or weight else (None, None)
+    return dx, dweight, dy.flatten(0, -2).sum(0) if bias else None
+
+
+def _twice(saved: Any, grads: Any, needed: Any) -> tuple[Tensor | None, ...]:
+    """The same by torch's own products."""
+    return _gradients(reference.linear_backward, saved, grads, needed)
+
+
+def _fake(call: Linear) -> Result:
+    return Result(call.x.new_empty(*call.x.shape[:-1], call.weight.shape[0]))
+
+
+def _fake_backward(call: LinearBackward) -> Gradients:
+    N, K = call.weight.shape
+    dweight = call.x.new_empty(N, K) if call.weight.stride(1) == 1 else call.x.new_empty(K, N).t()
+    return Gradients(
+        call.x.new_empty(call.x.shape) if call.want_x else None, dweight if call.want_weight else None
+    )
+
+
+LINEAR = Op(
+    "linear",
+    Linear,
+    Result,
+    bind=bind,
+    fake=_fake,
+    reference=Backend("reference", reference.linear, reference.linear_backward),
+    autograd=Autograd(
+        LinearBackward,
+        Gradients,
+        of=("x", "weight", "bias"),
+        saves=("x", "weight"),
+        gradients=_gradients,
+        fake=_fake_backward,
+        forward_of=lambda call: Linear(call.x, call.weight, None),
+        twice=_twice,
+    ),
+)
+
+
+# ---- candidates ------------------------------------------------------------------------------------
+
+
+def left_to_stock(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether stock would be chosen whatever the weight's sizes are: asking costs more than the product."""
+    if x is None or weight is None:
+        return True  # to be refused in torch's words
+    if registry.forced():
+        return False
+    if not ordinary(x, weight, bias) or x.is_nested or x.dim() == 0:
+        return True
+    return not x.is_cpu or x.dtype not in FASTER_IN or x.numel() < FASTER_FROM * x.shape[-1]
+
+
+def _cpu_refuses(call: Linear) -> Reason:
+    x, weight, bias = call.flat()
+    if (reason := foreign(x, weight, bias) or unavailable("cpu", x)) is not None:
+        return reason
+    if x.dtype not in KERNEL_DTYPES:
+        return f"dtype {x.dtype} is not float32, bfloat16 or float16"
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.dtype != x.dtype or not tensor.is_cpu):
+            return f"{name} is {tensor.dtype} on {tensor.device}, x is {x.dtype}"
+    if any(t is not None and (t.layout != torch.strided or t.is_nested) for t in (x, weight, bias)):
+        return "a tensor is sparse or nested"
+    if weight.dim() != 2 or x.dim() < 2 or x.shape[-1] != weight.shape[1]:
+        return "the shapes are torch's to judge"
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return "the shapes are torch's to judge"
+    if x.numel() == 0 or weight.numel() == 0:
+        return "x or weight is empty"
+    return autocast(x)
+
+
+def _cpu_declines(call: Linear) -> Reason:
+    if call.x.dtype not in FASTER_IN:
+        return f"stock is as fast in {call.x.dtype}"
+    rows = math.prod(call.x.shape[:-1])
+    if rows < FASTER_FROM:
+        return f"stock is faster below {FASTER_FROM} rows"
+    if rows * call.weight.numel() < LEAST:
+        return f"stock is faster below {LEAST} multiply-adds"
+    return None
+
+
+LINEAR.register(Backend("cpu", native("linear"), native("linear_backward"), _cpu_refuses, _cpu_declines))
+LINEAR.register(Backend("torch", stock.linear, by_torch=True))

@@ -1,0 +1,60 @@
+"""What the linear op is called with, forward and backward, and what comes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from bigkern.core.checks import misfit_beside
+from bigkern.core.op import Call
+
+
+@dataclass(slots=True)
+class Linear(Call):
+    """``y = x @ weight.T + bias``. Judging the arguments is left to torch, whose function takes more."""
+
+    x: Tensor  # [..., K]
+    weight: Tensor  # [N, K]
+    bias: Tensor | None  # [N]
+
+
+class Result(NamedTuple):
+    y: Tensor  # [..., N]
+
+
+@dataclass(slots=True)
+class LinearBackward(Call):
+    dy: Tensor
+    x: Tensor
+    weight: Tensor
+    want_x: bool
+    want_weight: bool
+
+
+class Gradients(NamedTuple):
+    dx: Tensor | None
+    dweight: Tensor | None
+
+
+def bind(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Linear:
+    return Linear(x, weight, bias)
+
+
+def misfit(call: Linear) -> str | None:
+    """Which argument torch cannot mean, what it was and what it must be."""
+    x: Any = call.x
+    given: list[tuple[str, Any]] = [("x", x), ("weight", call.weight)]
+    given += [] if call.bias is None else [("bias", call.bias)]
+    for name, tensor in given:
+        if (wrong := misfit_beside(name, tensor, x, "x")) is not None:
+            return wrong
+    weight = call.weight
+    if x.dim() == 0:
+        return "x must be [..., K], not a scalar"
+    if weight.dim() not in (1, 2) or weight.shape[-1] != x.shape[-1]:
+        return f"weight must be [N, {x.shape[-1]}] to match x {tuple(x.shape)}, not {tuple(weight.shape)}"
+    if call.bias is not None:
+        return f"bias must be [{weight.shape[0]}] to match weight, not {tuple(call.bias.shape)}"
+    return None
