@@ -104,7 +104,8 @@ def unavailable(backend: str, tensor: Tensor) -> registry.Reason:
 def unproven(op: str, backend: str) -> Callable[..., registry.Reason]:
     """What a GPU backend declines by: nothing has shown that it is right on the tensors' GPU."""
 
-    def declines(first: Tensor | list[Tensor], *_: Any) -> registry.Reason:
+    def declines(first: Any, *_: Any) -> registry.Reason:
+        first = first if isinstance(first, Tensor | list) else first.flat()[0]  # of a call, of arguments
         tensor = first[0] if isinstance(first, list) else first
         if not tensor.is_cuda:
             return "off a GPU it is for tests"

@@ -23,8 +23,8 @@ from __future__ import annotations
 import itertools
 import types
 import typing
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, make_dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -43,13 +43,17 @@ SCHEMAS: dict[Any, str] = {
 }  # fmt: skip
 
 
+Getter = Callable[[Any], tuple[Any, ...]]
+TENSORS = (Tensor, Tensor | None, list[Tensor])
+
+
 class Call:
     """The arguments of an op after the checks: slotted dataclasses, whose order is the schema's."""
 
     __slots__ = ()
     names: ClassVar[tuple[str, ...]]
     kinds: ClassVar[dict[str, Any]]  # name -> type
-    flat: ClassVar[Callable[[Any], tuple[Any, ...]]]  # all fields, in order
+    flat: ClassVar[Getter]  # all fields, in order
 
     def __init_subclass__(cls) -> None:
         cls.names = tuple(cls.__annotations__)
@@ -58,9 +62,13 @@ class Call:
         cls.flat = _getter(cls.names)
 
 
-def _getter(names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
-    """Code made of the names, as a dataclass's own __init__ is: a loop would cost a microsecond a call."""
-    getter: Callable[[Any], tuple[Any, ...]] = eval(f"lambda call: ({''.join(f'call.{n}, ' for n in names)})")
+def _getter(names: Sequence[str], kinds: Mapping[str, Any] = types.MappingProxyType({})) -> Getter:
+    """Of a call: its fields, or, where their kinds are given, its tensors, those of lists one by one.
+
+    Code made of the names, as a dataclass's own __init__ is: a loop would cost a microsecond a call.
+    """
+    parts = "".join(f"{'*' if kinds.get(name) == list[Tensor] else ''}call.{name}, " for name in names)
+    getter: Getter = eval(f"lambda call: ({parts})")
     return getter
 
 
@@ -81,9 +89,10 @@ class Autograd:
     """The gradient of an op.
 
     ``gradients(run, saved, grads, needed)`` gives those of the fields in ``of``, in their order, None where
-    one is not needed. ``run`` takes the backward's call and returns its result; ``saved`` has by name the
-    tensors in ``saves`` and the numbers of the call; ``grads`` are those of the outputs, None where there is
-    none; ``needed`` says of each field in ``of`` whether it is asked for, of a list of tensors for each.
+    one is not needed. ``run`` takes the backward's call and returns its result, a tuple unless it is one
+    tensor. ``saved`` has by name the tensors in ``saves`` and the numbers of the call. ``grads`` are those of
+    the outputs, None where there is none. ``needed`` says of each field in ``of`` whether it is asked for, of
+    a list for each of its tensors.
     """
 
     call: type[Call]  # of the backward
@@ -127,10 +136,7 @@ class Op(registry.Op):
         super().__init__(name, bind)
         registry.add(self)
         self.call, self.result, self.outputs, self.reference = call, result, outputs, reference
-        kinds = call.kinds.items()
-        self._singles = _getter([name for name, kind in kinds if kind in (Tensor, Tensor | None)])
-        self._lists = _getter([name for name, kind in kinds if kind == list[Tensor]])
-        self._numbers = [n for n, kind in kinds if kind not in (Tensor, Tensor | None, list[Tensor])]
+        self.tensors = _getter([n for n, kind in call.kinds.items() if kind in TENSORS], call.kinds)
         self._node = _define(name, call, result, fake, self._run_as_node)
         if autograd is not None:
             self.gradient = _Gradient(self, autograd)
@@ -145,13 +151,6 @@ class Op(registry.Op):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
             return self.gradient.function.apply(self, candidate, call, *self.gradient.inputs(call))
         return self.given(candidate.forward(call))
-
-    def tensors(self, call: Any) -> tuple[Tensor | None, ...]:
-        """Every tensor in a call."""
-        return (*self._singles(call), *itertools.chain.from_iterable(self._lists(call)))
-
-    def numbers(self, call: Any) -> dict[str, Any]:
-        return {name: getattr(call, name) for name in self._numbers}
 
     def given(self, result: Any) -> Any:
         """What the caller gets of a result."""
@@ -185,8 +184,10 @@ def _define(name: str, call: type[Call], result: type, fake: Any, run: Any) -> A
 def native(name: str, namespace: Any = torch.ops.bigkern_native) -> Callable[[Any], Any]:
     """The compiled kernels' op of that name, as a candidate runs it."""
 
+    packet = getattr(namespace, name)
+
     def run(call: Any) -> Any:
-        return getattr(namespace, name).default(*call.flat())
+        return packet.default(*call.flat())
 
     return run
 
@@ -200,48 +201,38 @@ class _Gradient:
     def __init__(self, op: Op, autograd: Autograd):
         self.op, self.autograd = op, autograd
         self.function = _Once if autograd.twice is None else _Twice
-        self._fields = _getter(autograd.of)
+        kinds, fields = op.call.kinds, list(op.result._fields)  # type: ignore[attr-defined]
+        numbers = [name for name, kind in kinds.items() if kind not in TENSORS]
+        places = (f"call.{n}" if n in kinds else f"result[{fields.index(n)}]" for n in autograd.saves)
+        self._kept = eval(f"lambda call, result: ({', '.join(places)},)")
+        self._numbers = _getter(numbers)
+        self._saved = make_dataclass("Saved", [*autograd.saves, *numbers], slots=True)
+        self._fields, self.inputs = _getter(autograd.of), _getter(autograd.of, kinds)
+        self.has_lists = any(kinds.get(name) == list[Tensor] for name in (*autograd.of, *autograd.saves))
         name = f"{op.name}_backward"
         self._node = _define(name, autograd.call, autograd.result, autograd.fake, self._run_as_node)
         torch.library.register_autograd(
             f"bigkern::{op.name}", self._in_a_graph, setup_context=self._set_up_graph, lib=LIBRARY
         )
 
-    def inputs(self, call: Any) -> tuple[Tensor | None, ...]:
-        """The tensors that may have gradients, those of lists one by one."""
-        spread: list[Tensor | None] = []
-        for value in self._fields(call):
-            spread += value if isinstance(value, list) else [value]
-        return tuple(spread)
-
     def save(self, ctx: Any, call: Any, result: Any) -> None:
-        result = self.op.result(*((result,) if isinstance(result, Tensor) else result))
-        kept: list[Tensor | None] = []
-        ctx.lengths = {}  # of the lists of tensors
-        for name in self.autograd.saves:
-            value = getattr(call, name) if name in call.names else getattr(result, name)
-            if isinstance(value, list):
-                ctx.lengths[name] = len(value)
-                kept += value
-            else:
-                kept.append(value)
+        """Keep what the backward reads: tensors as autograd wants them kept, numbers as they are."""
+        kept = self._kept(call, (result,) if isinstance(result, Tensor) else result)
+        if self.has_lists:
+            ctx.lengths = _lengths(kept)
+            kept = _spread(kept)
         ctx.save_for_backward(*kept)
-        ctx.numbers = self.op.numbers(call)
+        ctx.numbers = self._numbers(call)
         ctx.set_materialize_grads(False)
 
-    def saved(self, ctx: Any) -> types.SimpleNamespace:
+    def saved(self, ctx: Any) -> Any:
         """What :meth:`save` kept, by name."""
-        found, tensors = types.SimpleNamespace(**ctx.numbers), iter(ctx.saved_tensors)
-        for name in self.autograd.saves:
-            length = ctx.lengths.get(name)
-            value = next(tensors) if length is None else list(itertools.islice(tensors, length))
-            setattr(found, name, value)
-        return found
+        kept = _gathered(ctx.saved_tensors, ctx.lengths) if self.has_lists else ctx.saved_tensors
+        return self._saved(*kept, *ctx.numbers)
 
-    def of(
-        self, run: Any, ctx: Any, grads: Sequence[Tensor | None], needed: Sequence[Any]
-    ) -> tuple[Any, ...]:
-        if all(grad is None for grad in grads):
+    def of(self, run: Any, ctx: Any, grads: Sequence[Tensor | None], needed: Sequence[Any]) -> Sequence[Any]:
+        """Gradients of the fields that have any, for those of the outputs."""
+        if grads.count(None) == len(grads):
             return (None,) * len(needed)
         if torch.is_grad_enabled() and self.autograd.twice is not None:
             return self.autograd.twice(self.saved(ctx), grads, needed)
@@ -251,7 +242,7 @@ class _Gradient:
         candidate = self.op.of_node(self.autograd.forward_of(call))
         backward = (self.op.reference if candidate.by_torch else candidate).backward
         assert backward is not None
-        return self.autograd.result(*backward(call))
+        return backward(call)
 
     def _set_up_graph(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         self.save(ctx, self.op.call(*inputs), output)
@@ -261,13 +252,29 @@ class _Gradient:
     def _in_a_graph(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         wanted = dict(zip(self.op.call.names, ctx.needs_input_grad, strict=True))
         needed = [wanted[name] for name in self.autograd.of]
-
-        def run(call: Any) -> Any:
-            return self.autograd.result(*self._node(*call.flat()))
-
-        found = self.autograd.gradients(run, self.saved(ctx), grads[: self.op.outputs], needed)
+        outputs, saved = grads[: self.op.outputs], self.saved(ctx)
+        found: Sequence[Any] = (None,) * len(needed)
+        if any(grad is not None for grad in outputs):
+            run = lambda call: self._node(*call.flat())  # noqa: E731
+            found = self.autograd.gradients(run, saved, outputs, needed)
         by_name = dict(zip(self.autograd.of, found, strict=True))
         return tuple(by_name.get(name) for name in self.op.call.names)
+
+
+def _lengths(values: Sequence[Any]) -> list[int | None]:
+    """Of lists; None of what is none."""
+    return [len(value) if isinstance(value, list) else None for value in values]
+
+
+def _spread(values: Sequence[Any]) -> list[Any]:
+    """What is in lists, one by one."""
+    return [item for value in values for item in (value if isinstance(value, list) else (value,))]
+
+
+def _gathered(items: Sequence[Any], lengths: Sequence[int | None]) -> list[Any]:
+    """Lists again of what was spread."""
+    rest = iter(items)
+    return [next(rest) if n is None else list(itertools.islice(rest, n)) for n in lengths]
 
 
 class _Once(torch.autograd.Function):
@@ -280,15 +287,15 @@ class _Once(torch.autograd.Function):
     def forward(ctx: Any, op: Op, candidate: Backend, call: Any, *_differentiable: Tensor | None) -> Any:  # type: ignore[override]
         result = candidate.forward(call)
         ctx.gradient, ctx.run = op.gradient, candidate.backward
-        fields = op.gradient._fields(call)
-        ctx.counts = [len(value) if isinstance(value, list) else None for value in fields]
+        if op.gradient.has_lists:
+            ctx.counts = _lengths(op.gradient._fields(call))
         op.gradient.save(ctx, call, result)
         return op.given(result)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        return _spread_gradients(ctx, grads)
+        return _gradients(ctx, grads)
 
 
 class _Twice(_Once):
@@ -296,21 +303,14 @@ class _Twice(_Once):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        return _spread_gradients(ctx, grads)
+        return _gradients(ctx, grads)
 
 
-def _spread_gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
-    """As ``apply`` was given tensors: those of lists one by one, after the op, the candidate and the call."""
-    asked = iter(ctx.needs_input_grad[3:])
-    needed = [next(asked) if n is None else tuple(itertools.islice(asked, n)) for n in ctx.counts]
-
-    def run(call: Any) -> Any:
-        return ctx.gradient.autograd.result(*ctx.run(call))
-
-    spread: list[Tensor | None] = []
-    for found, count in zip(ctx.gradient.of(run, ctx, grads, needed), ctx.counts, strict=True):
-        if count is None:
-            spread.append(found)
-        else:
-            spread += found or [None] * count
-    return None, None, None, *spread
+def _gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    """As ``apply`` was given tensors, after the op, the candidate and the call."""
+    gradient, needed = ctx.gradient, ctx.needs_input_grad[3:]
+    if not gradient.has_lists:
+        return None, None, None, *gradient.of(ctx.run, ctx, grads, needed)
+    found = gradient.of(ctx.run, ctx, grads, _gathered(needed, ctx.counts))
+    filled = ([None] * n if n is not None and not x else x for x, n in zip(found, ctx.counts, strict=True))
+    return None, None, None, *_spread(list(filled))
