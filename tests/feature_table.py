@@ -1,8 +1,8 @@
-"""Merge what the test processes saw pass into ``build/features.csv``, and hold the README's table to it.
+"""Merge what the test processes saw pass into ``build/features.csv``, and hold the docs's table to it.
 
 python tests/feature_table.py            print the table
-python tests/feature_table.py --write    put it into README.md
-python tests/feature_table.py --check    fail if README.md names a feature and backend that did not pass
+python tests/feature_table.py --write    put it into docs/evidence.md
+python tests/feature_table.py --check    fail if it names a feature and backend that did not pass
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-BUILD, README = ROOT / "build", ROOT / "README.md"
+BUILD, PAGE = ROOT / "build", ROOT / "docs" / "evidence.md"
 BEGIN, END = "<!-- features: written by tests/feature_table.py -->", "<!-- end of features -->"
 BACKENDS = {"cpu": "CPU, native", "triton": "Triton, interpreter", "simt": "CUDA, emulator", "torch": "torch"}
 COLUMNS = ["op", "feature", "backend", "tier", "cases"]
@@ -44,7 +44,7 @@ def table(found: Counter[tuple[str, str, str, str]]) -> str:
 
 
 def claimed(text: str) -> set[tuple[str, str, str]]:
-    """(op, feature, backend) that the README's table has a number for."""
+    """(op, feature, backend) that docs/evidence.md's table has a number for."""
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
     return {
         (row[0].strip("`"), row[1], backend)
@@ -60,21 +60,19 @@ def main() -> int:
         out = csv.writer(file)
         out.writerow(COLUMNS)
         out.writerows([*key, count] for key, count in sorted(found.items()))
-    readme = README.read_text()
+    page = PAGE.read_text()
     between = re.compile(f"{re.escape(BEGIN)}\n(.*?)\n{re.escape(END)}", re.DOTALL)
     if "--write" in sys.argv:
-        README.write_text(between.sub(f"{BEGIN}\n{table(found)}\n{END}", readme))
+        PAGE.write_text(between.sub(f"{BEGIN}\n{table(found)}\n{END}", page))
     elif "--check" in sys.argv:
-        stands = between.search(readme)
+        stands = between.search(page)
         passed = {(op, feature, backend) for op, feature, backend, _ in found}
         ran = {backend for _, _, backend in passed}
         missing = [("no op", "any", "backend")]  # without a table nothing is right
         if stands:
             missing = sorted(claim for claim in claimed(stands.group(1)) - passed if claim[2] in ran)
         for op, feature, backend in missing:
-            print(
-                f"README.md says that {op} has passed with {feature!r} on {backend}; this run did not show it"
-            )
+            print(f"{PAGE.name}: {op} has passed with {feature!r} on {backend}, but this run did not show it")
         return 1 if missing else 0
     else:
         print(table(found))
