@@ -252,11 +252,7 @@ class _Gradient:
     def _in_a_graph(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         wanted = dict(zip(self.op.call.names, ctx.needs_input_grad, strict=True))
         needed = [wanted[name] for name in self.autograd.of]
-        outputs, saved = grads[: self.op.outputs], self.saved(ctx)
-        found: Sequence[Any] = (None,) * len(needed)
-        if any(grad is not None for grad in outputs):
-            run = lambda call: self._node(*call.flat())  # noqa: E731
-            found = self.autograd.gradients(run, saved, outputs, needed)
+        found = self.of(lambda call: self._node(*call.flat()), ctx, grads[: self.op.outputs], needed)
         by_name = dict(zip(self.autograd.of, found, strict=True))
         return tuple(by_name.get(name) for name in self.op.call.names)
 
