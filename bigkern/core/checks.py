@@ -24,6 +24,19 @@ def check_dense(name: str, x: Any) -> None:
         raise TypeError(f"{name} must be a dense Tensor, not {found}")
 
 
+def check_dense_or_jagged(name: str, x: Any) -> None:
+    """Stock's functions take nested tensors of layout torch.jagged too."""
+    if not isinstance(x, Tensor) or x.layout != torch.jagged:
+        check_dense(name, x)
+
+
+def check_tensor(name: str, tensor: Any, x: Tensor) -> None:
+    """A tensor beside x."""
+    check_dense_or_jagged(name, tensor)
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on x's device {x.device}, not {tensor.device}")
+
+
 def check_written(name: str, x: Tensor) -> None:
     """What is written in place must not be expanded."""
     if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):

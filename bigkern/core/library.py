@@ -25,6 +25,7 @@ NATIVE = torch.library.Library("bigkern_native", "FRAGMENT")
 SCHEMAS: list[str] = []  # of every native op: the tests register the emulated kernels with the same ones
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_COLUMNS = 65536  # of GPU kernels with a norm: a row stays on one block
 
 
 def define(schema: str) -> None:
@@ -76,6 +77,17 @@ def foreign(*tensors: Tensor | None) -> registry.Reason:
         return None
     if in_functorch():
         return "transforms of torch.func know how to batch stock's"
+    return None
+
+
+def is_autocast_on(x: Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def autocast(x: Tensor) -> registry.Reason:
+    """Why kernels stay out of autocast: torch's own functions choose their dtypes there."""
+    if is_autocast_on(x):
+        return "autocast is on, and decides the dtypes of torch's own functions"
     return None
 
 

@@ -18,13 +18,13 @@ from bigkern.core.checks import (
     check_eps,
     check_flag,
     check_number,
+    check_tensor,
     check_written,
     misfit_dtype,
     named,
 )
 from bigkern.core.library import KERNEL_DTYPES, LIBRARY, plain, triton_kernel, unavailable, unproven
 from bigkern.ops.batch_norm import reference
-from bigkern.ops.norm import check_tensor
 
 LIBRARY.define(
     "batch_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var,"

@@ -20,6 +20,8 @@ from bigkern.core.dropout_reference import dropped
 from bigkern.core.library import (
     KERNEL_DTYPES,
     LIBRARY,
+    MAX_COLUMNS,
+    autocast,
     define,
     define_native,
     foreign,
@@ -30,7 +32,6 @@ from bigkern.core.library import (
 )
 from bigkern.ops.layernorm_ffn import reference
 from bigkern.ops.layernorm_ffn.reference import Pieces
-from bigkern.ops.norm import MAX_COLUMNS, autocast
 from bigkern.ops.norm import stock as stock_norm
 from bigkern.ops.norm.reference import HIDDEN, OUTPUT
 

@@ -14,6 +14,8 @@ from bigkern.core.checks import check_choice, check_dense, check_flag, kind
 from bigkern.core.library import (
     KERNEL_DTYPES,
     LIBRARY,
+    MAX_COLUMNS,
+    autocast,
     define,
     define_native,
     plain,
@@ -33,7 +35,6 @@ from bigkern.ops.layernorm_ffn import frozen_reference as reference
 from bigkern.ops.layernorm_ffn.frozen_reference import FP8 as FP8
 from bigkern.ops.layernorm_ffn.frozen_reference import PIECES
 from bigkern.ops.layernorm_ffn.reference import NO_DROPOUT, Pieces
-from bigkern.ops.norm import MAX_COLUMNS, autocast
 
 define(
     "frozen_layernorm_ffn(Tensor x, Tensor w1, Tensor? w1_scale, Tensor? b1, Tensor w2, Tensor? w2_scale,"

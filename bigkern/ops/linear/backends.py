@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from bigkern.core import registry
-from bigkern.core.library import KERNEL_DTYPES, foreign, ordinary, unavailable
+from bigkern.core.library import KERNEL_DTYPES, autocast, foreign, ordinary, unavailable
 from bigkern.core.op import Autograd, Op, native
 from bigkern.core.registry import Backend, Reason
 from bigkern.ops.linear import reference, stock
 from bigkern.ops.linear.call import Gradients, Linear, LinearBackward, Result, bind
-from bigkern.ops.norm import autocast
 
 # Where our CPU kernels win on two Zen 4 cores. In bfloat16 torch's products are as fast, and on a GPU faster.
 FASTER_IN = (torch.float32, torch.float16)

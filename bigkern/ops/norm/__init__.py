@@ -13,13 +13,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bigkern.core import registry
-from bigkern.core.checks import TORCHS, check_dense, check_eps, misfit_dtype, named
+from bigkern.core.checks import (
+    TORCHS,
+    check_dense_or_jagged,
+    check_eps,
+    check_tensor,
+    misfit_dtype,
+    named,
+)
 from bigkern.core.checks import kind as kind_of
 from bigkern.core.dropout import check_dropout, drawn_key, dropout_key
 from bigkern.core.dropout_reference import dropped
 from bigkern.core.library import (
     KERNEL_DTYPES,
     LIBRARY,
+    MAX_COLUMNS,
+    autocast,
     define,
     foreign,
     plain,
@@ -252,18 +261,6 @@ def _checked_shape(normalized_shape: Any) -> tuple[int, ...]:
     return tuple(normalized_shape)
 
 
-def check_dense_or_jagged(name: str, x: Any) -> None:
-    """Norms of nested tensors of layout torch.jagged are stock's."""
-    if not isinstance(x, Tensor) or x.layout != torch.jagged:
-        check_dense(name, x)
-
-
-def check_tensor(name: str, tensor: Any, x: Tensor) -> None:
-    check_dense_or_jagged(name, tensor)
-    if tensor.device != x.device:
-        raise ValueError(f"{name} must be on x's device {x.device}, not {tensor.device}")
-
-
 # ---- the op: fake, kernel, autograd ----------------------------------------------------------------
 
 
@@ -362,8 +359,6 @@ torch.library.register_autograd("bigkern::norm", _autograd, setup_context=_setup
 
 NORM = registry.declare("norm", bind)
 
-MAX_COLUMNS = 65536  # of the GPU kernels: a row stays on one block
-
 
 def stock(
     x: Tensor,
@@ -405,17 +400,6 @@ def rows_backend(forward: Callable[..., Result], backward: Callable[..., Gradien
         return ds.view(s.shape), None if dx is None else dx.view(s.shape), dweight, dbias
 
     return norm, norm_backward
-
-
-def is_autocast_on(x: Tensor) -> bool:
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
-
-
-def autocast(x: Tensor) -> registry.Reason:
-    """Why kernels stay out of autocast: torch's own functions choose their dtypes there."""
-    if is_autocast_on(x):
-        return "autocast is on, and decides the dtypes of torch's own functions"
-    return None
 
 
 def _refuses(backend: str) -> Callable[..., registry.Reason]:

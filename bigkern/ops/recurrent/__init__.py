@@ -17,16 +17,17 @@ from bigkern.core import registry
 from bigkern.core.library import (
     KERNEL_DTYPES,
     LIBRARY,
+    autocast,
     define,
     define_native,
     foreign,
+    is_autocast_on,
     plain,
     triton_kernel,
     unavailable,
     unproven,
 )
 from bigkern.ops.attention.call import autocast as narrowed
-from bigkern.ops.norm import autocast, is_autocast_on
 from bigkern.ops.recurrent import reference
 from bigkern.ops.recurrent.call import bind, check_batch_sizes, layout_of
 from bigkern.ops.recurrent.layer import Gradients, Result, composed, composed_backward

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from bigkern.core.checks import check_dense, kind
-from bigkern.ops.norm import check_tensor
+from bigkern.core.checks import check_dense, check_tensor, kind
 from bigkern.ops.recurrent.reference import GATES
 
 
