@@ -232,7 +232,7 @@ class _Gradient:
 
     def of(self, run: Any, ctx: Any, grads: Sequence[Tensor | None], needed: Sequence[Any]) -> Sequence[Any]:
         """Gradients of the fields that have any, for those of the outputs."""
-        if grads.count(None) == len(grads):
+        if all(grad is None for grad in grads):
             return (None,) * len(needed)
         if torch.is_grad_enabled() and self.autograd.twice is not None:
             return self.autograd.twice(self.saved(ctx), grads, needed)
