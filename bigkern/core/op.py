@@ -48,7 +48,10 @@ TENSORS = (Tensor, Tensor | None, list[Tensor])
 
 
 class Call:
-    """The arguments of an op after the checks: slotted dataclasses, whose order is the schema's."""
+    """The arguments of an op after the checks: slotted dataclasses, whose order is the schema's.
+
+    What a subclass of an op's call adds is no part of the schema: torch's own functions alone read it.
+    """
 
     __slots__ = ()
     names: ClassVar[tuple[str, ...]]
@@ -56,6 +59,8 @@ class Call:
     flat: ClassVar[Getter]  # all fields, in order
 
     def __init_subclass__(cls) -> None:
+        if Call not in cls.__bases__:
+            return
         cls.names = tuple(cls.__annotations__)
         hints = typing.get_type_hints(cls, include_extras=True)
         cls.kinds = {name: hints[name] for name in cls.names}
@@ -98,12 +103,15 @@ class Autograd:
     call: type[Call]  # of the backward
     result: type  # a NamedTuple
     of: tuple[str, ...]  # the call's fields that have gradients
-    saves: tuple[str, ...]  # fields of the call and of the result
+    saves: tuple[str, ...]  # fields of the call and of the result, or names of what ``kept`` gives
     gradients: Callable[..., tuple[Any, ...]]
     fake: Callable[[Any], Any]  # the backward's call -> its result, uninitialised
     forward_of: Callable[[Any], Call]  # the backward's call -> a call for which the same candidate is chosen
     # (saved, grads, needed) -> gradients that can be differentiated again; without it they cannot.
     twice: Callable[..., tuple[Any, ...]] | None = None
+    # (call, result) -> the tensors in ``saves``; without it they are the fields of those names.
+    kept: Callable[[Any, Any], tuple[Tensor | None, ...]] | None = None
+    differentiable: int | None = None  # how many of the outputs; without it all
 
 
 class Op(registry.Op):
@@ -119,6 +127,9 @@ class Op(registry.Op):
         outputs: how many fields of the result the caller gets: one tensor, or a tuple. The others are for
             the backward.
         autograd: its gradient, if it has one.
+        draw: puts into a call what it leaves to chance, as a key of dropout: torch's own functions draw for
+            themselves, kernels are told.
+        compiled: whether there are compiled kernels of it; else it has no native op.
     """
 
     def __init__(
@@ -132,12 +143,15 @@ class Op(registry.Op):
         reference: Backend,
         outputs: int = 1,
         autograd: Autograd | None = None,
+        draw: Callable[[Any], None] | None = None,
+        compiled: bool = True,
     ):
         super().__init__(name, bind)
         registry.add(self)
         self.call, self.result, self.outputs, self.reference = call, result, outputs, reference
+        self.draw, self.compiled = draw, compiled
         self.tensors = _getter([n for n, kind in call.kinds.items() if kind in TENSORS], call.kinds)
-        self._node = _define(name, call, result, fake, self._run_as_node)
+        self._node = _define(name, call, result, fake, self._run_as_node, compiled)
         if autograd is not None:
             self.gradient = _Gradient(self, autograd)
 
@@ -145,6 +159,8 @@ class Op(registry.Op):
         candidate = self.resolve(call)
         if candidate.by_torch:
             return candidate.forward(call)
+        if self.draw is not None:
+            self.draw(call)
         tensors = self.tensors(call)
         if not plain(*tensors):
             return self.given(self._node(*call.flat()))
@@ -163,10 +179,11 @@ class Op(registry.Op):
         return (self.reference if candidate.by_torch else candidate).forward(call)
 
 
-def _define(name: str, call: type[Call], result: type, fake: Any, run: Any) -> Any:
+def _define(name: str, call: type[Call], result: type, fake: Any, run: Any, compiled: bool) -> Any:
     """Define a public op, which torch.compile sees as one node, and the native one of the same schema."""
     LIBRARY.define(schema(name, call, result))
-    define_native(schema(name, call, result))
+    if compiled:
+        define_native(schema(name, call, result))
 
     def of(function: Callable[[Any], Any]) -> Callable[..., Any]:
         def flat(*arguments: Any) -> Any:
@@ -203,14 +220,20 @@ class _Gradient:
         self.function = _Once if autograd.twice is None else _Twice
         kinds, fields = op.call.kinds, list(op.result._fields)  # type: ignore[attr-defined]
         numbers = [name for name, kind in kinds.items() if kind not in TENSORS]
-        places = (f"call.{n}" if n in kinds else f"result[{fields.index(n)}]" for n in autograd.saves)
-        self._kept = eval(f"lambda call, result: ({', '.join(places)},)")
+        if autograd.kept is None:
+            places = (f"call.{n}" if n in kinds else f"result[{fields.index(n)}]" for n in autograd.saves)
+            self._kept = eval(f"lambda call, result: ({', '.join(places)},)")
+        else:
+            kept, named = autograd.kept, op.result._make  # type: ignore[attr-defined]
+            self._kept = lambda call, result: kept(call, named(result))
+        self.differentiable = op.outputs if autograd.differentiable is None else autograd.differentiable
         self._numbers = _getter(numbers)
         self._saved = make_dataclass("Saved", [*autograd.saves, *numbers], slots=True)
         self._fields, self.inputs = _getter(autograd.of), _getter(autograd.of, kinds)
         self.has_lists = any(kinds.get(name) == list[Tensor] for name in (*autograd.of, *autograd.saves))
         name = f"{op.name}_backward"
-        self._node = _define(name, autograd.call, autograd.result, autograd.fake, self._run_as_node)
+        parts = (autograd.call, autograd.result, autograd.fake, self._run_as_node)
+        self._node = _define(name, *parts, op.compiled)
         torch.library.register_autograd(
             f"bigkern::{op.name}", self._in_a_graph, setup_context=self._set_up_graph, lib=LIBRARY
         )
@@ -225,6 +248,10 @@ class _Gradient:
         ctx.numbers = self._numbers(call)
         ctx.set_materialize_grads(False)
 
+    def mark(self, ctx: Any, outputs: Sequence[Tensor | None]) -> None:
+        """Tell autograd which outputs have no gradients."""
+        ctx.mark_non_differentiable(*(t for t in outputs[self.differentiable :] if t is not None))
+
     def saved(self, ctx: Any) -> Any:
         """What :meth:`save` kept, by name."""
         kept = _gathered(ctx.saved_tensors, ctx.lengths) if self.has_lists else ctx.saved_tensors
@@ -232,6 +259,7 @@ class _Gradient:
 
     def of(self, run: Any, ctx: Any, grads: Sequence[Tensor | None], needed: Sequence[Any]) -> Sequence[Any]:
         """Gradients of the fields that have any, for those of the outputs."""
+        grads = grads[: self.differentiable]
         if all(grad is None for grad in grads):
             return (None,) * len(needed)
         if torch.is_grad_enabled() and self.autograd.twice is not None:
@@ -247,12 +275,12 @@ class _Gradient:
     def _set_up_graph(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         self.save(ctx, self.op.call(*inputs), output)
         if not isinstance(output, Tensor):
-            ctx.mark_non_differentiable(*(t for t in output[self.op.outputs :] if t is not None))
+            self.mark(ctx, output)
 
     def _in_a_graph(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         wanted = dict(zip(self.op.call.names, ctx.needs_input_grad, strict=True))
         needed = [wanted[name] for name in self.autograd.of]
-        found = self.of(lambda call: self._node(*call.flat()), ctx, grads[: self.op.outputs], needed)
+        found = self.of(lambda call: self._node(*call.flat()), ctx, grads, needed)
         by_name = dict(zip(self.autograd.of, found, strict=True))
         return tuple(by_name.get(name) for name in self.op.call.names)
 
@@ -286,7 +314,10 @@ class _Once(torch.autograd.Function):
         if op.gradient.has_lists:
             ctx.counts = _lengths(op.gradient._fields(call))
         op.gradient.save(ctx, call, result)
-        return op.given(result)
+        given = op.given(result)
+        if op.gradient.differentiable < op.outputs:
+            op.gradient.mark(ctx, given)
+        return given
 
     @staticmethod
     @once_differentiable
