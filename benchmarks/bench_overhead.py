@@ -56,8 +56,9 @@ def _kernel(problem: Problem, inputs: Inputs) -> Callable[[], Any]:
     arguments, options = problem.arguments(inputs)
     with torch.no_grad():
         bound = op.bind(*arguments, **options)
-        forward = op.resolve(*bound).forward
-    return lambda: forward(*bound)
+        given = bound if isinstance(bound, tuple) else (bound,)
+        forward = op.resolve(*given).forward
+    return lambda: forward(*given)
 
 
 def _stock(problem: Problem, inputs: Inputs) -> Callable[[], Any]:

@@ -89,7 +89,8 @@ def backend(op: str) -> registry.Backend:
     """The op's ``cuda`` backend with the emulator underneath; it refuses the same, but for the device."""
     import importlib
 
-    return importlib.import_module(f"bigkern.ops.{op}").cuda_backend(ops(), emulated=True)
+    module = importlib.import_module(f"bigkern.ops.{op}")
+    return getattr(module, "backends", module).cuda_backend(ops(), emulated=True)
 
 
 if __name__ == "__main__":

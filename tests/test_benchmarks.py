@@ -39,6 +39,7 @@ from bigkern.core.problem import Problem
 from bigkern.ops.attention import problems as attention_problems
 from bigkern.ops.attention.decode_problems import decode
 from bigkern.ops.layernorm_ffn.problems import layernorm_ffn
+from bigkern.ops.norm.backends import NORM
 from bigkern.ops.norm.problems import norm
 from bigkern.ops.recurrent import recurrent
 from bigkern.terminal.console import Console, Failure
@@ -223,11 +224,11 @@ def test_rows_hold_what_was_measured(bench: harness.Bench) -> None:
 
 
 def test_a_wrong_result_gets_no_time(bench: harness.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    op = registry.get("norm")
-    right = op.backends["torch"]
+    op = NORM
+    right = op.reference
 
-    def wrong(*arguments: Any) -> Any:
-        y, *rest = right.forward(*arguments)
+    def wrong(call: Any) -> Any:
+        y, *rest = right.forward(call)
         return y * 1.01, *rest
 
     monkeypatch.setitem(op.backends, "cpu", registry.Backend("cpu", wrong, right.backward))

@@ -16,14 +16,16 @@ from source import DTYPES, Call, Source
 from torch import Tensor
 
 from bigkern.core import registry
+from bigkern.core.op import Op
 from bigkern.ops import batch_norm as batch_norm_op
 from bigkern.ops import layernorm_ffn as ffn_op
-from bigkern.ops import norm as norm_op
 from bigkern.ops.adam import call as adam_arguments
 from bigkern.ops.adam import reference as reference_adam
 from bigkern.ops.attention import call as attention_arguments
 from bigkern.ops.attention import decode as decode_op
 from bigkern.ops.layernorm_ffn import frozen as frozen_op
+from bigkern.ops.norm import call as norm_arguments
+from bigkern.ops.norm.backends import NORM
 from bigkern.ops.recurrent import call as recurrent_arguments
 from bigkern.ops.recurrent.reference import scan_backward
 
@@ -66,16 +68,17 @@ def norm(source: Source) -> Arguments:
     given, kind = public.norm_arguments(source), source.one_of(["layer", "rms"])
     if kind == "rms":
         given["bias"] = None
-    return list(norm_op.bind(**given, kind=kind))
+    return list(norm_arguments.bind(**given, kind=kind).flat())
 
 
 def norm_backward(source: Source) -> Arguments:
-    x, residual, weight, bias, eps, kind, dropout_p, key = norm(source)
-    _, total, mean, rstd = _stock("norm").forward(x, residual, weight, bias, eps, kind, dropout_p, key)
-    s = x if total is None else total
-    dsum = None if total is None else source.maybe(lambda: _like(source, s))
-    wanted = source.chance(0.5), source.chance(0.5)
-    return [_like(source, s), dsum, s, weight, mean, rstd, kind, *wanted, dropout_p, key]
+    call = norm_arguments.Norm(*norm(source))
+    result = NORM.reference.forward(call)
+    s = call.x if result.sum is None else result.sum
+    dsum = None if result.sum is None else source.maybe(lambda: _like(source, s))
+    wanted, drop = (source.chance(0.5), source.chance(0.5)), (call.dropout_p, call.dropout_key)
+    statistics = result.mean, result.rstd
+    return [_like(source, s), dsum, s, call.weight, *statistics, call.kind, *wanted, *drop]
 
 
 def linear(source: Source) -> Arguments:
@@ -226,9 +229,19 @@ def _exact(name: str) -> Callable[..., Any] | None:
     op = name.removesuffix("_backward")
     if op not in registry.ops():
         return None
+    declared = registry.get(op)
+    if isinstance(declared, Op):
+        return partial(_by_call, declared, name)
     backend = _stock(op)
     function = backend.backward if name.endswith("_backward") else backend.forward
     return None if function is None else partial(_extended, function, name)
+
+
+def _by_call(op: Op, name: str, **arguments: Any) -> Any:
+    """The reference of an op that is declared by its call."""
+    if name == op.name:
+        return op.reference.forward(op.call(**arguments))
+    return op.reference.backward(op.gradient.autograd.call(**arguments))
 
 
 def _extended(function: Callable[..., Any], name: str, **arguments: Any) -> Any:

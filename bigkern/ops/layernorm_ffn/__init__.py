@@ -32,8 +32,8 @@ from bigkern.core.library import (
 )
 from bigkern.ops.layernorm_ffn import reference
 from bigkern.ops.layernorm_ffn.reference import Pieces
-from bigkern.ops.norm import stock as stock_norm
 from bigkern.ops.norm.reference import HIDDEN, OUTPUT
+from bigkern.ops.norm.stock import norm as stock_norm
 
 define(
     "layernorm_ffn(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? norm_weight,"

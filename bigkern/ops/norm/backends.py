@@ -1,0 +1,201 @@
+"""The norm op: its declaration and its candidates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigkern.core import registry
+from bigkern.core.dropout import drawn_key
+from bigkern.core.dropout_reference import dropped
+from bigkern.core.library import (
+    KERNEL_DTYPES,
+    MAX_COLUMNS,
+    autocast,
+    foreign,
+    triton_kernel,
+    unavailable,
+    unproven,
+)
+from bigkern.core.op import Autograd, Op, native
+from bigkern.core.registry import Backend, Reason
+from bigkern.ops.norm import reference, stock
+from bigkern.ops.norm.call import Gradients, Norm, NormBackward, Result, bind
+from bigkern.ops.norm.reference import OUTPUT
+
+# ---- gradients and fakes ---------------------------------------------------------------------------
+
+
+def _kept(call: Norm, result: Result) -> tuple[Tensor | None, ...]:
+    s = call.x if result.sum is None else result.sum
+    return s, call.weight, result.mean, result.rstd, call.dropout_key
+
+
+def _gradients(run: Any, saved: Any, grads: Any, needed: Any) -> tuple[Tensor | None, ...]:
+    """Of x, residual, weight and bias."""
+    dy, dsum = grads
+    p, key = saved.dropout_p, saved.dropout_key
+    if dy is None:  # only the sum was used
+        return dropped(dsum, key, p, OUTPUT), dsum, None, None
+    _, residual, weight, bias = needed
+    statistics = saved.mean, saved.rstd
+    ds, dx, dweight, dbias = run(
+        NormBackward(dy, dsum, saved.s, saved.weight, *statistics, saved.kind, weight, bias, p, key)
+    )
+    return ds if dx is None else dx, ds if residual else None, dweight, dbias
+
+
+def _fake(call: Norm) -> Result:
+    x = call.x
+    rstd = x.new_empty(math.prod(x.shape[:-1]), dtype=torch.promote_types(x.dtype, torch.float32))
+    return Result(
+        x.new_empty(x.shape),
+        None if call.residual is None else x.new_empty(x.shape),
+        torch.empty_like(rstd) if call.kind == "layer" else None,
+        rstd,
+    )
+
+
+def _fake_backward(call: NormBackward) -> Gradients:
+    s, like = call.s, call.s if call.weight is None else call.weight
+    return Gradients(
+        s.new_empty(s.shape),
+        s.new_empty(s.shape) if call.dropout_p > 0.0 else None,
+        like.new_empty(s.shape[-1:]) if call.want_weight else None,
+        like.new_empty(s.shape[-1:]) if call.want_bias else None,
+    )
+
+
+def _draw(call: Norm) -> None:
+    if call.dropout_p > 0.0 and call.dropout_key is None:
+        call.dropout_key = drawn_key()
+
+
+def _on_rows(norm: Callable[..., Any], norm_backward: Callable[..., Any]) -> tuple[Any, Any]:
+    """The op's two functions from kernels that know only ``[M, N]``."""
+
+    def rows(x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+    def forward(call: Norm) -> Result:
+        x, residual = rows(call.x), rows(call.residual)
+        drop = call.dropout_p, call.dropout_key
+        result = Result(*norm(x, residual, call.weight, call.bias, call.eps, call.kind, *drop))
+        total = None if result.sum is None else result.sum.view(call.x.shape)
+        return result._replace(y=result.y.view(call.x.shape), sum=total)
+
+    def backward(call: NormBackward) -> Gradients:
+        dy, dsum, s = rows(call.dy), rows(call.dsum), rows(call.s)
+        wanted, drop = (call.want_weight, call.want_bias), (call.dropout_p, call.dropout_key)
+        statistics = call.mean, call.rstd
+        found = Gradients(*norm_backward(dy, dsum, s, call.weight, *statistics, call.kind, *wanted, *drop))
+        dx = None if found.dx is None else found.dx.view(call.s.shape)
+        return found._replace(ds=found.ds.view(call.s.shape), dx=dx)
+
+    return forward, backward
+
+
+NORM = Op(
+    "norm",
+    Norm,
+    Result,
+    bind=bind,
+    fake=_fake,
+    reference=Backend("reference", *_on_rows(reference.norm, reference.norm_backward)),
+    outputs=2,
+    autograd=Autograd(
+        NormBackward,
+        Gradients,
+        of=("x", "residual", "weight", "bias"),
+        saves=("s", "weight", "mean", "rstd", "dropout_key"),
+        gradients=_gradients,
+        fake=_fake_backward,
+        forward_of=lambda call: Norm(call.s, None, call.weight, None, 0.0, call.kind, 0.0, None),
+        kept=_kept,
+    ),
+    draw=_draw,
+)
+
+
+# ---- candidates ------------------------------------------------------------------------------------
+
+# Where our CPU kernels start to win on two Zen 4 cores, in elements, measured with 768 columns.
+LAYER_FASTER_FROM = 1 << 20  # with a gradient
+LAYER_FORWARD_FASTER_FROM = 1 << 21  # float32 alone: 16-bit forwards are as fast as torch's own
+RMS_FORWARD_FASTER_FROM = 1 << 15  # with a gradient: at every size
+
+
+def left_to_stock(x: Tensor, eps: float) -> bool:
+    """Whether no backend but stock would be chosen, whatever else a LayerNorm is given: then asking costs
+    more than the norm of a small tensor."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and x.numel() < LAYER_FASTER_FROM
+        and isinstance(eps, float)
+        and 0.0 <= eps < math.inf
+        and not registry.forced()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _refuses(backend: str) -> Callable[[Norm], Reason]:
+    def refuses(call: Norm) -> Reason:
+        x, weight, bias = call.x, call.weight, call.bias
+        reason = foreign(x, call.residual, weight, bias) or unavailable(backend, x)
+        if reason is not None:
+            return reason
+        if x.dtype not in KERNEL_DTYPES:
+            return f"dtype {x.dtype} is not float32, bfloat16 or float16"
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and tensor.dtype != x.dtype:
+                return f"{name} has dtype {tensor.dtype}, x has {x.dtype}"
+        if x.shape[-1] == 0:
+            return "rows are empty"
+        if backend != "cpu" and x.shape[-1] > MAX_COLUMNS:
+            return f"rows of {x.shape[-1]} > {MAX_COLUMNS} elements"
+        return autocast(x)
+
+    return refuses
+
+
+def _cpu_declines(call: Norm) -> Reason:
+    x = call.x
+    gradient = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, call.residual, call.weight, call.bias)
+    )
+    if call.kind == "layer" and not gradient and x.dtype != torch.float32:
+        return "stock LayerNorm of 16 bits is as fast where no gradient is wanted"
+    if call.kind == "layer":
+        least = LAYER_FASTER_FROM if gradient else LAYER_FORWARD_FASTER_FROM
+    else:
+        least = 0 if gradient else RMS_FORWARD_FASTER_FROM
+    where = "" if gradient else " where no gradient is wanted"
+    return f"stock is faster below {least} elements{where}" if x.numel() < least else None
+
+
+def cuda_backend(namespace: Any, *, emulated: bool = False) -> Backend:
+    """The CUDA kernels in a namespace: the compiled ones, or, in the tests, those that the emulator runs."""
+    kernels = native("norm", namespace), native("norm_backward", namespace)
+    return Backend("cuda", *kernels, _refuses("cpu" if emulated else "cuda"), unproven("norm", "cuda"))
+
+
+def _by_torch(call: Norm) -> tuple[Tensor, Tensor | None]:
+    return stock.norm(*call.flat())
+
+
+NORM.register(cuda_backend(torch.ops.bigkern_native))
+NORM.register(
+    Backend(
+        "triton",
+        *_on_rows(triton_kernel("layernorm_ffn", "norm"), triton_kernel("layernorm_ffn", "norm_backward")),
+        _refuses("triton"),
+        unproven("norm", "triton"),
+    )
+)
+NORM.register(Backend("cpu", native("norm"), native("norm_backward"), _refuses("cpu"), _cpu_declines))
+NORM.register(Backend("torch", _by_torch, by_torch=True))
