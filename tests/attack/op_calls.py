@@ -17,12 +17,13 @@ from torch import Tensor
 
 from bigkern.core import registry
 from bigkern.core.op import Op
-from bigkern.ops import batch_norm as batch_norm_op
 from bigkern.ops import layernorm_ffn as ffn_op
 from bigkern.ops.adam import call as adam_arguments
 from bigkern.ops.adam import reference as reference_adam
 from bigkern.ops.attention import call as attention_arguments
 from bigkern.ops.attention import decode as decode_op
+from bigkern.ops.batch_norm import call as batch_norm_arguments
+from bigkern.ops.batch_norm.backends import BATCH_NORM
 from bigkern.ops.layernorm_ffn import frozen as frozen_op
 from bigkern.ops.norm import call as norm_arguments
 from bigkern.ops.norm.backends import NORM
@@ -128,16 +129,17 @@ def frozen_layernorm_ffn(source: Source) -> Arguments:
 
 
 def batch_norm(source: Source) -> Arguments:
-    return list(batch_norm_op.bind(**public.batch_norm_arguments(source)))
+    return list(batch_norm_arguments.bind(**public.batch_norm_arguments(source)).flat())
 
 
 def batch_norm_backward(source: Source) -> Arguments:
-    x, residual, weight, bias, mean, var, eps, relu = batch_norm(source)
-    y, *found = _stock("batch_norm").forward(x, residual, weight, bias, mean, var, eps, relu)
-    training = mean is None
-    mean, var = found if training else (mean, var)
-    wanted = residual is not None, source.chance(0.5), source.chance(0.5)
-    return [_like(source, x), x, y if relu else None, weight, bias, mean, var, eps, relu, training, *wanted]
+    call = batch_norm_arguments.BatchNorm(*batch_norm(source))
+    result = BATCH_NORM.reference.forward(call)
+    training, y = call.mean is None, result.y if call.relu else None
+    mean, var = (result.mean, result.var) if training else (call.mean, call.var)
+    wanted = call.residual is not None, source.chance(0.5), source.chance(0.5)
+    options = call.eps, call.relu, training, *wanted
+    return [_like(source, call.x), call.x, y, call.weight, call.bias, mean, var, *options]
 
 
 def recurrent(source: Source) -> Arguments:

@@ -21,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import bigkern
 from bigkern.core.parity import Yardstick
 from bigkern.ops.batch_norm import batch_norm, reference
+from bigkern.ops.batch_norm.call import BatchNorm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = [name for name in parity.BACKENDS if name in ("torch", "triton")]  # there are no others
@@ -261,7 +262,7 @@ def test_gradcheck_of_the_reference(relu: bool) -> None:
 
 def test_reference_agrees_with_torch() -> None:
     x, weight, bias = torch.randn(4, 9, 3, 3), torch.randn(9), torch.randn(9)
-    y, mean, var = reference.batch_norm(x, None, weight, bias, None, None, 1e-5, False)
+    y, mean, var = reference.batch_norm(BatchNorm(x, None, weight, bias, None, None, 1e-5, False))
     expected, save_mean, save_rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.1, 1e-5)
     for got, want in zip((y, mean, torch.rsqrt(var + 1e-5)), (expected, save_mean, save_rstd), strict=True):
         torch.testing.assert_close(got, want)
