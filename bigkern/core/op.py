@@ -21,6 +21,7 @@ sees the public op, one opaque node, which chooses again when it runs.
 from __future__ import annotations
 
 import itertools
+import string
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -36,21 +37,24 @@ from bigkern.core.library import LIBRARY, define_native, plain
 from bigkern.core.registry import Backend
 
 Size = Annotated[int, "SymInt"]  # a size that torch.compile may leave open; kernels are given a number
+Written = Annotated[list[Tensor], "written"]  # tensors that the op writes in place
 
 SCHEMAS: dict[Any, str] = {
-    Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", float: "float", int: "int",
-    int | None: "int?", Size: "SymInt", bool: "bool", list[bool]: "bool[]", str: "str",
+    Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", Written: "Tensor(!)[]",
+    float: "float", int: "int", int | None: "int?", Size: "SymInt", bool: "bool", list[bool]: "bool[]",
+    str: "str", None: "()",
 }  # fmt: skip
 
 
 Getter = Callable[[Any], tuple[Any, ...]]
-TENSORS = (Tensor, Tensor | None, list[Tensor])
+LISTS = (list[Tensor], Written)
+TENSORS = (Tensor, Tensor | None, *LISTS)
 
 
 class Call:
     """The arguments of an op after the checks: slotted dataclasses, whose order is the schema's.
 
-    What a subclass of an op's call adds is no part of the schema: torch's own functions alone read it.
+    The fields of a base come first.
     """
 
     __slots__ = ()
@@ -59,31 +63,33 @@ class Call:
     flat: ClassVar[Getter]  # all fields, in order
 
     def __init_subclass__(cls) -> None:
-        if Call not in cls.__bases__:
-            return
-        cls.names = tuple(cls.__annotations__)
+        cls.names = (*getattr(cls.__base__, "names", ()), *cls.__annotations__)
         hints = typing.get_type_hints(cls, include_extras=True)
         cls.kinds = {name: hints[name] for name in cls.names}
-        cls.flat = _getter(cls.names)
+        cls.flat = getter(cls.names)
 
 
-def _getter(names: Sequence[str], kinds: Mapping[str, Any] = types.MappingProxyType({})) -> Getter:
+def getter(names: Sequence[str], kinds: Mapping[str, Any] = types.MappingProxyType({})) -> Getter:
     """Of a call: its fields, or, where their kinds are given, its tensors, those of lists one by one.
 
     Code made of the names, as a dataclass's own __init__ is: a loop would cost a microsecond a call.
     """
-    parts = "".join(f"{'*' if kinds.get(name) == list[Tensor] else ''}call.{name}, " for name in names)
-    getter: Getter = eval(f"lambda call: ({parts})")
-    return getter
+    parts = "".join(f"{'*' if kinds.get(name) in LISTS else ''}call.{name}, " for name in names)
+    made: Getter = eval(f"lambda call: ({parts})")
+    return made
 
 
-def schema(name: str, call: type[Call], result: type) -> str:
+def schema(name: str, call: type[Call], result: Any) -> str:
     """``linear(Tensor x, Tensor weight, Tensor? bias) -> (Tensor y)``, in torch's schema language."""
+    returned = SCHEMAS.get(result) or f"({listed(typing.get_type_hints(result))})"
+    return f"{name}({listed(call.kinds)}) -> {returned}"
 
-    def listed(kinds: dict[str, Any]) -> str:
-        return ", ".join(f"{SCHEMAS[kind]} {field}" for field, kind in kinds.items())
 
-    return f"{name}({listed(call.kinds)}) -> ({listed(typing.get_type_hints(result))})"
+def listed(kinds: Mapping[str, Any]) -> str:
+    """``Tensor(a!)[] params, Tensor? scale``: what is written has a letter each."""
+    letters = iter(string.ascii_lowercase)
+    spelled = ((SCHEMAS[kind], field) for field, kind in kinds.items())
+    return ", ".join(f"{s.replace('!', next(letters) + '!') if '!' in s else s} {f}" for s, f in spelled)
 
 
 # ---- the declaration -------------------------------------------------------------------------------
@@ -119,11 +125,11 @@ class Op(registry.Op):
 
     Args:
         name: the op's name everywhere.
-        call, result: what goes in, and a NamedTuple of what kernels return.
+        call, result: what goes in, and a NamedTuple of what kernels return, or Tensor, or None.
         bind: the public function's arguments -> the call; raises where they do not fit.
         fake: the call -> the result, uninitialised.
         reference: the op in plain torch, forward and backward: what a node runs for torch's own functions,
-            which return no more than the outputs.
+            which return no more than the outputs. None where no candidate is differentiated by torch.
         outputs: how many fields of the result the caller gets: one tensor, or a tuple. The others are for
             the backward.
         autograd: its gradient, if it has one.
@@ -136,11 +142,11 @@ class Op(registry.Op):
         self,
         name: str,
         call: type[Call],
-        result: type,
+        result: Any,
         *,
         bind: Callable[..., Call],
         fake: Callable[[Any], Any],
-        reference: Backend,
+        reference: Backend | None = None,
         outputs: int = 1,
         autograd: Autograd | None = None,
         draw: Callable[[Any], None] | None = None,
@@ -148,14 +154,18 @@ class Op(registry.Op):
     ):
         super().__init__(name, bind)
         registry.add(self)
-        self.call, self.result, self.outputs, self.reference = call, result, outputs, reference
+        self.call, self.result, self.outputs = call, result, outputs
+        self.reference: Any = reference
         self.draw, self.compiled = draw, compiled
-        self.tensors = _getter([n for n, kind in call.kinds.items() if kind in TENSORS], call.kinds)
+        self.tensors = getter([n for n, kind in call.kinds.items() if kind in TENSORS], call.kinds)
         self._node = _define(name, call, result, fake, self._run_as_node, compiled)
         if autograd is not None:
             self.gradient = _Gradient(self, autograd)
 
     def __call__(self, call: Any) -> Any:
+        if self.reference is None:  # no candidate is for torch to look into
+            opaque = not plain(*self.tensors(call))
+            return self.given(self._node(*self.call.flat(call)) if opaque else self._run_as_node(call))
         candidate = self.resolve(call)
         if candidate.by_torch:
             return candidate.forward(call)
@@ -163,23 +173,27 @@ class Op(registry.Op):
             self.draw(call)
         tensors = self.tensors(call)
         if not plain(*tensors):
-            return self.given(self._node(*call.flat()))
+            return self.given(self._node(*self.call.flat(call)))
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
             return self.gradient.function.apply(self, candidate, call, *self.gradient.inputs(call))
         return self.given(candidate.forward(call))
 
     def given(self, result: Any) -> Any:
         """What the caller gets of a result."""
-        if isinstance(result, Tensor):
+        if result is None or isinstance(result, Tensor):
             return result
         return result[0] if self.outputs == 1 else tuple(result[: self.outputs])
 
+    def of_node(self, call: Any) -> Backend:
+        """The candidate that a node runs."""
+        candidate = super().of_node(call)
+        return self.reference if candidate.by_torch else candidate
+
     def _run_as_node(self, call: Any) -> Any:
-        candidate = self.of_node(call)
-        return (self.reference if candidate.by_torch else candidate).forward(call)
+        return self.of_node(call).forward(call)
 
 
-def _define(name: str, call: type[Call], result: type, fake: Any, run: Any, compiled: bool) -> Any:
+def _define(name: str, call: type[Call], result: Any, fake: Any, run: Any, compiled: bool) -> Any:
     """Define a public op, which torch.compile sees as one node, and the native one of the same schema."""
     LIBRARY.define(schema(name, call, result))
     if compiled:
@@ -188,23 +202,29 @@ def _define(name: str, call: type[Call], result: type, fake: Any, run: Any, comp
     def of(function: Callable[[Any], Any]) -> Callable[..., Any]:
         def flat(*arguments: Any) -> Any:
             found = function(call(*arguments))
-            return found if isinstance(found, Tensor) else found[0] if len(found) == 1 else tuple(found)
+            if found is None or isinstance(found, Tensor):
+                return found
+            return found[0] if len(found) == 1 else tuple(found)
 
         return flat
 
     torch.library.register_fake(f"bigkern::{name}", of(fake), lib=LIBRARY)
-    for key in ("CPU", "CUDA"):
+    by_device = Tensor in call.kinds.values()  # lists may be empty, and then have no device
+    for key in ("CPU", "CUDA") if by_device else ("CompositeExplicitAutograd",):
         LIBRARY.impl(name, of(run), key)
     return getattr(torch.ops.bigkern, name).default
 
 
 def native(name: str, namespace: Any = torch.ops.bigkern_native) -> Callable[[Any], Any]:
     """The compiled kernels' op of that name, as a candidate runs it."""
+    return of_fields(getattr(namespace, name).default)
 
-    packet = getattr(namespace, name)
+
+def of_fields(kernel: Callable[..., Any]) -> Callable[[Any], Any]:
+    """A kernel that takes a call's fields one by one, as a candidate runs it."""
 
     def run(call: Any) -> Any:
-        return packet.default(*call.flat())
+        return kernel(*call.flat())
 
     return run
 
@@ -218,19 +238,19 @@ class _Gradient:
     def __init__(self, op: Op, autograd: Autograd):
         self.op, self.autograd = op, autograd
         self.function = _Once if autograd.twice is None else _Twice
-        kinds, fields = op.call.kinds, list(op.result._fields)  # type: ignore[attr-defined]
+        kinds, fields = op.call.kinds, list(op.result._fields)
         numbers = [name for name, kind in kinds.items() if kind not in TENSORS]
         if autograd.kept is None:
             places = (f"call.{n}" if n in kinds else f"result[{fields.index(n)}]" for n in autograd.saves)
             self._kept = eval(f"lambda call, result: ({', '.join(places)},)")
         else:
-            kept, named = autograd.kept, op.result._make  # type: ignore[attr-defined]
+            kept, named = autograd.kept, op.result._make
             self._kept = lambda call, result: kept(call, named(result))
         self.differentiable = op.outputs if autograd.differentiable is None else autograd.differentiable
-        self._numbers = _getter(numbers)
+        self._numbers = getter(numbers)
         self._saved = make_dataclass("Saved", [*autograd.saves, *numbers], slots=True)
-        self._fields, self.inputs = _getter(autograd.of), _getter(autograd.of, kinds)
-        self.has_lists = any(kinds.get(name) == list[Tensor] for name in (*autograd.of, *autograd.saves))
+        self._fields, self.inputs = getter(autograd.of), getter(autograd.of, kinds)
+        self.has_lists = any(kinds.get(name) in LISTS for name in (*autograd.of, *autograd.saves))
         name = f"{op.name}_backward"
         parts = (autograd.call, autograd.result, autograd.fake, self._run_as_node)
         self._node = _define(name, *parts, op.compiled)
@@ -267,8 +287,7 @@ class _Gradient:
         return self.autograd.gradients(run, self.saved(ctx), grads, needed)
 
     def _run_as_node(self, call: Any) -> Any:
-        candidate = self.op.of_node(self.autograd.forward_of(call))
-        backward = (self.op.reference if candidate.by_torch else candidate).backward
+        backward = self.op.of_node(self.autograd.forward_of(call)).backward
         assert backward is not None
         return backward(call)
 

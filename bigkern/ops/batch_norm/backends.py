@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bigkern.core.library import KERNEL_DTYPES, triton_kernel, unavailable, unproven
-from bigkern.core.op import Autograd, Op
+from bigkern.core.op import Autograd, Call, Op
 from bigkern.core.registry import Backend, Reason
 from bigkern.ops.batch_norm import reference, stock
 from bigkern.ops.batch_norm.call import BatchNorm, BatchNormBackward, Gradients, Result, bind
@@ -109,16 +109,17 @@ def _cpu_refuses(call: BatchNorm) -> Reason:
     return unavailable("cpu", call.x) or "no CPU kernel: BatchNorm on a CPU is stock's"
 
 
-def _triton(name: str) -> Any:
-    kernels = triton_kernel("batch_norm", name)
-    return lambda call: kernels(*call.flat())
+def _triton(name: str, fields: type[Call]) -> Any:
+    """By the op's own fields: a public call has more."""
+    kernel = triton_kernel("batch_norm", name)
+    return lambda call: kernel(*fields.flat(call))
 
 
 BATCH_NORM.register(
     Backend(
         "triton",
-        _triton("batch_norm"),
-        _triton("batch_norm_backward"),
+        _triton("batch_norm", BatchNorm),
+        _triton("batch_norm_backward", BatchNormBackward),
         _triton_refuses,
         unproven("batch_norm", "triton"),
     )
