@@ -25,6 +25,9 @@ ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "simt"
 LIBRARY = BUILD / "bigkern_simt.so"
 
+# Ops that live in another's folder, and their modules there.
+BESIDE = {"decode_attention": "attention.decode", "grad_norm": "adam.grad_norm"}
+
 
 def _sources() -> list[Path]:
     csrc = ROOT / "csrc"
@@ -89,7 +92,7 @@ def backend(op: str) -> registry.Backend:
     """The op's ``cuda`` backend with the emulator underneath; it refuses the same, but for the device."""
     import importlib
 
-    module = importlib.import_module(f"bigkern.ops.{op}")
+    module = importlib.import_module(f"bigkern.ops.{BESIDE.get(op, op)}")
     return getattr(module, "backends", module).cuda_backend(ops(), emulated=True)
 
 
