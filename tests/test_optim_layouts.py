@@ -14,7 +14,7 @@ from torch.nn import Parameter
 import bigkern
 from bigkern.core import info
 from bigkern.ops.adam import adam
-from bigkern.ops.adam.call import LISTS
+from bigkern.ops.adam.call import Lists
 from bigkern.ops.adam.dynamic8 import blocks_of
 from bigkern.optim import Adam, AdamW
 
@@ -81,7 +81,7 @@ def call(
 
 
 def assert_equal_lists(these: dict[str, Any], those: dict[str, Any], **tolerance: float) -> None:
-    for name in LISTS:
+    for name in Lists.names:
         for x, y in zip(these.get(name, []), those.get(name, []), strict=True):
             torch.testing.assert_close(x, y, **tolerance)
 

@@ -9,7 +9,7 @@ nobody needs to tell the optimizer what has changed.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter, is_, itemgetter
 from typing import Any, cast
 
@@ -19,14 +19,14 @@ from torch.nn import Parameter
 
 from bigkern.core import registry
 from bigkern.ops.adam import ADAM, Packed
-from bigkern.ops.adam.grad_norm import GRAD_NORM
+from bigkern.ops.adam.call import Adam, Lists
+from bigkern.ops.adam.grad_norm import GRAD_NORM, GradNorm
 from bigkern.optim.offload import Transfer
 from bigkern.optim.options import Group
 from bigkern.optim.shards import Layout, is_dtensor, is_lazy, raw
 from bigkern.optim.states import State
 
 Tensors = list[Tensor]
-Lists = tuple[Tensors, ...]  # the op's, in its order
 
 # The op's lists after params and grads, by their names in a state.
 KEYS = (
@@ -84,64 +84,65 @@ class Bucket:
             params, grads, *states = (list(map(raw, tensors)) for tensors in (params, grads, *states))
         if self.transfer is not None and not self.transfer.matches(params, grads):
             return None
-        lists = (params, grads, *states)
+        lists = Lists(params, grads, *states)
         return lists if self._still_right(lists) else None
 
     def _still_right(self, lists: Lists) -> bool:
         if self._packed is None:
             return self._resolved_for is None or self._resolved_for == _stored(lists)
-        params, grads, *states = self._where_it_runs(lists)
-        self._found = self._packed.find(grads, (params, *states))
+        self._found = self._packed.find(self.where_it_runs(lists))
         return self._found is not None
 
     def grad_norm(self, lists: Lists) -> Tensor:
         """The norm of the gradients in ``lists``."""
         if self._packed is not None and self._packs_norm:
             return self._packed.grad_norm(cast(Tensor, self._found))
-        return cast(Tensor, GRAD_NORM.resolve(lists[1]).forward(lists[1]))
+        return cast(Tensor, GRAD_NORM(GradNorm(lists.grads)))
 
-    def resolve(self, lists: Lists, hyper: tuple[Any, ...]) -> None:
+    def resolve(self, lists: Lists, call: Adam) -> None:
         """Choose a backend, once; raises where none takes the call."""
         if self.backend is None:
-            self.backend = ADAM.resolve(*self._where_it_runs(lists), *hyper)
+            self.backend = ADAM.resolve(call)
             self._resolved_for = _stored(lists)
 
-    def _where_it_runs(self, lists: Lists) -> Lists:
-        return lists if self.transfer is None else (*self.transfer.host, *lists[2:])
+    def where_it_runs(self, lists: Lists) -> Lists:
+        """The same lists, but for what the host has copies of."""
+        if self.transfer is None:
+            return lists
+        params, grads = self.transfer.host
+        return replace(lists, params=params, grads=grads)
 
-    def update(self, lists: Lists, hyper: tuple[Any, ...], grads_change: bool) -> None:
-        """One step of these parameters; ``resolve`` comes first."""
-        params, grads, *_ = lists
+    def update(self, lists: Lists, call: Adam, grads_change: bool) -> None:
+        """One step of these parameters, by a call with the lists where it runs; ``resolve`` comes first."""
         if self.transfer is not None:
-            self.transfer.fetch(params, grads)
-        self._call(self._where_it_runs(lists), hyper)
+            self.transfer.fetch(lists.params, lists.grads)
+        self._call(call)
         if self.transfer is not None:
-            self.transfer.send_back(params, grads, grads_change)
+            self.transfer.send_back(lists.params, lists.grads, grads_change)
         torch.autograd.graph.increment_version(self.params)
 
-    def _call(self, lists: Lists, hyper: tuple[Any, ...]) -> None:
+    def _call(self, call: Adam) -> None:
         backend = cast(registry.Backend, self.backend)
         if self._packed is None and backend.name in ("cuda", "cpu") and not registry.forced():
-            self._pack(lists, backend)
+            self._pack(call, backend)
         if self._packed is None:
-            backend.forward(*lists, *hyper)
+            backend.forward(call)
         else:
-            self._packed.update(cast(Tensor, self._found), *hyper)
+            self._packed.update(cast(Tensor, self._found), call)
 
     def _pack(self, lists: Lists, backend: registry.Backend) -> None:
-        params, grads, *states = lists
-        packed = Packed((params, *states))
-        self._found = packed.find(grads, (params, *states))
+        packed = Packed(lists)
+        self._found = packed.find(lists)
         if self._found is not None:
             self._packed = packed
-            self._packs_norm = self.transfer is None and GRAD_NORM.resolve(grads).name == backend.name
+            by = GRAD_NORM.resolve(GradNorm(lists.grads))
+            self._packs_norm = self.transfer is None and by.name == backend.name
 
 
 def _stored(lists: Lists) -> list[Any]:
     """How everything is stored: what a backend was chosen by."""
-    params, grads, *states = lists
-    alike = [(x.dtype, x.stride()) for tensors in states for x in tensors]
-    return [*((x.device, x.dtype, x.shape, x.stride()) for x in (*params, *grads)), *alike]
+    places = [(x.device, x.shape) for x in (*lists.params, *lists.grads)]
+    return [*places, *((x.dtype, x.stride()) for tensors in lists.flat() for x in tensors)]
 
 
 @dataclass

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from bigkern.core.library import lazily_negated
-from bigkern.ops.adam import dense, same_layout
 from bigkern.ops.adam.dynamic8 import blocks_of
+from bigkern.ops.adam.layout import dense, same_layout
 from bigkern.ops.adam.reference import decoded, encode, joined, shaped
 from bigkern.optim.options import Storage
 from bigkern.optim.shards import is_dtensor, like, raw

@@ -22,11 +22,11 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 from bigkern.core import registry
 from bigkern.ops.adam import ADAM
-from bigkern.ops.adam.call import number, split_lr
+from bigkern.ops.adam.call import Adam, Lists, number, split_lr
 from bigkern.optim import backward, states
 from bigkern.optim.offload import Transfer
 from bigkern.optim.options import SEED, Group, Storage, mixed, name_of
-from bigkern.optim.plan import Bucket, Lists, Plan, Tensors, gradient_problem, plain, same
+from bigkern.optim.plan import Bucket, Plan, Tensors, gradient_problem, plain, same
 from bigkern.optim.shards import align_gradient, coordinate, is_dtensor, layout_of, raw, total_norm
 from bigkern.optim.state_dicts import StateDict, StateDicts
 from bigkern.optim.torch_step import needs_torch, torch_step
@@ -89,7 +89,7 @@ class Step(StateDicts):
         if (reason := needs_torch(group)) is not None:
             return [registry.Explanation("adam", [registry.Choice("torch", True, reason)])]
         return [
-            ADAM.explain(*lists, *self._hyper(group, bucket, None))
+            ADAM.explain(self._call(group, bucket, lists, None))
             for bucket in self._buckets((index,), group)
             if (lists := bucket.lists()) is not None
         ]
@@ -166,12 +166,12 @@ class Step(StateDicts):
 
     def _update(self, calls: list[Call]) -> None:
         norm = self._norm(calls) if self._options.max_norm is not None else None
-        ready = [(bucket, lists, self._hyper(group, bucket, norm)) for group, bucket, lists in calls]
-        for bucket, lists, hyper in ready:
-            bucket.resolve(lists, hyper)
+        ready = [(bucket, lists, self._call(group, bucket, lists, norm)) for group, bucket, lists in calls]
+        for bucket, lists, call in ready:
+            bucket.resolve(lists, call)
         grads_change = self._options.zero_grads or getattr(self, "grad_scale", None) is not None
-        for bucket, lists, hyper in ready:
-            bucket.update(lists, hyper, grads_change)
+        for bucket, lists, call in ready:
+            bucket.update(lists, call, grads_change)
 
     def _norm(self, calls: list[Call]) -> Tensor:
         """The norm of all gradients as they came, with grad_scale still in them."""
@@ -192,7 +192,7 @@ class Step(StateDicts):
         plans.pop(key, None)
         buckets = self._buckets(key, group)
         calls = [(group, bucket, now) for bucket in buckets if (now := bucket.lists()) is not None]
-        if not all(plain(lists[0]) and plain(lists[1]) for _, _, lists in calls):
+        if not all(plain(lists.params) and plain(lists.grads) for _, _, lists in calls):
             self._check_torch_step(group, "a parameter is of a subclass of Tensor")
             torch_step(self, group)
             return []
@@ -248,17 +248,28 @@ class Step(StateDicts):
                 self.state[p]["step"] = step.to(device, torch.float32)
         return params
 
-    def _hyper(self, group: Group, bucket: Bucket, norm: Tensor | None) -> tuple[Any, ...]:
-        """The op's arguments after the lists."""
+    def _call(self, group: Group, bucket: Bucket, lists: Lists, norm: Tensor | None) -> Adam:
         device = bucket.device
         lr, lr_tensor = split_lr(group["lr"], device)
-        beta1, beta2 = (number("betas", beta) for beta in group["betas"])
-        rates = (lr, beta1, beta2, number("eps", group["eps"]), number("weight_decay", group["weight_decay"]))
-        flags = (bool(group["decoupled_weight_decay"]), bool(group["amsgrad"]), bool(group["maximize"]))
-        folded = (self._options.zero_grads, float(self._options.max_norm or 0.0), bucket.seed)
-        grad_scale, found_inf = (self._scalar(name, device) for name in ("grad_scale", "found_inf"))
-        norm = None if norm is None else norm.to(device, torch.float32, non_blocking=True)
-        return *rates, *flags, *folded, grad_scale, found_inf, lr_tensor, norm
+        beta1, beta2 = group["betas"]
+        return Adam(  # type: ignore[misc]  # mypy does not know how many the lists are
+            *bucket.where_it_runs(lists).flat(),
+            lr=lr,
+            beta1=number("betas", beta1),
+            beta2=number("betas", beta2),
+            eps=number("eps", group["eps"]),
+            weight_decay=number("weight_decay", group["weight_decay"]),
+            decoupled=bool(group["decoupled_weight_decay"]),
+            amsgrad=bool(group["amsgrad"]),
+            maximize=bool(group["maximize"]),
+            zero_grads=self._options.zero_grads,
+            max_norm=float(self._options.max_norm or 0.0),
+            seed=bucket.seed,
+            grad_scale=self._scalar("grad_scale", device),
+            found_inf=self._scalar("found_inf", device),
+            lr_tensor=lr_tensor,
+            grad_norm=None if norm is None else norm.to(device, torch.float32, non_blocking=True),
+        )
 
     def _scalar(self, name: str, device: torch.device) -> Tensor | None:
         """What GradScaler leaves on the optimizer for the length of a step."""

@@ -14,8 +14,8 @@ from torch import Tensor
 import bigkern
 from bigkern.core.parity import Yardstick
 from bigkern.ops.adam import ADAM, adam
-from bigkern.ops.adam.call import LISTS as ALL_LISTS
-from bigkern.ops.adam.call import bind
+from bigkern.ops.adam.call import Adam, bind
+from bigkern.ops.adam.call import Lists as AllLists
 from bigkern.ops.adam.reference import adam as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -75,7 +75,7 @@ def call(dtype: torch.dtype, device: torch.device, amsgrad: bool = False) -> dic
 
 def raw(arguments: dict[str, Any], **hyper: Any) -> tuple[Any, ...]:
     """The op's arguments in the order of its schema: lists by name, the rest changed from the defaults."""
-    return (*(arguments.get(name, []) for name in ALL_LISTS), *(HYPER | hyper).values())
+    return (*(arguments.get(name, []) for name in AllLists.names), *(HYPER | hyper).values())
 
 
 def snapshot(arguments: dict[str, Any]) -> dict[str, list[Tensor]]:
@@ -171,7 +171,7 @@ def test_reference_is_torch_in_float64(dtype: torch.dtype, decoupled: bool) -> N
     steps = [torch.zeros(()) for _ in params]
     for step in range(20):
         arguments = dict(zip(LISTS, (params, grads[step], *states, steps), strict=True))
-        reference(*raw(arguments, decoupled=decoupled, amsgrad=True, maximize=True, **hyper))
+        reference(Adam(*raw(arguments, decoupled=decoupled, amsgrad=True, maximize=True, **hyper)))
     torch.testing.assert_close(flat(params), want["p"], rtol=1e-12, atol=1e-13)
 
 
@@ -234,7 +234,7 @@ def test_many_and_long(backend: str, sizes: list[int]) -> None:
     want = dict(zip(LISTS, (*lists, [], steps), strict=True))
     have = {name: [x.clone() for x in tensors] for name, tensors in want.items()}
     hyper = {"lr": 1e-2, "weight_decay": 0.1, "decoupled": True}
-    reference(*raw(want, **hyper))
+    reference(Adam(*raw(want, **hyper)))
     torch.set_num_threads(2)
     with run_backend("adam", backend):
         torch.ops.bigkern.adam(*raw(have, **hyper))
@@ -400,7 +400,8 @@ def test_autograd_sees_the_change(backend: str) -> None:
 
 
 def test_bind_gives_the_schema_order() -> None:
-    arguments = bind(**call(torch.float32, torch.device("cpu")))
+    bound = bind(**call(torch.float32, torch.device("cpu")))
     schema = torch.ops.bigkern.adam.default._schema
-    assert len(arguments) == len(schema.arguments)
-    assert ADAM.explain(*arguments).chosen in ("cpu", "torch")
+    assert list(bound.names) == [argument.name for argument in schema.arguments]
+    assert len(bound.flat()) == len(schema.arguments)
+    assert ADAM.explain(bound).chosen in ("cpu", "torch")

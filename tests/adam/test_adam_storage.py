@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bigkern.core.parity import Yardstick
 from bigkern.ops.adam import adam, reference
-from bigkern.ops.adam.call import LISTS, bind
+from bigkern.ops.adam.call import Lists, bind
 from bigkern.ops.adam.dynamic8 import blocks_of, dequantised
 from bigkern.ops.adam.grad_norm import grad_norm
 
@@ -90,11 +90,11 @@ def copied(arguments: dict[str, Any]) -> dict[str, Any]:
     def copy(x: Tensor) -> Tensor:
         return x.clone(memory_format=torch.preserve_format)
 
-    return {name: [copy(x) for x in arguments[name]] for name in LISTS}
+    return {name: [copy(x) for x in arguments[name]] for name in Lists.names}
 
 
 def same(x: dict[str, Any], y: dict[str, Any]) -> bool:
-    return all(torch.equal(a, b) for name in LISTS for a, b in zip(x[name], y[name], strict=True))
+    return all(torch.equal(a, b) for name in Lists.names for a, b in zip(x[name], y[name], strict=True))
 
 
 def gradients(step: int, params: list[Tensor]) -> list[Tensor]:
@@ -155,7 +155,7 @@ def run(
         if max_norm is not None:
             options["grad_norm"] = reference.grad_norm(arguments["grads"])
         if backend == "reference":
-            reference.adam(*bind(**arguments, **options))
+            reference.adam(bind(**arguments, **options))
         else:
             adam(**arguments, **options)
         if options.get("zero_grads"):
@@ -235,7 +235,7 @@ def test_rounds_moments_by_the_reference_bits(backend: str, seed: int) -> None:
     options = {"beta1": 0.0, "beta2": 0.0, "amsgrad": True, "seed": seed}
     with run_backend("adam", backend):
         adam(**arguments, **options)
-    reference.adam(*bind(**expected, **options))
+    reference.adam(bind(**expected, **options))
     assert torch.equal(flat(expected["exp_avgs"]), flat(expected["grads"]).to(BF16))
     names = ("exp_avg_sqs", "max_exp_avg_sqs")
     for name in names if backend == "triton" else ("exp_avgs", *names):  # whose interpreter truncates m
@@ -254,7 +254,7 @@ def test_rounds_parameters_by_the_reference_bits(backend: str, moments: torch.dt
     for _ in range(3):
         with run_backend("adam", backend):
             adam(**arguments, **options)
-        reference.adam(*bind(**expected, **options))
+        reference.adam(bind(**expected, **options))
     assert torch.equal(flat(arguments["params"]), flat(expected["params"]))
 
 
@@ -342,7 +342,7 @@ def test_many_small_parameters(backend: str) -> None:
     device = device_of(backend)
     sizes = [3] * 500 + [0, 300, 5] + [257] * 20
     params = [torch.randn(n, device=device).to(BF16) for n in sizes]
-    arguments: dict[str, Any] = {key: [] for key in LISTS}
+    arguments: dict[str, Any] = {key: [] for key in Lists.names}
     arguments |= {"params": params, "grads": [torch.randn_like(p) for p in params]}
     arguments |= {"masters": [p.float() for p in params]}
     arguments |= {name: like(params, CODES) for name in ("exp_avgs", "exp_avg_sqs")}
@@ -353,7 +353,7 @@ def test_many_small_parameters(backend: str) -> None:
     torch.set_num_threads(2)
     with run_backend("adam", backend):
         adam(**arguments)
-    reference.adam(*bind(**expected))
+    reference.adam(bind(**expected))
     torch.testing.assert_close(flat(arguments["masters"]), flat(expected["masters"]), rtol=1e-5, atol=1e-6)
     for name in ("exp_avg_scales", "exp_avg_sq_scales"):
         torch.testing.assert_close(flat(arguments[name]), flat(expected[name]), rtol=1e-5, atol=0.0)
@@ -456,7 +456,7 @@ def raw(arguments: dict[str, Any]) -> tuple[Any, ...]:
     }
     hyper |= {"max_norm": 1.0, "seed": None, "grad_scale": None, "found_inf": None}
     hyper |= {"lr_tensor": None, "grad_norm": None}
-    return (*(arguments[name] for name in LISTS), *(arguments.get(name, hyper[name]) for name in hyper))
+    return (*(arguments[name] for name in Lists.names), *(arguments.get(name, hyper[name]) for name in hyper))
 
 
 # ---- as an op of torch's ---------------------------------------------------------------------------
@@ -470,7 +470,7 @@ def test_opcheck(backend: str, storage: Storage) -> None:
     norm = torch.ones((), device=device)
     with run_backend("adam", backend):
         bound = bind(**arguments, seed=3, max_norm=0.5, grad_norm=norm, zero_grads=True)
-        torch.library.opcheck(torch.ops.bigkern.adam.default, bound)
+        torch.library.opcheck(torch.ops.bigkern.adam.default, bound.flat())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -10,6 +10,7 @@ from torch import Tensor
 import bigkern
 from bigkern.core.parity import Yardstick
 from bigkern.ops.adam import Packed
+from bigkern.ops.adam.call import Lists
 from bigkern.ops.adam.grad_norm import grad_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -117,9 +118,10 @@ def test_native_op_checks_for_itself() -> None:
 def test_packed() -> None:
     params = [torch.randn(n) for n in (5, 0, 300)]
     steps = [torch.zeros(()) for _ in params]
-    lists = [params, params, params, [], steps, [], [], []]
-    packed, grads = Packed(lists), [torch.randn_like(p) for p in params]
-    found = packed.find(grads, lists)
+    grads = [torch.randn_like(p) for p in params]
+    lists = Lists(params, grads, params, params, [], steps)
+    packed = Packed(lists)
+    found = packed.find(lists)
     assert found is not None
     torch.testing.assert_close(packed.grad_norm(found), torch.nn.utils.get_total_norm(grads))
 

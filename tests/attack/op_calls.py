@@ -167,7 +167,7 @@ def recurrent_scan_backward(source: Source) -> Arguments:
 
 
 def adam(source: Source) -> Arguments:
-    return list(adam_arguments.bind(**public.adam_arguments(source)))
+    return list(adam_arguments.bind(**public.adam_arguments(source)).flat())
 
 
 def grad_norm(source: Source) -> Arguments:
@@ -175,8 +175,9 @@ def grad_norm(source: Source) -> Arguments:
 
 
 def adam_pack(source: Source) -> Arguments:
-    lists = adam(source)[:9]
-    return [lists[0], *lists[2:]]
+    lists = dict(zip(adam_arguments.Lists.names, adam(source), strict=False))
+    del lists["grads"]
+    return list(lists.values())
 
 
 def pack_ffn_weight(source: Source) -> Arguments:
@@ -227,7 +228,7 @@ def _exact(name: str) -> Callable[..., Any] | None:
     if name == "recurrent_scan_backward":
         return scan_backward
     if name == "adam":  # torch's reads where lists of other shapes have nothing
-        return partial(_extended, reference_adam.adam, name)
+        return lambda **arguments: reference_adam.adam(adam_arguments.Adam(*arguments.values()))
     op = name.removesuffix("_backward")
     if op not in registry.ops():
         return None

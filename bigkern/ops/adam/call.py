@@ -1,9 +1,10 @@
-"""Checking a public call of adam, and turning it into the op's arguments."""
+"""What the adam op is called with, and the checks of it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, cast
 
@@ -12,123 +13,79 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bigkern.core.checks import check_written
+from bigkern.core.op import Call, Written
 from bigkern.ops.adam.dynamic8 import blocks_of
 
-LISTS = (
-    "params",
-    "grads",
-    "exp_avgs",
-    "exp_avg_sqs",
-    "max_exp_avg_sqs",
-    "state_steps",
-    "masters",
-    "exp_avg_scales",
-    "exp_avg_sq_scales",
-)
 NARROW = (torch.bfloat16, torch.float16)
 NUMBERS = (float, int, Real)  # the usual ones first: asking an abstract class takes time
 
 
-def bind(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    state_steps: Sequence[Tensor],
-    *,
-    masters: Sequence[Tensor] = (),
-    exp_avg_scales: Sequence[Tensor] = (),
-    exp_avg_sq_scales: Sequence[Tensor] = (),
-    lr: float | Tensor = 1e-3,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    decoupled: bool = False,
-    amsgrad: bool = False,
-    maximize: bool = False,
-    zero_grads: bool = False,
-    max_norm: float | None = None,
-    seed: int | None = None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    grad_norm: Tensor | None = None,
-) -> tuple[Any, ...]:
-    """Check a public call and turn it into the op's arguments, in the order of its schema."""
-    lists = dict(
-        zip(
-            LISTS,
-            (
-                params,
-                grads,
-                exp_avgs,
-                exp_avg_sqs,
-                max_exp_avg_sqs,
-                state_steps,
-                masters,
-                exp_avg_scales,
-                exp_avg_sq_scales,
-            ),
-            strict=True,
-        )
-    )
+@dataclass(slots=True)
+class Lists(Call):
+    """Everything is updated in place, element i of each list belonging to parameter i."""
+
+    params: Written
+    grads: Written  # left as they are; with grad_scale divided by it (as torch's fused path does); or 0
+    exp_avgs: Written
+    exp_avg_sqs: Written
+    max_exp_avg_sqs: Written  # empty without amsgrad
+    state_steps: Written  # float32, 0-dim, on the parameters' device: THE OP ADDS 1 to each before it uses it
+    # Empty, or where bf16 and fp16 parameters live in float32; int16: what bf16's rounding left.
+    masters: Written = field(default_factory=list)
+    # Empty, or, where the moments are uint8 codes, a float32 for each 256.
+    exp_avg_scales: Written = field(default_factory=list)
+    exp_avg_sq_scales: Written = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Adam(Lists):
+    """One step of Adam, or of AdamW where ``decoupled``."""
+
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decoupled: bool = False
+    amsgrad: bool = False
+    maximize: bool = False
+    zero_grads: bool = False
+    max_norm: float = 0.0
+    seed: int | None = None  # round v, and p without a master, at random where they are stored in bf16
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None  # one float32; where it is not 0, nothing changes: not even a step
+    lr_tensor: Tensor | None = None  # one float32 on the parameters' device, which replaces lr
+    grad_norm: Tensor | None = None  # one float32, of all gradients as they came: clip them to max_norm
+
+
+def bind(*arguments: Any, max_norm: float | None = None, **options: Any) -> Adam:
+    """Check a call of :func:`bigkern.ops.adam.adam`, and turn it into the op's."""
+    call = Adam(*arguments, **options)
+    lists = {name: getattr(call, name) for name in Lists.names}
     for name, tensors in lists.items():
         check_tensors(name, tensors)
-    flags = {"decoupled": decoupled, "amsgrad": amsgrad, "maximize": maximize, "zero_grads": zero_grads}
-    for name, flag in flags.items():
-        check_flag(name, flag)
-    codes = len(exp_avgs) > 0 and exp_avgs[0].dtype == torch.uint8
-    if amsgrad and codes:
-        raise ValueError("amsgrad must be False with 8-bit moments: a maximum of codes would creep upwards")
-    optional = {"max_exp_avg_sqs": (amsgrad, "amsgrad"), "masters": (len(masters) > 0, "")}
-    optional |= dict.fromkeys(("exp_avg_scales", "exp_avg_sq_scales"), (codes, "8-bit moments"))
-    for name, tensors in lists.items():
-        wanted, why = optional.get(name, (True, ""))
-        if not wanted and len(tensors) != 0:
-            raise ValueError(f"{name} must be empty without {why}, not of length {len(tensors)}")
-        if wanted and len(tensors) != len(params):
-            raise ValueError(f"{name} must have one tensor a parameter, {len(params)}, not {len(tensors)}")
-    _check_like_params("params", params, params)
-    _check_like_params("grads", grads, params)
-    for name in ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"):
-        _check_moments(name, lists[name], exp_avgs, params)
-    if masters:
-        _check_masters(masters, params)
-    if codes:
-        _check_scales("exp_avg_scales", exp_avg_scales, params)
-        _check_scales("exp_avg_sq_scales", exp_avg_sq_scales, params)
-    device = params[0].device if params else torch.device("cpu")
-    for i, step in enumerate(state_steps):
-        _check_scalar_tensor(f"state_steps[{i}]", step, device)
-        if not step.is_floating_point():
-            raise TypeError(f"state_steps[{i}] must be floating point, not {step.dtype}")
-    _check_distinct(params)
-    for name, tensors in lists.items():
-        if name != "grads" or zero_grads or grad_scale is not None:
-            for i, tensor in enumerate(tensors):
-                check_written(f"{name}[{i}]", tensor)
-    if isinstance(lr, Tensor):
-        _check_scalar_tensor("lr", lr, device)
-    rate, lr_tensor = split_lr(lr, device) if isinstance(lr, Tensor) else (lr, None)
-    rates = (
-        _hyper("lr", rate, math.inf),
-        _hyper("beta1", beta1, 1.0),
-        _hyper("beta2", beta2, 1.0),
-        _hyper("eps", eps, math.inf),
-        _hyper("weight_decay", weight_decay, math.inf),
-    )
-    if (max_norm is None) != (grad_norm is None):
+    for name in ("decoupled", "amsgrad", "maximize", "zero_grads"):
+        check_flag(name, getattr(call, name))
+    _check_lengths(call, lists)
+    device = call.params[0].device if call.params else torch.device("cpu")
+    _check_lists(call, lists, device)
+    if isinstance(call.lr, Tensor):
+        _check_scalar_tensor("lr", call.lr, device)
+        call.lr, call.lr_tensor = split_lr(call.lr, device)
+    for name, end in (("lr", math.inf), ("beta1", 1.0), ("beta2", 1.0), ("eps", math.inf)):
+        setattr(call, name, _hyper(name, getattr(call, name), end))
+    call.weight_decay = _hyper("weight_decay", call.weight_decay, math.inf)
+    if (max_norm is None) != (call.grad_norm is None):
         raise ValueError("max_norm and grad_norm must be given together")
-    norm = 0.0 if max_norm is None else _hyper("max_norm", max_norm, math.inf)
+    call.max_norm = 0.0 if max_norm is None else _hyper("max_norm", max_norm, math.inf)
+    seed = call.seed
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
         raise ValueError(f"seed must be an int in [0, 2^63), not {seed!r}")
-    scale, skip, total = (
-        _scalar(name, scalar, device)
-        for name, scalar in (("grad_scale", grad_scale), ("found_inf", found_inf), ("grad_norm", grad_norm))
-    )
-    hyper = (*rates, decoupled, amsgrad, maximize, zero_grads, norm, seed)
-    return (*map(list, lists.values()), *hyper, scale, skip, lr_tensor, total)
+    for name in ("grad_scale", "found_inf", "grad_norm"):
+        setattr(call, name, _scalar(name, getattr(call, name), device))
+    for name, tensors in lists.items():
+        setattr(call, name, list(tensors))
+    return call
 
 
 def split_lr(lr: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
@@ -168,6 +125,46 @@ def finite(value: Any) -> float | None:
     except OverflowError:
         return None
     return real if math.isfinite(real) else None
+
+
+def _in_codes(call: Adam) -> bool:
+    return len(call.exp_avgs) > 0 and call.exp_avgs[0].dtype == torch.uint8
+
+
+def _check_lengths(call: Adam, lists: dict[str, Sequence[Tensor]]) -> None:
+    codes, n = _in_codes(call), len(call.params)
+    if call.amsgrad and codes:
+        raise ValueError("amsgrad must be False with 8-bit moments: a maximum of codes would creep upwards")
+    optional = {"max_exp_avg_sqs": (call.amsgrad, "amsgrad"), "masters": (len(call.masters) > 0, "")}
+    optional |= dict.fromkeys(("exp_avg_scales", "exp_avg_sq_scales"), (codes, "8-bit moments"))
+    for name, tensors in lists.items():
+        wanted, why = optional.get(name, (True, ""))
+        if not wanted and len(tensors) != 0:
+            raise ValueError(f"{name} must be empty without {why}, not of length {len(tensors)}")
+        if wanted and len(tensors) != n:
+            raise ValueError(f"{name} must have one tensor a parameter, {n}, not {len(tensors)}")
+
+
+def _check_lists(call: Adam, lists: dict[str, Sequence[Tensor]], device: torch.device) -> None:
+    params = call.params
+    _check_like_params("params", params, params)
+    _check_like_params("grads", call.grads, params)
+    for name in ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"):
+        _check_moments(name, lists[name], call.exp_avgs, params)
+    if call.masters:
+        _check_masters(call.masters, params)
+    if _in_codes(call):
+        _check_scales("exp_avg_scales", call.exp_avg_scales, params)
+        _check_scales("exp_avg_sq_scales", call.exp_avg_sq_scales, params)
+    for i, step in enumerate(call.state_steps):
+        _check_scalar_tensor(f"state_steps[{i}]", step, device)
+        if not step.is_floating_point():
+            raise TypeError(f"state_steps[{i}] must be floating point, not {step.dtype}")
+    _check_distinct(params)
+    for name, tensors in lists.items():
+        if name != "grads" or call.zero_grads or call.grad_scale is not None:
+            for i, tensor in enumerate(tensors):
+                check_written(f"{name}[{i}]", tensor)
 
 
 def _check_like_params(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:

@@ -1,8 +1,9 @@
-"""The norm of all gradients of a model, which clipping needs: schema, fake, backends, public function."""
+"""The norm of all gradients of a model, which clipping needs: public function, call and candidates."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -10,26 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from bigkern.core import registry
-from bigkern.core.library import (
-    KERNEL_DTYPES,
-    LIBRARY,
-    define,
-    define_native,
-    plain,
-    triton_kernel,
-    unavailable,
-    unproven,
-)
-from bigkern.ops.adam import dense
+from bigkern.core.library import KERNEL_DTYPES, triton_kernel, unavailable, unproven
+from bigkern.core.op import Call, Op, native, of_fields
+from bigkern.core.registry import Backend, Reason
 from bigkern.ops.adam.call import check_tensors
-
-define("grad_norm(Tensor[] grads) -> Tensor")
-# The same from adam's table of addresses, of the gradients that it is given: see ops/adam.py, Packed.
-define_native("grad_norm_packed(Tensor param, Tensor table, Tensor grads) -> Tensor")
-
-
-# ---- the public function ---------------------------------------------------------------------------
+from bigkern.ops.adam.layout import dense
 
 
 def grad_norm(grads: Sequence[Tensor]) -> Tensor:
@@ -53,16 +39,18 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
         >>> grad_norm([torch.full((2, 2), 1.5), torch.tensor(4.0)])
         tensor(5.)
     """
-    arguments = bind(grads)
-    if plain(*grads):
-        return _forward(*arguments)
-    return cast(Tensor, torch.ops.bigkern.grad_norm(*arguments))
+    return cast(Tensor, GRAD_NORM(bind(grads)))
 
 
-# ---- the op: fake and kernel -----------------------------------------------------------------------
+# ---- the call --------------------------------------------------------------------------------------
 
 
-def bind(grads: Sequence[Tensor]) -> tuple[list[Tensor]]:
+@dataclass(slots=True)
+class GradNorm(Call):
+    grads: list[Tensor]  # of one dtype, on one device, dense and not lazily negated
+
+
+def bind(grads: Sequence[Tensor]) -> GradNorm:
     """Check a call of grad_norm."""
     check_tensors("grads", grads)
     for i, g in enumerate(grads):
@@ -73,34 +61,28 @@ def bind(grads: Sequence[Tensor]) -> tuple[list[Tensor]]:
         if (g.dtype, g.device) != (grads[0].dtype, grads[0].device):
             want, have = (f"{x.dtype} on {x.device}" for x in (grads[0], g))
             raise ValueError(f"grads[{i}] must be {want} as grads[0] is, not {have}")
-    return ([g.resolve_neg() for g in grads],)
+    return GradNorm([g.resolve_neg() for g in grads])
 
 
-@torch.library.register_fake("bigkern::grad_norm", lib=LIBRARY)
-def _fake(grads: list[Tensor]) -> Tensor:
-    if not grads:
+def _fake(call: GradNorm) -> Tensor:
+    if not call.grads:
         return torch.empty(())
-    return grads[0].new_empty((), dtype=torch.promote_types(grads[0].dtype, torch.float32))
+    first = call.grads[0]
+    return first.new_empty((), dtype=torch.promote_types(first.dtype, torch.float32))
 
 
-def _forward(grads: list[Tensor]) -> Tensor:
-    return cast(Tensor, GRAD_NORM.resolve(grads).forward(grads))
+GRAD_NORM = Op("grad_norm", GradNorm, Tensor, bind=bind, fake=_fake)
 
 
-LIBRARY.impl("grad_norm", _forward, "CompositeExplicitAutograd")
+# ---- candidates ------------------------------------------------------------------------------------
 
 
-# ---- backends --------------------------------------------------------------------------------------
-
-GRAD_NORM = registry.declare("grad_norm", bind)
-
-
-def kernel_refuses(backend: str, grads: list[Tensor]) -> registry.Reason:
-    if not grads:
+def kernel_refuses(backend: str, call: GradNorm) -> Reason:
+    if not call.grads:
         return "there are no gradients"
-    if (reason := unavailable(backend, grads[0])) is not None:
+    if (reason := unavailable(backend, call.grads[0])) is not None:
         return reason
-    for g in grads:
+    for g in call.grads:
         if type(g) is not Tensor and type(g) is not Parameter:
             return f"a tensor is a {type(g).__name__}"
         if g.dtype not in KERNEL_DTYPES:
@@ -110,34 +92,25 @@ def kernel_refuses(backend: str, grads: list[Tensor]) -> registry.Reason:
     return None
 
 
-def stock(grads: list[Tensor]) -> Tensor:
-    if not grads:
+def stock(call: GradNorm) -> Tensor:
+    if not call.grads:
         return torch.zeros(())
-    norms = torch._foreach_norm(grads, 2.0, dtype=torch.promote_types(grads[0].dtype, torch.float32))
+    wide = torch.promote_types(call.grads[0].dtype, torch.float32)
+    norms = torch._foreach_norm(call.grads, 2.0, dtype=wide)
     return cast(Tensor, torch.linalg.vector_norm(torch.stack(norms)))
 
 
-def cuda_backend(native: Any, *, emulated: bool = False) -> registry.Backend:
-    """The CUDA kernels in ``native``: the compiled ones, or, in the tests, those that the emulator runs."""
+def cuda_backend(kernels: Any, *, emulated: bool = False) -> Backend:
+    """The CUDA kernels in ``kernels``: the compiled ones, or, in the tests, those that the emulator runs."""
     refuses = partial(kernel_refuses, "cpu" if emulated else "cuda")
-    return registry.Backend(
-        "cuda", lambda grads: native.grad_norm(grads), None, refuses, unproven("grad_norm", "cuda")
-    )
+    return Backend("cuda", native("grad_norm", kernels), None, refuses, unproven("grad_norm", "cuda"))
 
 
-_native = torch.ops.bigkern_native
+_by_triton = of_fields(triton_kernel("adam", "grad_norm"))
 
-GRAD_NORM.register(cuda_backend(_native))
+GRAD_NORM.register(cuda_backend(torch.ops.bigkern_native))
 GRAD_NORM.register(
-    registry.Backend(
-        "triton",
-        triton_kernel("adam", "grad_norm"),
-        None,
-        partial(kernel_refuses, "triton"),
-        unproven("grad_norm", "triton"),
-    )
+    Backend("triton", _by_triton, None, partial(kernel_refuses, "triton"), unproven("grad_norm", "triton"))
 )
-GRAD_NORM.register(
-    registry.Backend("cpu", lambda grads: _native.grad_norm(grads), None, partial(kernel_refuses, "cpu"))
-)
-GRAD_NORM.register(registry.Backend("torch", stock))
+GRAD_NORM.register(Backend("cpu", native("grad_norm"), refuses=partial(kernel_refuses, "cpu")))
+GRAD_NORM.register(Backend("torch", stock))

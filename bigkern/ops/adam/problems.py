@@ -9,8 +9,8 @@ from torch import Tensor
 
 from bigkern.core.problem import Call, Inputs, Problem
 from bigkern.ops import adam as op
-from bigkern.ops.adam import call as adam_arguments
 from bigkern.ops.adam import reference
+from bigkern.ops.adam.call import bind
 from bigkern.ops.adam.dynamic8 import dequantised, quantised
 
 Sizes = list[tuple[int, ...]]
@@ -134,8 +134,7 @@ def adam_storage(name: str, sizes: Sizes) -> Problem:
         if wide:
             lists = _widened(lists)
         given = options(lists["grads"]) | ({"seed": None} if wide else {})
-        arguments = dict(zip(_NAMES, adam_arguments.bind(**lists, **given), strict=True))
-        reference.adam(**arguments)
+        reference.adam(bind(**lists, **given))
         return _written_wide(lists)
 
     return Problem(
@@ -147,9 +146,6 @@ def adam_storage(name: str, sizes: Sizes) -> Problem:
         stock,
         differentiable=False,
     )
-
-
-_NAMES = [argument.name for argument in torch.ops.bigkern.adam.default._schema.arguments]
 
 
 def shapes_of(letters: str, sizes: Sizes) -> dict[str, tuple[int, ...]]:

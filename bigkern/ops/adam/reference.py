@@ -26,86 +26,62 @@ import torch
 from torch import Tensor
 
 from bigkern.core.dropout_reference import GOLDEN, MASK32, mix
+from bigkern.ops.adam.call import Adam
 from bigkern.ops.adam.dynamic8 import dequantised, quantised
 
 SQUARES, PARAMETER = 0, 1  # the generator's heads: for v and vmax, and for p
 
 
-def adam(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    state_steps: list[Tensor],
-    masters: list[Tensor],
-    exp_avg_scales: list[Tensor],
-    exp_avg_sq_scales: list[Tensor],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    amsgrad: bool,
-    maximize: bool,
-    zero_grads: bool = False,
-    max_norm: float = 0.0,
-    seed: int | None = None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    lr_tensor: Tensor | None = None,
-    grad_norm: Tensor | None = None,
-) -> None:
-    """One step, in place. ``lr_tensor`` replaces ``lr``; ``grads`` are left divided by ``grad_scale``, or 0
-    with ``zero_grads``; ``grad_norm`` is the norm of all gradients as they came, scaled."""
-    if found_inf is not None and bool(found_inf != 0):
+def adam(call: Adam) -> None:
+    """One step, in place."""
+    if call.found_inf is not None and bool(call.found_inf != 0):
         return
-    if lr_tensor is not None:
-        lr = float(lr_tensor)
+    lr = call.lr if call.lr_tensor is None else float(call.lr_tensor)
+    beta1, beta2, seed, masters = call.beta1, call.beta2, call.seed, call.masters
+    m_scales, v_scales = call.exp_avg_scales, call.exp_avg_sq_scales
     before = 0  # elements of the parameters ahead in the list
-    for i, param in enumerate(params):
+    for i, param in enumerate(call.params):
         p = _master_of(param, masters[i]) if masters else in_memory(param)
-        g = in_memory(grads[i], order_of=param).to(p.dtype)
-        m, v = exp_avgs[i], exp_avg_sqs[i]
-        if exp_avg_scales:
-            m, v = decoded(m, exp_avg_scales[i], signed=True), decoded(v, exp_avg_sq_scales[i], signed=False)
+        g = in_memory(call.grads[i], order_of=param).to(p.dtype)
+        m, v = call.exp_avgs[i], call.exp_avg_sqs[i]
+        if m_scales:
+            m, v = decoded(m, m_scales[i], signed=True), decoded(v, v_scales[i], signed=False)
         m, v = in_memory(m, order_of=param).to(p.dtype), in_memory(v, order_of=param).to(p.dtype)
-        state_steps[i] += 1
-        t = float(state_steps[i])
-        if grad_scale is not None:
-            g = g / grad_scale
-            store(grads[i], g, order_of=param)
-        if grad_norm is not None:
-            norm = grad_norm if grad_scale is None else grad_norm / grad_scale
-            g = g * (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        if maximize:
+        call.state_steps[i] += 1
+        t = float(call.state_steps[i])
+        if call.grad_scale is not None:
+            g = g / call.grad_scale
+            store(call.grads[i], g, order_of=param)
+        if call.grad_norm is not None:
+            norm = call.grad_norm if call.grad_scale is None else call.grad_norm / call.grad_scale
+            g = g * (call.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        if call.maximize:
             g = -g
-        if decoupled:
-            p = p * (1 - lr * weight_decay)
+        if call.decoupled:
+            p = p * (1 - lr * call.weight_decay)
         else:
-            g = g + weight_decay * p
+            g = g + call.weight_decay * p
         m = m + (1 - beta1) * (g - m)
         v = beta2 * v + (1 - beta2) * g * g
         bits = None if seed is None else drawn(seed, SQUARES, int(t), before, len(p), p.device)
-        if exp_avg_scales:
-            encode(exp_avgs[i], exp_avg_scales[i], shaped(m, param), signed=True)
-            encode(exp_avg_sqs[i], exp_avg_sq_scales[i], shaped(v, param), signed=False)
+        if m_scales:
+            encode(call.exp_avgs[i], m_scales[i], shaped(m, param), signed=True)
+            encode(call.exp_avg_sqs[i], v_scales[i], shaped(v, param), signed=False)
         else:
-            store(exp_avgs[i], m, order_of=param)
-            store(exp_avg_sqs[i], v, bits, order_of=param)
-        if amsgrad:
-            v = torch.maximum(in_memory(max_exp_avg_sqs[i], order_of=param).to(p.dtype), v)
-            store(max_exp_avg_sqs[i], v, bits, order_of=param)
-        denominator = v.sqrt() / (1 - beta2**t) ** 0.5 + eps
+            store(call.exp_avgs[i], m, order_of=param)
+            store(call.exp_avg_sqs[i], v, bits, order_of=param)
+        if call.amsgrad:
+            v = torch.maximum(in_memory(call.max_exp_avg_sqs[i], order_of=param).to(p.dtype), v)
+            store(call.max_exp_avg_sqs[i], v, bits, order_of=param)
+        denominator = v.sqrt() / (1 - beta2**t) ** 0.5 + call.eps
         p = p - lr / (1 - beta1**t) * m / denominator
         if masters:
             _store_master(param, masters[i], p)
         else:
             bits = None if seed is None else drawn(seed, PARAMETER, int(t), before, len(p), p.device)
             store(param, p, bits)
-        if zero_grads:
-            grads[i].zero_()  # not before: g may be a view of it
+        if call.zero_grads:
+            call.grads[i].zero_()  # not before: g may be a view of it
         before += len(p)
 
 
