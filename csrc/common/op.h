@@ -18,6 +18,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "common/dropout.h"
@@ -33,8 +34,6 @@ namespace bigkern {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// ---- checks: what is done to every tensor of a call before its memory is touched ----------------
-
 // Throws what becomes Python's RuntimeError, of a message that begins with the argument's name:
 // torch's own macro would put our function and file before it.
 template <class... Parts>
@@ -48,6 +47,84 @@ template <class... Parts>
 void require(bool condition, const Parts&... parts) {
   if (!condition) fail(parts...);
 }
+
+// ---- calls: an op's arguments as one struct -----------------------------------------------------
+
+namespace {  // hidden from other libraries, as torch's Tensor is
+
+// The arguments of a call, taken one after the other. An op's struct names each of them once, in
+// the schema's order, which is the order in which its fields are initialised:
+//
+//   struct Call {
+//     Arguments& in;
+//     Tensor x = in.tensor(), weight = in.tensor();
+//     OptionalTensor bias = in.optional();
+//   };
+class Arguments {
+ public:
+  Arguments(const StableIValue* begin, uint64_t count) : next_(begin), end_(begin + count) {}
+
+  Tensor tensor() { return take<Tensor>(); }
+  OptionalTensor optional() { return take<OptionalTensor>(); }
+  std::vector<Tensor> list() { return take<std::vector<Tensor>>(); }
+  double real() { return take<double>(); }
+  int64_t integer() { return take<int64_t>(); }
+  std::optional<int64_t> optional_integer() { return take<std::optional<int64_t>>(); }
+  bool flag() { return take<bool>(); }
+  std::vector<bool> flags() { return take<std::vector<bool>>(); }
+  std::string text() {  // torch's own conversion leaks it
+    const auto handle = take<StringHandle>();
+    const char* characters = nullptr;
+    size_t length = 0;
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &characters));
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    const std::string text(characters, length);
+    TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return text;
+  }
+  bool taken() const { return next_ == end_; }
+
+ private:
+  // Whoever takes a value owns it.
+  template <class T>
+  T take() {
+    require(!taken(), "the kernel takes more arguments than the schema has");
+    return torch::stable::detail::to<T>(*next_++);
+  }
+
+  const StableIValue *next_, *end_;
+};
+
+template <class... Results>
+void box(StableIValue* stack, const std::tuple<Results...>& results) {
+  torch::stable::detail::box_from_tuple(stack, results);
+}
+template <class Result>
+void box(StableIValue* stack, const Result& result) {
+  *stack = torch::stable::detail::from(result);
+}
+
+template <class Result, class Call>
+void run(Result (*function)(Call&), StableIValue* stack, uint64_t count) {
+  Arguments in(stack, count);
+  Call call{in};
+  require(in.taken(), "the kernel takes fewer arguments than the schema has");
+  if constexpr (std::is_void_v<Result>) {
+    function(call);
+  } else {
+    box(stack, function(call));
+  }
+}
+
+// What torch calls to run a function that takes such a struct.
+template <auto function>
+void boxed(StableIValue* stack, uint64_t count, uint64_t) {
+  run(function, stack, count);
+}
+
+}  // namespace
+
+// ---- checks: what is done to every tensor of a call before its memory is touched ----------------
 
 using Dims = torch::headeronly::IntHeaderOnlyArrayRef;
 
@@ -134,6 +211,12 @@ inline void check_f32(const OptionalTensor& x, const char* name, const First& fi
 // The address of an optional tensor's data, null where there is no tensor.
 inline const void* data_or_null(const OptionalTensor& x) {
   return x.has_value() ? x->const_data_ptr() : nullptr;
+}
+
+// Where a kernel writes, null where there is no tensor.
+inline void* out(const Tensor& x) { return x.mutable_data_ptr(); }
+inline void* out(const OptionalTensor& x) {
+  return x.has_value() ? x->mutable_data_ptr() : nullptr;
 }
 
 // x itself, or a contiguous copy.

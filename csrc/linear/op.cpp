@@ -45,69 +45,69 @@ struct Sizes {
   }
 };
 
-Tensor linear(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_) {
-  const First first(x_, "x");
-  const Sizes of(first, weight_);
-  check(bias_, "bias", first, {of.N});
-  const Tensor x = dense(x_);
-  const OptionalTensor bias = dense(bias_);
-  const Weight weight(weight_);
+struct ForwardCall {
+  Arguments& in;
+  Tensor x = in.tensor(), weight = in.tensor();
+  OptionalTensor bias = in.optional();
+};
+
+Tensor linear(const ForwardCall& call) {
+  const First first(call.x, "x");
+  const Sizes of(first, call.weight);
+  check(call.bias, "bias", first, {of.N});
+  const Tensor x = dense(call.x);
+  const OptionalTensor bias = dense(call.bias);
+  const Weight weight(call.weight);
   Tensor y = empty(x, of.of_y);
-  LinearParams p = {first.dtype,
-                    of.M,
-                    of.N,
-                    of.K,
-                    x.const_data_ptr(),
-                    weight.tensor.const_data_ptr(),
-                    weight.strides,
-                    data_or_null(bias),
-                    y.mutable_data_ptr(),
-                    nullptr};
+  LinearParams p = {};
+  p.dtype = first.dtype, p.M = of.M, p.N = of.N, p.K = of.K;
+  p.x = x.const_data_ptr();
+  p.weight = weight.tensor.const_data_ptr(), p.of_weight = weight.strides;
+  p.bias = data_or_null(bias), p.y = out(y);
   const Parallel parallel = torch_parallel();
   const Tensor workspace = empty_bytes(x, cpu::linear_workspace(p, parallel.threads));
-  p.workspace = workspace.mutable_data_ptr();
+  p.workspace = out(workspace);
   cpu::linear(p, parallel);
   return y;
 }
 
-std::tuple<OptionalTensor, OptionalTensor> linear_backward(const Tensor& dy_, const Tensor& x_,
-                                                           const Tensor& weight_, bool want_x,
-                                                           bool want_weight) {
-  const First first(x_, "x");
-  const Sizes of(first, weight_);
-  check(dy_, "dy", first, of.of_y);
-  const Rows dy(dy_), x(x_);
-  const Weight weight(weight_);
+struct BackwardCall {
+  Arguments& in;
+  Tensor dy = in.tensor(), x = in.tensor(), weight = in.tensor();
+  bool want_x = in.flag(), want_weight = in.flag();
+};
+
+std::tuple<OptionalTensor, OptionalTensor> linear_backward(const BackwardCall& call) {
+  const First first(call.x, "x");
+  const Sizes of(first, call.weight);
+  check(call.dy, "dy", first, of.of_y);
+  const Rows dy(call.dy), x(call.x);
+  const Weight weight(call.weight);
   const bool rows = weight.strides.column == 1;
   OptionalTensor dx, dweight;
-  if (want_x) dx = empty(x_, {x_.sizes().begin(), x_.sizes().end()});
-  if (want_weight) dweight = empty(x_, rows ? std::vector{of.N, of.K} : std::vector{of.K, of.N});
-  LinearBackwardParams p = {first.dtype,
-                            of.M,
-                            of.N,
-                            of.K,
-                            dy.tensor.const_data_ptr(),
-                            dy.row,
-                            x.tensor.const_data_ptr(),
-                            x.row,
-                            weight.tensor.const_data_ptr(),
-                            weight.strides,
-                            want_x ? dx->mutable_data_ptr() : nullptr,
-                            want_weight ? dweight->mutable_data_ptr() : nullptr,
-                            nullptr};
+  if (call.want_x) dx = empty(call.x, {call.x.sizes().begin(), call.x.sizes().end()});
+  if (call.want_weight)
+    dweight = empty(call.x, rows ? std::vector{of.N, of.K} : std::vector{of.K, of.N});
+  LinearBackwardParams p = {};
+  p.dtype = first.dtype, p.M = of.M, p.N = of.N, p.K = of.K;
+  p.dy = dy.tensor.const_data_ptr(), p.dy_row = dy.row;
+  p.x = x.tensor.const_data_ptr(), p.x_row = x.row;
+  p.weight = weight.tensor.const_data_ptr(), p.of_weight = weight.strides;
+  p.dx = out(dx), p.dweight = out(dweight);
   const Parallel parallel = torch_parallel();
-  const Tensor workspace = empty_bytes(x_, cpu::linear_backward_workspace(p, parallel.threads));
-  p.workspace = workspace.mutable_data_ptr();
+  const Tensor workspace = empty_bytes(call.x, cpu::linear_backward_workspace(p, parallel.threads));
+  p.workspace = out(workspace);
   cpu::linear_backward(p, parallel);
-  if (want_weight && !rows) dweight = torch::stable::transpose(*dweight, 0, 1);
+  if (call.want_weight && !rows) dweight = torch::stable::transpose(*dweight, 0, 1);
   return {dx, dweight};
 }
 
 }  // namespace
-}  // namespace bigkern::linear
 
 STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CPU, m) {
-  m.impl("linear", TORCH_BOX(&bigkern::linear::linear));
-  m.impl("linear_backward", TORCH_BOX(&bigkern::linear::linear_backward));
+  m.impl("linear", &boxed<linear>);
+  m.impl("linear_backward", &boxed<linear_backward>);
 }
+
+}  // namespace bigkern::linear
 #endif
