@@ -41,131 +41,94 @@ struct Cuda {
 #endif
 
 template <class Device>
-std::tuple<Tensor, Tensor> attention(const Tensor& q_, const Tensor& k_, const Tensor& v_,
-                                     const OptionalTensor& mask, const OptionalTensor& bias,
-                                     const OptionalTensor& alibi_slopes,
-                                     const OptionalTensor& sinks, const OptionalTensor& dropout_key,
-                                     const OptionalTensor& cu_seqlens_q,
-                                     const OptionalTensor& cu_seqlens_k, double scale,
-                                     const std::string& causal, int64_t window_left,
-                                     int64_t window_right, double softcap, double dropout_p,
-                                     int64_t max_seqlen_q, int64_t max_seqlen_k) {
-  const Shape s =
-      shape_of({q_, "q"}, k_, v_,
-               {mask, bias, alibi_slopes, sinks, dropout_key, cu_seqlens_q, cu_seqlens_k, scale,
-                causal, window_left, window_right, softcap, dropout_p, max_seqlen_q, max_seqlen_k});
-  const Tensor q = with_dense_rows(q_), k = with_dense_rows(k_), v = with_dense_rows(v_);
+std::tuple<Tensor, Tensor> attention(const ForwardCall& call) {
+  const Shape s = shape_of({call.q, "q"}, call.k, call.v, call.rules);
+  const Tensor q = with_dense_rows(call.q), k = with_dense_rows(call.k),
+               v = with_dense_rows(call.v);
   Tensor o = empty_bshd(q, s.Hq, q.size(2), s.Dv);
   Tensor lse = empty_f32(q, {q.size(0), s.Hq, q.size(2)});
   Tensor workspace = empty_bytes(q, Device::forward_workspace(s));
-  Device::forward(
-      {s, in(q), in(k), in(v), out(o), statistic(lse, static_cast<float*>(lse.mutable_data_ptr())),
-       workspace.mutable_data_ptr()},
-      q);
+  Forward p = {};
+  p.shape = s;
+  p.q = in(q), p.k = in(k), p.v = in(v), p.o = out(o);
+  p.lse = statistic(lse, static_cast<float*>(lse.mutable_data_ptr()));
+  p.workspace = workspace.mutable_data_ptr();
+  Device::forward(p, q);
   return {o, lse};
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& dout_, const OptionalTensor& dlse_, const Tensor& q_, const Tensor& k_,
-    const Tensor& v_, const Tensor& o_, const Tensor& lse_, bool bias_grad,
-    const OptionalTensor& mask, const OptionalTensor& bias, const OptionalTensor& alibi_slopes,
-    const OptionalTensor& sinks, const OptionalTensor& dropout_key,
-    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, double scale,
-    const std::string& causal, int64_t window_left, int64_t window_right, double softcap,
-    double dropout_p, int64_t max_seqlen_q, int64_t max_seqlen_k) {
-  const First first(q_, "q");
-  const Shape s =
-      shape_of(first, k_, v_,
-               {mask, bias, alibi_slopes, sinks, dropout_key, cu_seqlens_q, cu_seqlens_k, scale,
-                causal, window_left, window_right, softcap, dropout_p, max_seqlen_q, max_seqlen_k});
-  const int64_t B = q_.size(0), rows = q_.size(2);
-  check(dout_, "do", first, {B, s.Hq, rows, s.Dv});
-  check(o_, "o", first, {B, s.Hq, rows, s.Dv});
-  check_f32(lse_, "lse", first, {B, s.Hq, rows});
-  check_f32(dlse_, "dlse", first, {B, s.Hq, rows});
-  require(!bias_grad || bias.has_value(), "bias_grad needs a bias");
-  const Tensor dout = with_dense_rows(dout_), o = with_dense_rows(o_);
-  const Tensor q = with_dense_rows(q_), k = with_dense_rows(k_), v = with_dense_rows(v_);
-  const Tensor lse = torch::stable::contiguous(lse_);
-  const Tensor dlse = dlse_.has_value() ? torch::stable::contiguous(*dlse_) : lse;
-  const void* dlse_data = dlse_.has_value() ? dlse.const_data_ptr() : nullptr;
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const BackwardCall& call) {
+  const First first(call.q, "q");
+  const Shape s = shape_of(first, call.k, call.v, call.rules);
+  const int64_t B = call.q.size(0), rows = call.q.size(2);
+  check(call.do_, "do", first, {B, s.Hq, rows, s.Dv});
+  check(call.o, "o", first, {B, s.Hq, rows, s.Dv});
+  check_f32(call.lse, "lse", first, {B, s.Hq, rows});
+  check_f32(call.dlse, "dlse", first, {B, s.Hq, rows});
+  const OptionalTensor& bias = call.rules.bias;
+  require(!call.bias_grad || bias.has_value(), "bias_grad needs a bias");
+  const Tensor dout = with_dense_rows(call.do_), o = with_dense_rows(call.o);
+  const Tensor q = with_dense_rows(call.q), k = with_dense_rows(call.k),
+               v = with_dense_rows(call.v);
+  const Tensor lse = dense(call.lse);
+  const OptionalTensor dlse = dense(call.dlse);
   Tensor dq = empty_bshd(q, s.Hq, q.size(2), s.D);
   Tensor dk = empty_bshd(q, s.Hkv, k.size(2), s.D);
   Tensor dv = empty_bshd(q, s.Hkv, k.size(2), s.Dv);
-  Tensor dbias = bias_grad ? empty(q, {bias->size(0), bias->size(1), bias->size(2), bias->size(3)})
-                           : empty(q, {0});
+  Tensor dbias =
+      call.bias_grad ? empty(q, {bias->sizes().begin(), bias->sizes().end()}) : empty(q, {0});
   Tensor workspace = empty_bytes(q, Device::backward_workspace(s));
-  Backward call{s,
-                in(dout),
-                in(q),
-                in(k),
-                in(v),
-                in(o),
-                statistic(lse, static_cast<const float*>(lse.const_data_ptr())),
-                statistic(lse, static_cast<const float*>(dlse_data)),
-                out(dq),
-                out(dk),
-                out(dv),
-                {},
-                workspace.mutable_data_ptr()};
-  if (bias_grad) call.dbias = broadcast(dbias, dbias.mutable_data_ptr());
-  Device::backward(call, q);
+  Backward p = {};
+  p.shape = s;
+  p.q = in(q), p.k = in(k), p.v = in(v), p.o = in(o), p.dout = in(dout);
+  p.lse = statistic(lse, data_of<float>(lse)), p.dlse = statistic(lse, data_of<float>(dlse));
+  p.dq = out(dq), p.dk = out(dk), p.dv = out(dv);
+  if (call.bias_grad) p.dbias = broadcast(dbias, dbias.mutable_data_ptr());
+  p.workspace = workspace.mutable_data_ptr();
+  Device::backward(p, q);
   return {dq, dk, dv, dbias};
 }
 
-// The cache is contiguous, [B, Hkv, S, D], or, with a page table, [pages, Hkv, page_size, D].
 template <class Device>
-std::tuple<Tensor, Tensor> decode_attention(const Tensor& q_, const Tensor& k_, const Tensor& v_,
-                                            const Tensor& cache_seqlens,
-                                            const OptionalTensor& page_table,
-                                            const OptionalTensor& alibi_slopes,
-                                            const OptionalTensor& sinks, double scale,
-                                            const std::string& causal, int64_t window_left,
-                                            int64_t window_right, double softcap) {
-  const First first(q_, "q");
-  const Shape s =
-      decode_shape_of(first, k_, v_, page_table,
-                      {std::nullopt, std::nullopt, alibi_slopes, sinks, std::nullopt, std::nullopt,
-                       std::nullopt, scale, causal, window_left, window_right, softcap, 0.0, 0, 0});
-  const int32_t* const lengths = lengths_of(cache_seqlens, s, first);
-  Pages pages{nullptr, 0, 0};
-  if (page_table.has_value()) {
-    check_pages(*page_table, lengths, k_);
-    pages = {data_of<int32_t>(page_table), page_table->size(1), k_.size(2)};
+std::tuple<Tensor, Tensor> decode_attention(const DecodeCall& call) {
+  const First first(call.q, "q");
+  const Shape s = shape_of(first, call);
+  Decode p = {};
+  p.shape = s;
+  p.lengths = lengths_of(call.cache_seqlens, s, first);
+  if (call.page_table.has_value()) {
+    check_pages(*call.page_table, p.lengths, call.k_cache);
+    p.pages = {data_of<int32_t>(call.page_table), call.page_table->size(1), call.k_cache.size(2)};
   }
-  const Tensor q = with_dense_rows(q_), k = with_dense_rows(k_), v = with_dense_rows(v_);
+  const Tensor q = with_dense_rows(call.q);
+  const Tensor k = with_dense_rows(call.k_cache), v = with_dense_rows(call.v_cache);
   Tensor o = empty_bshd(q, s.Hq, s.Sq, s.Dv);
   Tensor lse = empty_f32(q, {s.B, s.Hq, s.Sq});
   Tensor workspace = empty_bytes(q, Device::decode_workspace(s));
-  Device::decode(
-      {s, in(q), in(k), in(v), lengths, pages, out(o),
-       statistic(lse, static_cast<float*>(lse.mutable_data_ptr())), workspace.mutable_data_ptr()},
-      q);
+  p.q = in(q), p.k = in(k), p.v = in(v), p.o = out(o);
+  p.lse = statistic(lse, static_cast<float*>(lse.mutable_data_ptr()));
+  p.workspace = workspace.mutable_data_ptr();
+  Device::decode(p, q);
   return {o, lse};
 }
 
 template <class Device, class Library>
 void implement(Library& m) {
-  m.impl("attention", TORCH_BOX(&attention<Device>));
-  m.impl("attention_backward", TORCH_BOX(&attention_backward<Device>));
-  m.impl("decode_attention", TORCH_BOX(&decode_attention<Device>));
+  m.impl("attention", &boxed<attention<Device>>);
+  m.impl("attention_backward", &boxed<attention_backward<Device>>);
+  m.impl("decode_attention", &boxed<decode_attention<Device>>);
 }
 
 }  // namespace
-}  // namespace bigkern::attention
 
 #ifdef BIGKERN_SIMT
-STABLE_TORCH_LIBRARY_IMPL(bigkern_simt, CPU, m) {
-  bigkern::attention::implement<bigkern::attention::Cuda>(m);
-}
+STABLE_TORCH_LIBRARY_IMPL(bigkern_simt, CPU, m) { implement<Cuda>(m); }
 #else
-STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CPU, m) {
-  bigkern::attention::implement<bigkern::attention::Cpu>(m);
-}
+STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CPU, m) { implement<Cpu>(m); }
 #ifdef BIGKERN_CUDA
-STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CUDA, m) {
-  bigkern::attention::implement<bigkern::attention::Cuda>(m);
-}
+STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CUDA, m) { implement<Cuda>(m); }
 #endif
 #endif
+
+}  // namespace bigkern::attention

@@ -10,6 +10,59 @@
 namespace bigkern::attention {
 namespace {
 
+// ---- arguments ----------------------------------------------------------------------------------
+
+struct HeadRules {
+  Arguments& in;
+  OptionalTensor alibi_slopes = in.optional(), sinks = in.optional();
+};
+
+struct ScoreRules {
+  Arguments& in;
+  double scale = in.real();
+  std::string causal = in.text();
+  int64_t window_left = in.integer(), window_right = in.integer();
+  double softcap = in.real();
+};
+
+struct Rules {
+  Arguments& in;
+  OptionalTensor mask = in.optional(), bias = in.optional();
+  HeadRules heads{in};
+  OptionalTensor dropout_key = in.optional();
+  OptionalTensor cu_seqlens_q = in.optional(), cu_seqlens_k = in.optional();
+  ScoreRules scores{in};
+  double dropout_p = in.real();
+  int64_t max_seqlen_q = in.integer(), max_seqlen_k = in.integer();
+};
+
+struct ForwardCall {
+  Arguments& in;
+  Tensor q = in.tensor(), k = in.tensor(), v = in.tensor();
+  Rules rules{in};
+};
+
+struct BackwardCall {  // do_: do is a keyword
+  Arguments& in;
+  Tensor do_ = in.tensor();
+  OptionalTensor dlse = in.optional();
+  Tensor q = in.tensor(), k = in.tensor(), v = in.tensor(), o = in.tensor(), lse = in.tensor();
+  bool bias_grad = in.flag();
+  Rules rules{in};
+};
+
+// The cache is contiguous, [B, Hkv, S, D], or, with a page table, [pages, Hkv, page_size, D].
+struct DecodeCall {
+  Arguments& in;
+  Tensor q = in.tensor(), k_cache = in.tensor(), v_cache = in.tensor();
+  Tensor cache_seqlens = in.tensor();
+  OptionalTensor page_table = in.optional();
+  HeadRules heads{in};
+  ScoreRules scores{in};
+};
+
+// ---- views --------------------------------------------------------------------------------------
+
 // The batch stride is 0 where there is one batch only, which packed sequences share.
 template <class Pointer>
 View<Pointer> view(const Tensor& x, Pointer data) {
@@ -144,19 +197,8 @@ void check_pages(const Tensor& page_table, const int32_t* lengths, const Tensor&
 
 // ---- a call's shape -----------------------------------------------------------------------------
 
-// The op's arguments besides q, k and v, as the schema lists them.
-struct Rules {
-  const OptionalTensor &mask, &bias, &alibi_slopes, &sinks, &dropout_key;
-  const OptionalTensor &cu_seqlens_q, &cu_seqlens_k;
-  double scale;
-  const std::string& causal;
-  int64_t window_left, window_right;
-  double softcap, dropout_p;
-  int64_t max_seqlen_q, max_seqlen_k;
-};
-
-// The rules' part of a shape whose sizes are known.
-void set_rules(Shape& s, const Rules& rules, const First& q) {
+// Whom a query head sees, and how it scores them.
+void set_scores(Shape& s, const HeadRules& heads, const ScoreRules& rules, const First& q) {
   require(s.Sq < kMaxLength && s.Sk < kMaxLength, "sequences must be shorter than 2^30");
   require(s.Hkv > 0 && s.Hq % s.Hkv == 0, "q's heads must be a multiple of k's");
   require(s.D <= kMaxHeadDim && s.Dv <= kMaxHeadDim, "head_dim must be at most ", kMaxHeadDim);
@@ -166,18 +208,19 @@ void set_rules(Shape& s, const Rules& rules, const First& q) {
   s.corner = rules.causal == "top_left" ? Corner::top_left : Corner::bottom_right;
   const auto side = [](int64_t n) { return n < 0 ? kUnlimited : std::min(n, kUnlimited); };
   s.left = side(rules.window_left), s.right = side(rules.window_right);
-  require(
-      !rules.mask.has_value() || rules.mask->scalar_type() == torch::headeronly::ScalarType::Bool,
-      "mask must be bool");
-  require(!rules.bias.has_value() || dtype_of(*rules.bias, "bias") == s.dtype,
-          "bias must have q's dtype");
-  check_broadcast(rules.mask, "mask", s, q);
-  check_broadcast(rules.bias, "bias", s, q);
-  if (rules.mask.has_value()) s.mask = broadcast(*rules.mask, rules.mask->const_data_ptr());
-  if (rules.bias.has_value()) s.bias = broadcast(*rules.bias, rules.bias->const_data_ptr());
-  s.slopes = per_head(rules.alibi_slopes, "alibi_slopes", s, q);
-  s.sinks = per_head(rules.sinks, "sinks", s, q);
-  s.dropout = dropout_of(rules.dropout_key, rules.dropout_p);
+  s.slopes = per_head(heads.alibi_slopes, "alibi_slopes", s, q);
+  s.sinks = per_head(heads.sinks, "sinks", s, q);
+}
+
+void set_masks(Shape& s, const Rules& rules, const First& q) {
+  const OptionalTensor &mask = rules.mask, &bias = rules.bias;
+  require(!mask.has_value() || mask->scalar_type() == torch::headeronly::ScalarType::Bool,
+          "mask must be bool");
+  require(!bias.has_value() || dtype_of(*bias, "bias") == s.dtype, "bias must have q's dtype");
+  check_broadcast(mask, "mask", s, q);
+  check_broadcast(bias, "bias", s, q);
+  if (mask.has_value()) s.mask = broadcast(*mask, mask->const_data_ptr());
+  if (bias.has_value()) s.bias = broadcast(*bias, bias->const_data_ptr());
 }
 
 // q's, k's and v's part; k and v may be a cache, whose first and third sizes are its own.
@@ -212,14 +255,16 @@ Shape shape_of(const First& q, const Tensor& k, const Tensor& v, const Rules& ru
     s.Sq = longest_of(*q_ends, rules.max_seqlen_q, "max_seqlen_q", s.Sq);
     s.Sk = longest_of(*k_ends, rules.max_seqlen_k, "max_seqlen_k", s.Sk);
   }
-  set_rules(s, rules, q);
+  set_scores(s, rules.heads, rules.scores, q);
+  set_masks(s, rules, q);
+  s.dropout = dropout_of(rules.dropout_key, rules.dropout_p);
   return s;
 }
 
-// The cache's keys and values: contiguous, [B, Hkv, S, D], or pages [pages, Hkv, page_size, D].
-Shape decode_shape_of(const First& q, const Tensor& k_cache, const Tensor& v_cache,
-                      const OptionalTensor& page_table, const Rules& rules) {
-  Shape s = sizes_of(q, k_cache, v_cache, "k_cache", "v_cache");
+Shape shape_of(const First& q, const DecodeCall& call) {
+  const Tensor& k_cache = call.k_cache;
+  const OptionalTensor& page_table = call.page_table;
+  Shape s = sizes_of(q, k_cache, call.v_cache, "k_cache", "v_cache");
   if (page_table.has_value()) {
     check_int32(*page_table, "page_table", "[B, pages of a sequence]",
                 page_table->dim() == 2 && page_table->size(0) == s.B, q);
@@ -227,7 +272,7 @@ Shape decode_shape_of(const First& q, const Tensor& k_cache, const Tensor& v_cac
   } else {
     require(k_cache.size(0) == s.B, "q and k_cache must have one batch size");
   }
-  set_rules(s, rules, q);
+  set_scores(s, call.heads, call.scores, q);
   return s;
 }
 
