@@ -119,14 +119,16 @@ OptionalTensor first_of(const TensorList& list) {
 
 // ---- lists as addresses -------------------------------------------------------------------------
 
-struct Lists {
-  const TensorList &params, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs, &state_steps, &masters,
-      &exp_avg_scales, &exp_avg_sq_scales;
+struct State {
+  Arguments& in;
+  TensorList exp_avgs = in.list(), exp_avg_sqs = in.list(), max_exp_avg_sqs = in.list();
+  TensorList state_steps = in.list(), masters = in.list();
+  TensorList exp_avg_scales = in.list(), exp_avg_sq_scales = in.list();
 };
 
 // Checks the lists against each other and gathers their addresses, all but those of the gradients.
-std::vector<Parameter> gather(const Lists& x) {
-  const size_t count = x.params.size();
+std::vector<Parameter> gather(const TensorList& params, const State& x) {
+  const size_t count = params.size();
   const bool amsgrad = !x.max_exp_avg_sqs.empty(), mastered = !x.masters.empty();
   const bool codes =
       count > 0 && !x.exp_avgs.empty() && moments_of(x.exp_avgs[0]) == Moments::codes;
@@ -141,10 +143,10 @@ std::vector<Parameter> gather(const Lists& x) {
   std::vector<Parameter> parameters(count);
   int64_t before = 0;
   for (size_t i = 0; i < count; ++i) {
-    const Tensor& param = x.params[i];
-    require(param.scalar_type() == x.params[0].scalar_type(), "params[", i,
+    const Tensor& param = params[i];
+    require(param.scalar_type() == params[0].scalar_type(), "params[", i,
             "] must have params[0]'s dtype");
-    check_place(param, x.params[0], "params", i);
+    check_place(param, params[0], "params", i);
     require(dense(param), "params[", i, "] must be dense in memory");
     const auto moment = [&](const TensorList& list, const char* name) {
       return updated(list[i], x.exp_avgs[0], param, name, i);
@@ -169,13 +171,15 @@ std::vector<Parameter> gather(const Lists& x) {
   return parameters;
 }
 
-// The op's arguments after the lists.
 struct Hyper {
-  double lr, beta1, beta2, eps, weight_decay;
-  bool decoupled, amsgrad, maximize, zero_grads;
-  double max_norm;
-  std::optional<int64_t> seed;
-  const OptionalTensor &grad_scale, &found_inf, &lr_tensor, &grad_norm;
+  Arguments& in;
+  double lr = in.real(), beta1 = in.real(), beta2 = in.real(), eps = in.real();
+  double weight_decay = in.real();
+  bool decoupled = in.flag(), amsgrad = in.flag(), maximize = in.flag(), zero_grads = in.flag();
+  double max_norm = in.real();
+  std::optional<int64_t> seed = in.optional_integer();
+  OptionalTensor grad_scale = in.optional(), found_inf = in.optional();
+  OptionalTensor lr_tensor = in.optional(), grad_norm = in.optional();
 
   Update update(const Tensor& param, const Tensor& exp_avg, const OptionalTensor& master) const {
     Update u = {};
@@ -227,28 +231,25 @@ struct Cuda {
 };
 #endif
 
+struct AdamCall {
+  Arguments& in;
+  TensorList params = in.list(), grads = in.list();
+  State state{in};
+  Hyper hyper{in};
+};
+
 template <class Device>
-void adam(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
-          const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
-          const TensorList& state_steps, const TensorList& masters,
-          const TensorList& exp_avg_scales, const TensorList& exp_avg_sq_scales, double lr,
-          double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool amsgrad,
-          bool maximize, bool zero_grads, double max_norm, std::optional<int64_t> seed,
-          const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
-          const OptionalTensor& lr_tensor, const OptionalTensor& grad_norm) {
+void adam(const AdamCall& call) {
+  const TensorList &params = call.params, &grads = call.grads;
   if (params.empty()) return;
   check_length(grads, "grads", params.size());
-  std::vector<Parameter> parameters =
-      gather({params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, masters, exp_avg_scales,
-              exp_avg_sq_scales});
+  std::vector<Parameter> parameters = gather(params, call.state);
   for (size_t i = 0; i < params.size(); ++i)
     parameters[i].g = updated(grads[i], params[0], params[i], "grads", i);
-  const Hyper hyper = {lr,        beta1,      beta2,     eps,        weight_decay,
-                       decoupled, amsgrad,    maximize,  zero_grads, max_norm,
-                       seed,      grad_scale, found_inf, lr_tensor,  grad_norm};
-  const Update call = hyper.update(params[0], exp_avgs[0], first_of(masters));
-  check_stored(call, parameters);
-  Device::update(call, parameters, params[0]);
+  const State& state = call.state;
+  const Update u = call.hyper.update(params[0], state.exp_avgs[0], first_of(state.masters));
+  check_stored(u, parameters);
+  Device::update(u, parameters, params[0]);
 }
 
 // ---- the same from a table of addresses ---------------------------------------------------------
@@ -259,14 +260,15 @@ void adam(const TensorList& params, const TensorList& grads, const TensorList& e
 constexpr int64_t kRow = sizeof(Parameter) / sizeof(int64_t);
 static_assert(sizeof(Parameter) == kRow * sizeof(int64_t), "a row of the table is one Parameter");
 
+struct PackCall {
+  Arguments& in;
+  TensorList params = in.list();
+  State state{in};
+};
+
 // [count, kRow] int64 on the CPU.
-Tensor adam_pack(const TensorList& params, const TensorList& exp_avgs,
-                 const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
-                 const TensorList& state_steps, const TensorList& masters,
-                 const TensorList& exp_avg_scales, const TensorList& exp_avg_sq_scales) {
-  const std::vector<Parameter> parameters =
-      gather({params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, masters, exp_avg_scales,
-              exp_avg_sq_scales});
+Tensor adam_pack(const PackCall& call) {
+  const std::vector<Parameter> parameters = gather(call.params, call.state);
   const std::vector<int64_t> sizes = {int64_t(parameters.size()), kRow};
   Tensor table = torch::stable::empty(sizes, torch::headeronly::ScalarType::Long);
   std::memcpy(table.mutable_data_ptr(), parameters.data(), parameters.size() * sizeof(Parameter));
@@ -295,22 +297,21 @@ std::vector<Parameter> unpack(const Tensor& table, const Tensor& grads) {
   return parameters;
 }
 
-// param, exp_avg and master are any of theirs.
+struct PackedCall {
+  Arguments& in;
+  Tensor param = in.tensor(), exp_avg = in.tensor();  // any of theirs, as is master
+  OptionalTensor master = in.optional();
+  Tensor table = in.tensor(), grads = in.tensor();
+  Hyper hyper{in};
+};
+
 template <class Device>
-void adam_packed(const Tensor& param, const Tensor& exp_avg, const OptionalTensor& master,
-                 const Tensor& table, const Tensor& grads, double lr, double beta1, double beta2,
-                 double eps, double weight_decay, bool decoupled, bool amsgrad, bool maximize,
-                 bool zero_grads, double max_norm, std::optional<int64_t> seed,
-                 const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
-                 const OptionalTensor& lr_tensor, const OptionalTensor& grad_norm) {
-  const Hyper hyper = {lr,        beta1,      beta2,     eps,        weight_decay,
-                       decoupled, amsgrad,    maximize,  zero_grads, max_norm,
-                       seed,      grad_scale, found_inf, lr_tensor,  grad_norm};
-  const std::vector<Parameter> parameters = unpack(table, grads);
+void adam_packed(const PackedCall& call) {
+  const std::vector<Parameter> parameters = unpack(call.table, call.grads);
   if (parameters.empty()) return;
-  const Update call = hyper.update(param, exp_avg, master);
-  check_stored(call, parameters);
-  Device::update(call, parameters, param);
+  const Update u = call.hyper.update(call.param, call.exp_avg, call.master);
+  check_stored(u, parameters);
+  Device::update(u, parameters, call.param);
 }
 
 // ---- the norm of all gradients ------------------------------------------------------------------
@@ -322,8 +323,14 @@ Tensor norm_of(const std::vector<Parameter>& grads, const Tensor& like) {
   return norm;
 }
 
+struct NormCall {
+  Arguments& in;
+  TensorList grads = in.list();
+};
+
 template <class Device>
-Tensor grad_norm(const TensorList& grads) {
+Tensor grad_norm(const NormCall& call) {
+  const TensorList& grads = call.grads;
   require(!grads.empty(), "grads must not be empty");
   std::vector<Parameter> parameters(grads.size());
   int64_t before = 0;
@@ -341,37 +348,34 @@ Tensor grad_norm(const TensorList& grads) {
   return norm_of<Device>(parameters, grads[0]);
 }
 
+struct PackedNormCall {
+  Arguments& in;
+  Tensor param = in.tensor(), table = in.tensor(), grads = in.tensor();
+};
+
 template <class Device>
-Tensor grad_norm_packed(const Tensor& param, const Tensor& table, const Tensor& grads) {
-  return norm_of<Device>(unpack(table, grads), param);
+Tensor grad_norm_packed(const PackedNormCall& call) {
+  return norm_of<Device>(unpack(call.table, call.grads), call.param);
+}
+
+template <class Device, class Library>
+void implement(Library& m) {
+  m.impl("adam", &boxed<adam<Device>>);
+  m.impl("adam_pack", &boxed<adam_pack>);
+  m.impl("adam_packed", &boxed<adam_packed<Device>>);
+  m.impl("grad_norm", &boxed<grad_norm<Device>>);
+  m.impl("grad_norm_packed", &boxed<grad_norm_packed<Device>>);
 }
 
 }  // namespace
-}  // namespace bigkern::adam
 
 #ifdef BIGKERN_SIMT
-STABLE_TORCH_LIBRARY_IMPL(bigkern_simt, CPU, m) {
-  m.impl("adam", TORCH_BOX(&bigkern::adam::adam<bigkern::adam::Cuda>));
-  m.impl("adam_pack", TORCH_BOX(&bigkern::adam::adam_pack));
-  m.impl("adam_packed", TORCH_BOX(&bigkern::adam::adam_packed<bigkern::adam::Cuda>));
-  m.impl("grad_norm", TORCH_BOX(&bigkern::adam::grad_norm<bigkern::adam::Cuda>));
-  m.impl("grad_norm_packed", TORCH_BOX(&bigkern::adam::grad_norm_packed<bigkern::adam::Cuda>));
-}
+STABLE_TORCH_LIBRARY_IMPL(bigkern_simt, CPU, m) { implement<Cuda>(m); }
 #else
-STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CPU, m) {
-  m.impl("adam", TORCH_BOX(&bigkern::adam::adam<bigkern::adam::Cpu>));
-  m.impl("adam_pack", TORCH_BOX(&bigkern::adam::adam_pack));
-  m.impl("adam_packed", TORCH_BOX(&bigkern::adam::adam_packed<bigkern::adam::Cpu>));
-  m.impl("grad_norm", TORCH_BOX(&bigkern::adam::grad_norm<bigkern::adam::Cpu>));
-  m.impl("grad_norm_packed", TORCH_BOX(&bigkern::adam::grad_norm_packed<bigkern::adam::Cpu>));
-}
+STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CPU, m) { implement<Cpu>(m); }
 #ifdef BIGKERN_CUDA
-STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CUDA, m) {
-  m.impl("adam", TORCH_BOX(&bigkern::adam::adam<bigkern::adam::Cuda>));
-  m.impl("adam_pack", TORCH_BOX(&bigkern::adam::adam_pack));
-  m.impl("adam_packed", TORCH_BOX(&bigkern::adam::adam_packed<bigkern::adam::Cuda>));
-  m.impl("grad_norm", TORCH_BOX(&bigkern::adam::grad_norm<bigkern::adam::Cuda>));
-  m.impl("grad_norm_packed", TORCH_BOX(&bigkern::adam::grad_norm_packed<bigkern::adam::Cuda>));
-}
+STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CUDA, m) { implement<Cuda>(m); }
 #endif
 #endif
+
+}  // namespace bigkern::adam
