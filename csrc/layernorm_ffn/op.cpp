@@ -31,70 +31,82 @@ struct Cuda {
 
 // ---- norm ---------------------------------------------------------------------------------------
 
-template <class Device>
-std::tuple<Tensor, OptionalTensor, OptionalTensor, Tensor> norm(
-    const Tensor& x_, const OptionalTensor& residual_, const OptionalTensor& weight_,
-    const OptionalTensor& bias_, double eps, const std::string& kind, double dropout_p,
-    const OptionalTensor& dropout_key) {
-  const First first(x_, "x");
-  const auto [M, N] = rows_of(x_, "x");
-  check(residual_, "residual", first, x_.sizes());
-  check(weight_, "weight", first, {N});
-  check(bias_, "bias", first, {N});
-  const Norm norm = norm_of(kind);
-  const Dropout dropout = dropout_of(dropout_key, dropout_p);
-  require(residual_.has_value() || !dropout.active(), "dropout needs a residual");
+struct NormCall {
+  Arguments& in;
+  Tensor x = in.tensor();
+  OptionalTensor residual = in.optional(), weight = in.optional(), bias = in.optional();
+  double eps = in.real();
+  std::string kind = in.text();
+  double dropout_p = in.real();
+  OptionalTensor dropout_key = in.optional();
+};
 
-  const Tensor x = dense(x_);
-  const OptionalTensor residual = dense(residual_), weight = dense(weight_), bias = dense(bias_);
+template <class Device>
+std::tuple<Tensor, OptionalTensor, OptionalTensor, Tensor> norm(const NormCall& call) {
+  const First first(call.x, "x");
+  const auto [M, N] = rows_of(call.x, "x");
+  check(call.residual, "residual", first, call.x.sizes());
+  check(call.weight, "weight", first, {N});
+  check(call.bias, "bias", first, {N});
+  NormParams p = {};
+  p.dtype = first.dtype, p.M = M, p.N = N, p.norm = norm_of(call.kind);
+  p.eps = static_cast<float>(call.eps);
+  p.dropout = dropout_of(call.dropout_key, call.dropout_p);
+  require(call.residual.has_value() || !p.dropout.active(), "dropout needs a residual");
+
+  const Tensor x = dense(call.x);
+  const OptionalTensor residual = dense(call.residual);
+  const OptionalTensor weight = dense(call.weight), bias = dense(call.bias);
   Tensor y = empty(x, sizes_of(x));
   OptionalTensor sum = empty_if(residual.has_value(), x, sizes_of(x));
-  OptionalTensor mean = empty_f32_if(norm == Norm::layer, x, M);
+  OptionalTensor mean = empty_f32_if(p.norm == Norm::layer, x, M);
   Tensor rstd = empty_f32(x, {M});
-  Device::run({first.dtype, M, N, norm, static_cast<float>(eps), x.const_data_ptr(),
-               data_or_null(residual), data_or_null(weight), data_or_null(bias), out(y), out(sum),
-               out_f32(mean), out_f32(rstd), dropout},
-              x);
+  p.x = x.const_data_ptr(), p.residual = data_or_null(residual);
+  p.weight = data_or_null(weight), p.bias = data_or_null(bias);
+  p.y = out(y), p.sum = out(sum), p.mean = out_f32(mean), p.rstd = out_f32(rstd);
+  Device::run(p, x);
   return {y, sum, mean, rstd};
 }
 
+struct NormBackwardCall {
+  Arguments& in;
+  Tensor dy = in.tensor();
+  OptionalTensor dsum = in.optional();
+  Tensor s = in.tensor();
+  OptionalTensor weight = in.optional(), mean = in.optional();
+  Tensor rstd = in.tensor();
+  std::string kind = in.text();
+  bool want_weight = in.flag(), want_bias = in.flag();
+  double dropout_p = in.real();
+  OptionalTensor dropout_key = in.optional();
+};
+
 template <class Device>
 std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor> norm_backward(
-    const Tensor& dy_, const OptionalTensor& dsum_, const Tensor& s_, const OptionalTensor& weight_,
-    const OptionalTensor& mean_, const Tensor& rstd_, const std::string& kind, bool want_weight,
-    bool want_bias, double dropout_p, const OptionalTensor& dropout_key) {
-  const First first(s_, "s");
-  const auto [M, N] = rows_of(s_, "s");
-  const Norm norm = norm_of(kind);
-  const Dropout dropout = dropout_of(dropout_key, dropout_p);
-  check(dy_, "dy", first, s_.sizes());
-  check(dsum_, "dsum", first, s_.sizes());
-  check(weight_, "weight", first, {N});
-  check_f32(mean_, "mean", first, {M});
-  check_f32(rstd_, "rstd", first, {M});
-  require(mean_.has_value() == (norm == Norm::layer), "mean belongs to layer, and only to it");
+    const NormBackwardCall& call) {
+  const First first(call.s, "s");
+  const auto [M, N] = rows_of(call.s, "s");
+  NormBackwardParams p = {};
+  p.dtype = first.dtype, p.M = M, p.N = N, p.norm = norm_of(call.kind);
+  p.dropout = dropout_of(call.dropout_key, call.dropout_p);
+  check(call.dy, "dy", first, call.s.sizes());
+  check(call.dsum, "dsum", first, call.s.sizes());
+  check(call.weight, "weight", first, {N});
+  check_f32(call.mean, "mean", first, {M});
+  check_f32(call.rstd, "rstd", first, {M});
+  require(call.mean.has_value() == (p.norm == Norm::layer),
+          "mean belongs to layer, and only to it");
 
-  const Tensor dy = dense(dy_), s = dense(s_), rstd = dense(rstd_);
-  const OptionalTensor dsum = dense(dsum_), weight = dense(weight_), mean = dense(mean_);
+  const Tensor dy = dense(call.dy), s = dense(call.s), rstd = dense(call.rstd);
+  const OptionalTensor dsum = dense(call.dsum);
+  const OptionalTensor weight = dense(call.weight), mean = dense(call.mean);
   Tensor ds = empty(s, sizes_of(s));
-  OptionalTensor dx = empty_if(dropout.active(), s, sizes_of(s));
-  OptionalTensor dweight = empty_if(want_weight, s, {N}), dbias = empty_if(want_bias, s, {N});
-  NormBackwardParams p{first.dtype,
-                       M,
-                       N,
-                       norm,
-                       dy.const_data_ptr(),
-                       data_or_null(dsum),
-                       s.const_data_ptr(),
-                       data_or_null(weight),
-                       in_f32(mean),
-                       in_f32(rstd),
-                       out(ds),
-                       out(dx),
-                       out(dweight),
-                       out(dbias),
-                       nullptr,
-                       dropout};
+  OptionalTensor dx = empty_if(p.dropout.active(), s, sizes_of(s));
+  OptionalTensor dweight = empty_if(call.want_weight, s, {N});
+  OptionalTensor dbias = empty_if(call.want_bias, s, {N});
+  p.dy = dy.const_data_ptr(), p.dsum = data_or_null(dsum), p.s = s.const_data_ptr();
+  p.weight = data_or_null(weight), p.mean = in_f32(mean), p.rstd = in_f32(rstd);
+  p.ds = out(ds), p.dx = out(dx), p.dweight = out(dweight), p.dbias = out(dbias);
   const Tensor workspace = empty_bytes(s, Device::workspace(p));
   p.workspace = out(workspace);
   Device::run(p, s);
@@ -104,58 +116,66 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor> norm_backward
 // ---- bias + activation: the GPU backends' pieces ------------------------------------------------
 
 #ifdef BIGKERN_CUDA
+struct BiasActivationCall {
+  Arguments& in;
+  Tensor product = in.tensor();
+  OptionalTensor bias = in.optional();
+  std::string activation = in.text();
+  double dropout_p = in.real();
+  OptionalTensor dropout_key = in.optional();
+};
+
 // Adds the bias to the product in place, and returns the activation of that.
-Tensor bias_activation(const Tensor& product, const OptionalTensor& bias_, const std::string& name,
-                       double dropout_p, const OptionalTensor& dropout_key) {
+Tensor bias_activation(const BiasActivationCall& call) {
+  const Tensor& product = call.product;
   const First first(product, "product");
-  const Activation activation = activation_of(name);
+  const Activation activation = activation_of(call.activation);
   const auto [M, columns] = rows_of(product, "product");
-  check(bias_, "bias", first, {columns});
+  check(call.bias, "bias", first, {columns});
   require(product.is_contiguous(), "product must be contiguous: the bias is added in place");
-  require(!is_gated(activation) || columns % 2 == 0, name, " needs an even number of columns");
+  require(!is_gated(activation) || columns % 2 == 0, call.activation,
+          " needs an even number of columns");
 
   const int64_t F = is_gated(activation) ? columns / 2 : columns;
-  const OptionalTensor bias = dense(bias_);
+  const OptionalTensor bias = dense(call.bias);
   Tensor activated = empty(product, {M, F});
-  void* preactivation = bias.has_value() ? out(product) : nullptr;
-  const BiasActivationParams p{first.dtype,
-                               M,
-                               F,
-                               activation,
-                               product.const_data_ptr(),
-                               data_or_null(bias),
-                               preactivation,
-                               out(activated),
-                               dropout_of(dropout_key, dropout_p)};
+  BiasActivationParams p = {};
+  p.dtype = first.dtype, p.M = M, p.F = F, p.activation = activation;
+  p.product = product.const_data_ptr(), p.bias = data_or_null(bias);
+  if (bias.has_value()) p.preactivation = out(product);
+  p.out = out(activated);
+  p.dropout = dropout_of(call.dropout_key, call.dropout_p);
   launch_on_device(product, "bias_activation",
                    [&](void* stream) { return cuda::bias_activation(p, stream); });
   return activated;
 }
 
-std::tuple<Tensor, OptionalTensor, OptionalTensor> bias_activation_backward(
-    const Tensor& dout_, const Tensor& preactivation_, const std::string& name, bool want_bias,
-    bool rebuild, double dropout_p, const OptionalTensor& dropout_key) {
-  const First first(preactivation_, "preactivation");
-  const Activation activation = activation_of(name);
-  const auto [M, columns] = rows_of(preactivation_, "preactivation");
-  const int64_t F = is_gated(activation) ? columns / 2 : columns;
-  check(dout_, "dout", first, {M, F});
+struct BiasActivationBackwardCall {
+  Arguments& in;
+  Tensor dout = in.tensor(), preactivation = in.tensor();
+  std::string activation = in.text();
+  bool want_bias = in.flag(), rebuild = in.flag();
+  double dropout_p = in.real();
+  OptionalTensor dropout_key = in.optional();
+};
 
-  const Tensor dout = dense(dout_), preactivation = dense(preactivation_);
+std::tuple<Tensor, OptionalTensor, OptionalTensor> bias_activation_backward(
+    const BiasActivationBackwardCall& call) {
+  const First first(call.preactivation, "preactivation");
+  const Activation activation = activation_of(call.activation);
+  const auto [M, columns] = rows_of(call.preactivation, "preactivation");
+  const int64_t F = is_gated(activation) ? columns / 2 : columns;
+  check(call.dout, "dout", first, {M, F});
+
+  const Tensor dout = dense(call.dout), preactivation = dense(call.preactivation);
   Tensor dpre = empty(preactivation, {M, columns});
-  OptionalTensor activated = empty_if(rebuild, preactivation, {M, F});
-  OptionalTensor dbias = empty_if(want_bias, preactivation, {columns});
-  BiasActivationBackwardParams p{first.dtype,
-                                 M,
-                                 F,
-                                 activation,
-                                 dout.const_data_ptr(),
-                                 preactivation.const_data_ptr(),
-                                 out(dpre),
-                                 out(activated),
-                                 out(dbias),
-                                 nullptr,
-                                 dropout_of(dropout_key, dropout_p)};
+  OptionalTensor activated = empty_if(call.rebuild, preactivation, {M, F});
+  OptionalTensor dbias = empty_if(call.want_bias, preactivation, {columns});
+  BiasActivationBackwardParams p = {};
+  p.dtype = first.dtype, p.M = M, p.F = F, p.activation = activation;
+  p.dout = dout.const_data_ptr(), p.preactivation = preactivation.const_data_ptr();
+  p.dpre = out(dpre), p.out = out(activated), p.dbias = out(dbias);
+  p.dropout = dropout_of(call.dropout_key, call.dropout_p);
   const Tensor workspace = empty_bytes(dout, cuda::bias_activation_backward_workspace(p));
   p.workspace = out(workspace);
   launch_on_device(dout, "bias_activation_backward",
@@ -163,21 +183,25 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor> bias_activation_backward(
   return {dpre, activated, dbias};
 }
 
-Tensor dropout_add(const Tensor& x_, const OptionalTensor& residual_, double dropout_p,
-                   const Tensor& dropout_key) {
-  const First first(x_, "x");
-  const auto [M, N] = rows_of(x_, "x");
-  check(residual_, "residual", first, x_.sizes());
-  const Tensor x = dense(x_);
-  const OptionalTensor residual = dense(residual_);
+struct DropoutAddCall {
+  Arguments& in;
+  Tensor x = in.tensor();
+  OptionalTensor residual = in.optional();
+  double dropout_p = in.real();
+  Tensor dropout_key = in.tensor();
+};
+
+Tensor dropout_add(const DropoutAddCall& call) {
+  const First first(call.x, "x");
+  const auto [M, N] = rows_of(call.x, "x");
+  check(call.residual, "residual", first, call.x.sizes());
+  const Tensor x = dense(call.x);
+  const OptionalTensor residual = dense(call.residual);
   Tensor result = empty(x, sizes_of(x));
-  const DropoutAddParams p{first.dtype,
-                           M,
-                           N,
-                           x.const_data_ptr(),
-                           data_or_null(residual),
-                           out(result),
-                           dropout_of(dropout_key, dropout_p)};
+  DropoutAddParams p = {};
+  p.dtype = first.dtype, p.M = M, p.N = N;
+  p.x = x.const_data_ptr(), p.residual = data_or_null(residual), p.out = out(result);
+  p.dropout = dropout_of(call.dropout_key, call.dropout_p);
   launch_on_device(x, "dropout_add", [&](void* stream) { return cuda::dropout_add(p, stream); });
   return result;
 }
@@ -186,59 +210,61 @@ Tensor dropout_add(const Tensor& x_, const OptionalTensor& residual_, double dro
 // ---- the whole block: the CPU backend -----------------------------------------------------------
 
 #ifndef BIGKERN_SIMT
-std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> layernorm_ffn(
-    const Tensor& x_, const Tensor& w1_, const OptionalTensor& b1_, const Tensor& w2_,
-    const OptionalTensor& b2_, const OptionalTensor& norm_weight_, const OptionalTensor& norm_bias_,
-    const OptionalTensor& dropout_key, const std::string& kind, const std::string& activation_name,
-    const std::string& placement_name, bool residual, double eps, double dropout_p,
-    double hidden_dropout_p, const std::string& save_name) {
-  const bool save = save_name == "preactivation";
-  const Norm norm = norm_or_none_of(kind);
-  const Activation activation = activation_of(activation_name);
-  const Placement placement = placement_of(placement_name);
-  const First first(x_, "x");
-  const Sizes of(x_, w1_, w2_, activation);
-  check(w1_, "w1", first, {of.rows, of.D});
-  check(w2_, "w2", first, {of.D, of.F});
-  check(b1_, "b1", first, {of.rows});
-  check(b2_, "b2", first, {of.D});
-  check(norm_weight_, "norm_weight", first, {of.D});
-  check(norm_bias_, "norm_bias", first, {of.D});
+struct Tensors {
+  Arguments& in;
+  Tensor x = in.tensor(), w1 = in.tensor();
+  OptionalTensor b1 = in.optional();
+  Tensor w2 = in.tensor();
+  OptionalTensor b2 = in.optional();
+  OptionalTensor norm_weight = in.optional(), norm_bias = in.optional();
+  OptionalTensor dropout_key = in.optional();
 
-  const Tensor x = dense(x_);
-  const Lying w1(w1_, !is_gated(activation)), w2(w2_, true);
-  const OptionalTensor b1 = dense(b1_), b2 = dense(b2_);
-  const OptionalTensor norm_weight = dense(norm_weight_), norm_bias = dense(norm_bias_);
+  Sizes sizes(const First& first, Activation activation) const {
+    const Sizes of(x, w1, w2, activation);
+    check(w1, "w1", first, {of.rows, of.D});
+    check(w2, "w2", first, {of.D, of.F});
+    check(b1, "b1", first, {of.rows});
+    check(b2, "b2", first, {of.D});
+    check(norm_weight, "norm_weight", first, {of.D});
+    check(norm_bias, "norm_bias", first, {of.D});
+    return of;
+  }
+};
+
+struct Probabilities {
+  Arguments& in;
+  double dropout_p = in.real(), hidden_dropout_p = in.real();
+};
+
+using Forward = std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+
+Forward forward(const Tensors& given, const Form& form, const Probabilities& drop, bool save) {
+  FfnParams p = {};
+  p.norm = norm_or_none_of(form.norm);
+  p.activation = activation_of(form.activation);
+  p.placement = placement_of(form.placement);
+  p.residual = form.residual, p.eps = static_cast<float>(form.eps);
+  const First first(given.x, "x");
+  const Sizes of = given.sizes(first, p.activation);
+  p.dtype = first.dtype, p.M = of.M, p.D = of.D, p.F = of.F;
+
+  const Tensor x = dense(given.x);
+  const Lying w1(given.w1, !is_gated(p.activation)), w2(given.w2, true);
+  const OptionalTensor b1 = dense(given.b1), b2 = dense(given.b2);
+  const OptionalTensor norm_weight = dense(given.norm_weight), norm_bias = dense(given.norm_bias);
   Tensor y = empty(x, sizes_of(x));
-  OptionalTensor s = empty_if(save && is_post(placement, norm), x, {of.M, of.D});
-  OptionalTensor mean = empty_f32_if(save && norm == Norm::layer, x, of.M);
-  OptionalTensor rstd = empty_f32_if(save && norm != Norm::none, x, of.M);
+  OptionalTensor s = empty_if(save && is_post(p.placement, p.norm), x, {of.M, of.D});
+  OptionalTensor mean = empty_f32_if(save && p.norm == Norm::layer, x, of.M);
+  OptionalTensor rstd = empty_f32_if(save && p.norm != Norm::none, x, of.M);
   OptionalTensor preactivation = empty_if(save, x, {of.M, of.rows});
-  FfnParams p{first.dtype,
-              of.M,
-              of.D,
-              of.F,
-              norm,
-              activation,
-              placement,
-              residual,
-              static_cast<float>(eps),
-              x.const_data_ptr(),
-              data_or_null(norm_weight),
-              data_or_null(norm_bias),
-              w1.data(),
-              data_or_null(b1),
-              w2.data(),
-              data_or_null(b2),
-              out(y),
-              out_f32(mean),
-              out_f32(rstd),
-              out(preactivation),
-              out(s),
-              nullptr,
-              dropout_of(dropout_key, dropout_p),
-              dropout_of(dropout_key, hidden_dropout_p)};
-  p.w1_transposed = w1.transposed, p.w2_transposed = w2.transposed;
+  p.x = x.const_data_ptr();
+  p.norm_weight = data_or_null(norm_weight), p.norm_bias = data_or_null(norm_bias);
+  p.w1 = w1.data(), p.w1_transposed = w1.transposed, p.b1 = data_or_null(b1);
+  p.w2 = w2.data(), p.w2_transposed = w2.transposed, p.b2 = data_or_null(b2);
+  p.y = out(y), p.s = out(s), p.mean = out_f32(mean), p.rstd = out_f32(rstd);
+  p.preactivation = out(preactivation);
+  p.dropout = dropout_of(given.dropout_key, drop.dropout_p);
+  p.hidden_dropout = dropout_of(given.dropout_key, drop.hidden_dropout_p);
   const Parallel parallel = torch_parallel();
   const Tensor workspace = empty_bytes(x, cpu::ffn_forward_workspace(p, parallel.threads));
   p.workspace = out(workspace);
@@ -246,90 +272,82 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTenso
   return {y, s, mean, rstd, preactivation};
 }
 
+struct ForwardCall {
+  Arguments& in;
+  Tensors tensors{in};
+  Form form{in};
+  Probabilities drop{in};
+  std::string save = in.text();
+};
+
+Forward layernorm_ffn(const ForwardCall& call) {
+  return forward(call.tensors, call.form, call.drop, call.save == "preactivation");
+}
+
+struct BackwardCall {
+  Arguments& in;
+  Tensor dy = in.tensor();
+  Tensors tensors{in};
+  OptionalTensor s = in.optional(), mean = in.optional(), rstd = in.optional();
+  OptionalTensor preactivation = in.optional();
+  Form form{in};
+  Probabilities drop{in};
+  std::vector<bool> wanted = in.flags();
+  OptionalTensor w1_sum = in.optional(), w2_sum = in.optional();
+};
+
 using Gradients = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor,
                              OptionalTensor, OptionalTensor, OptionalTensor>;
 
-Gradients layernorm_ffn_backward(
-    const Tensor& dy_, const Tensor& x_, const Tensor& w1_, const OptionalTensor& b1_,
-    const Tensor& w2_, const OptionalTensor& b2_, const OptionalTensor& norm_weight_,
-    const OptionalTensor& norm_bias_, const OptionalTensor& dropout_key, const OptionalTensor& s_,
-    const OptionalTensor& mean_, const OptionalTensor& rstd_, const OptionalTensor& preactivation_,
-    const std::string& kind, const std::string& activation_name, const std::string& placement_name,
-    bool residual, double eps, double dropout_p, double hidden_dropout_p,
-    const std::vector<bool>& wanted, const OptionalTensor& w1_sum, const OptionalTensor& w2_sum) {
-  if (!preactivation_.has_value()) {  // nothing but x was saved: the forward again
-    const auto [y, s, mean, rstd, preactivation] = layernorm_ffn(
-        x_, w1_, b1_, w2_, b2_, norm_weight_, norm_bias_, dropout_key, kind, activation_name,
-        placement_name, residual, eps, dropout_p, hidden_dropout_p, "preactivation");
-    return layernorm_ffn_backward(dy_, x_, w1_, b1_, w2_, b2_, norm_weight_, norm_bias_,
-                                  dropout_key, s, mean, rstd, preactivation, kind, activation_name,
-                                  placement_name, residual, eps, dropout_p, hidden_dropout_p,
-                                  wanted, w1_sum, w2_sum);
+Gradients layernorm_ffn_backward(BackwardCall& call) {
+  const Tensors& given = call.tensors;
+  if (!call.preactivation.has_value()) {  // nothing but x was saved: the forward again
+    std::tie(std::ignore, call.s, call.mean, call.rstd, call.preactivation) =
+        forward(given, call.form, call.drop, true);
   }
-  const Norm norm = norm_or_none_of(kind);
-  const Activation activation = activation_of(activation_name);
-  const Placement placement = placement_of(placement_name);
-  const First first(x_, "x");
-  const Sizes of(x_, w1_, w2_, activation);
-  check(w1_, "w1", first, {of.rows, of.D});
-  check(w2_, "w2", first, {of.D, of.F});
-  check(dy_, "dy", first, x_.sizes());
-  check(b1_, "b1", first, {of.rows});
-  check(b2_, "b2", first, {of.D});
-  check(norm_weight_, "norm_weight", first, {of.D});
-  check(norm_bias_, "norm_bias", first, {of.D});
-  check(s_, "s", first, {of.M, of.D});
-  check_f32(mean_, "mean", first, {of.M});
-  check_f32(rstd_, "rstd", first, {of.M});
-  check(preactivation_, "preactivation", first, {of.M, of.rows});
-  require(mean_.has_value() == (norm == Norm::layer), "mean belongs to layer, and only to it");
-  require(s_.has_value() == is_post(placement, norm), "s belongs to post, and only to it");
-  require(rstd_.has_value() == (norm != Norm::none), "rstd belongs to a norm");
+  FfnBackwardParams p = {};
+  p.norm = norm_or_none_of(call.form.norm);
+  p.activation = activation_of(call.form.activation);
+  p.placement = placement_of(call.form.placement);
+  p.residual = call.form.residual;
+  const First first(given.x, "x");
+  const Sizes of = given.sizes(first, p.activation);
+  p.dtype = first.dtype, p.M = of.M, p.D = of.D, p.F = of.F;
+  check(call.dy, "dy", first, given.x.sizes());
+  check(call.s, "s", first, {of.M, of.D});
+  check_f32(call.mean, "mean", first, {of.M});
+  check_f32(call.rstd, "rstd", first, {of.M});
+  check(call.preactivation, "preactivation", first, {of.M, of.rows});
+  require(call.mean.has_value() == (p.norm == Norm::layer),
+          "mean belongs to layer, and only to it");
+  require(call.s.has_value() == is_post(p.placement, p.norm), "s belongs to post, and only to it");
+  require(call.rstd.has_value() == (p.norm != Norm::none), "rstd belongs to a norm");
+  const std::vector<bool>& wanted = call.wanted;
   require(wanted.size() == 7, "wanted must have 7 entries, not ", wanted.size());
 
-  const Tensor dy = dense(dy_), x = dense(x_);
-  const Lying w1(w1_, !is_gated(activation) && !w1_sum.has_value());
-  const Lying w2(w2_, !w2_sum.has_value());
-  const Tensor preactivation = dense(*preactivation_);
-  const OptionalTensor norm_weight = dense(norm_weight_), norm_bias = dense(norm_bias_);
-  const OptionalTensor s = dense(s_), mean = dense(mean_), rstd = dense(rstd_);
+  const Tensor dy = dense(call.dy), x = dense(given.x);
+  const bool add_w1 = call.w1_sum.has_value(), add_w2 = call.w2_sum.has_value();
+  const Lying w1(given.w1, !is_gated(p.activation) && !add_w1), w2(given.w2, !add_w2);
+  const Tensor preactivation = dense(*call.preactivation);
+  const OptionalTensor norm_weight = dense(given.norm_weight), norm_bias = dense(given.norm_bias);
+  const OptionalTensor s = dense(call.s), mean = dense(call.mean), rstd = dense(call.rstd);
   OptionalTensor dx = empty_if(wanted[0], x, sizes_of(x));
-  OptionalTensor dw1 = w1.gradient_if(wanted[1] && !w1_sum.has_value());
-  OptionalTensor dw2 = w2.gradient_if(wanted[3] && !w2_sum.has_value());
+  OptionalTensor dw1 = w1.gradient_if(wanted[1] && !add_w1);
+  OptionalTensor dw2 = w2.gradient_if(wanted[3] && !add_w2);
   OptionalTensor db1 = empty_if(wanted[2], x, {of.rows}), db2 = empty_if(wanted[4], x, {of.D});
   OptionalTensor dweight = empty_if(wanted[5], x, {of.D}), dbias = empty_if(wanted[6], x, {of.D});
-  FfnBackwardParams p{first.dtype,
-                      of.M,
-                      of.D,
-                      of.F,
-                      norm,
-                      activation,
-                      placement,
-                      residual,
-                      dy.const_data_ptr(),
-                      x.const_data_ptr(),
-                      data_or_null(norm_weight),
-                      data_or_null(norm_bias),
-                      w1.data(),
-                      w2.data(),
-                      in_f32(mean),
-                      in_f32(rstd),
-                      preactivation.const_data_ptr(),
-                      data_or_null(s),
-                      out(dx),
-                      out(dweight),
-                      out(dbias),
-                      out(dw1),
-                      out(db1),
-                      out(dw2),
-                      out(db2),
-                      nullptr,
-                      dropout_of(dropout_key, dropout_p),
-                      dropout_of(dropout_key, hidden_dropout_p),
-                      wanted[1] ? sum_of(w1_sum, "w1_sum", first, {of.rows, of.D}) : nullptr,
-                      wanted[3] ? sum_of(w2_sum, "w2_sum", first, {of.D, of.F}) : nullptr,
-                      w1.transposed,
-                      w2.transposed};
+  p.dy = dy.const_data_ptr(), p.x = x.const_data_ptr();
+  p.norm_weight = data_or_null(norm_weight), p.norm_bias = data_or_null(norm_bias);
+  p.w1 = w1.data(), p.w1_transposed = w1.transposed;
+  p.w2 = w2.data(), p.w2_transposed = w2.transposed;
+  p.mean = in_f32(mean), p.rstd = in_f32(rstd), p.s = data_or_null(s);
+  p.preactivation = preactivation.const_data_ptr();
+  p.dx = out(dx), p.dnorm_weight = out(dweight), p.dnorm_bias = out(dbias);
+  p.dw1 = out(dw1), p.db1 = out(db1), p.dw2 = out(dw2), p.db2 = out(db2);
+  if (wanted[1]) p.w1_sum = sum_of(call.w1_sum, "w1_sum", first, {of.rows, of.D});
+  if (wanted[3]) p.w2_sum = sum_of(call.w2_sum, "w2_sum", first, {of.D, of.F});
+  p.dropout = dropout_of(given.dropout_key, call.drop.dropout_p);
+  p.hidden_dropout = dropout_of(given.dropout_key, call.drop.hidden_dropout_p);
   const Parallel parallel = torch_parallel();
   const Tensor workspace = empty_bytes(x, cpu::ffn_backward_workspace(p, parallel.threads));
   p.workspace = out(workspace);
@@ -338,35 +356,33 @@ Gradients layernorm_ffn_backward(
 }
 #endif
 
-}  // namespace
-}  // namespace bigkern::layernorm_ffn
+#ifdef BIGKERN_CUDA
+template <class Library>
+void implement_cuda(Library& m) {
+  m.impl("norm", &boxed<norm<Cuda>>);
+  m.impl("norm_backward", &boxed<norm_backward<Cuda>>);
+  m.impl("dropout_add", &boxed<dropout_add>);
+  m.impl("bias_activation", &boxed<bias_activation>);
+  m.impl("bias_activation_backward", &boxed<bias_activation_backward>);
+}
+#endif
 
-namespace ffn = bigkern::layernorm_ffn;
+}  // namespace
 
 #ifdef BIGKERN_SIMT
-STABLE_TORCH_LIBRARY_IMPL(bigkern_simt, CPU, m) {
-  m.impl("norm", TORCH_BOX(&ffn::norm<ffn::Cuda>));
-  m.impl("norm_backward", TORCH_BOX(&ffn::norm_backward<ffn::Cuda>));
-  m.impl("dropout_add", TORCH_BOX(&ffn::dropout_add));
-  m.impl("bias_activation", TORCH_BOX(&ffn::bias_activation));
-  m.impl("bias_activation_backward", TORCH_BOX(&ffn::bias_activation_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(bigkern_simt, CPU, m) { implement_cuda(m); }
 #else
 STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CPU, m) {
-  m.impl("norm", TORCH_BOX(&ffn::norm<ffn::Cpu>));
-  m.impl("norm_backward", TORCH_BOX(&ffn::norm_backward<ffn::Cpu>));
-  m.impl("layernorm_ffn", TORCH_BOX(&ffn::layernorm_ffn));
-  m.impl("layernorm_ffn_backward", TORCH_BOX(&ffn::layernorm_ffn_backward));
-  m.impl("frozen_layernorm_ffn", TORCH_BOX(&ffn::frozen_layernorm_ffn));
-  m.impl("pack_ffn_weight", TORCH_BOX(&ffn::pack_ffn_weight));
+  m.impl("norm", &boxed<norm<Cpu>>);
+  m.impl("norm_backward", &boxed<norm_backward<Cpu>>);
+  m.impl("layernorm_ffn", &boxed<layernorm_ffn>);
+  m.impl("layernorm_ffn_backward", &boxed<layernorm_ffn_backward>);
+  m.impl("frozen_layernorm_ffn", &boxed<frozen_layernorm_ffn>);
+  m.impl("pack_ffn_weight", &boxed<pack_ffn_weight>);
 }
 #ifdef BIGKERN_CUDA
-STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CUDA, m) {
-  m.impl("norm", TORCH_BOX(&ffn::norm<ffn::Cuda>));
-  m.impl("norm_backward", TORCH_BOX(&ffn::norm_backward<ffn::Cuda>));
-  m.impl("dropout_add", TORCH_BOX(&ffn::dropout_add));
-  m.impl("bias_activation", TORCH_BOX(&ffn::bias_activation));
-  m.impl("bias_activation_backward", TORCH_BOX(&ffn::bias_activation_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CUDA, m) { implement_cuda(m); }
 #endif
 #endif
+
+}  // namespace bigkern::layernorm_ffn

@@ -45,12 +45,17 @@ OptionalTensor empty_f32_if(bool wanted, const Tensor& like, int64_t M) {
   return wanted ? OptionalTensor(empty_f32(like, {M})) : std::nullopt;
 }
 
-void* out(const Tensor& x) { return x.mutable_data_ptr(); }
-void* out(const OptionalTensor& x) { return x.has_value() ? x->mutable_data_ptr() : nullptr; }
 float* out_f32(const OptionalTensor& x) { return static_cast<float*>(out(x)); }
 const float* in_f32(const OptionalTensor& x) { return static_cast<const float*>(data_or_null(x)); }
 
 #ifndef BIGKERN_SIMT  // the whole block: the CPU backend
+struct Form {
+  Arguments& in;
+  std::string norm = in.text(), activation = in.text(), placement = in.text();
+  bool residual = in.flag();
+  double eps = in.real();
+};
+
 Norm norm_or_none_of(const std::string& norm) {
   return norm == "none" ? Norm::none : norm_of(norm);
 }

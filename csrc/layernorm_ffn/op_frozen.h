@@ -20,12 +20,18 @@ PackWeightParams packing_of(const Tensor& weight, const char* name, bool gated) 
   return {stored_dtype_of(weight, name), weight.size(0), weight.size(1), gated, nullptr, nullptr};
 }
 
+struct PackCall {
+  Arguments& in;
+  Tensor weight = in.tensor();
+  bool gated = in.flag();
+};
+
 // The weight as one row of panels, in its dtype: what frozen_layernorm_ffn takes as w1_packed
 // (gated as the activation is) and w2_packed (not gated).
-Tensor pack_ffn_weight(const Tensor& weight_, bool gated) {
-  PackWeightParams p = packing_of(weight_, "weight", gated);
-  check_storage(weight_, "weight");
-  const Tensor weight = dense(weight_);
+Tensor pack_ffn_weight(const PackCall& call) {
+  PackWeightParams p = packing_of(call.weight, "weight", call.gated);
+  check_storage(call.weight, "weight");
+  const Tensor weight = dense(call.weight);
   Tensor panels = empty(weight, {static_cast<int64_t>(cpu::packed_elements(p))});
   p.weight = weight.const_data_ptr(), p.panels = out(panels);
   cpu::pack_weight(p, torch_parallel());
@@ -62,32 +68,37 @@ struct FrozenWeight {
   const float* scales() const { return in_f32(scale); }
 };
 
-Tensor frozen_layernorm_ffn(const Tensor& x_, const Tensor& w1_, const OptionalTensor& w1_scale,
-                            const OptionalTensor& b1_, const Tensor& w2_,
-                            const OptionalTensor& w2_scale, const OptionalTensor& b2_,
-                            const OptionalTensor& norm_weight_, const OptionalTensor& norm_bias_,
-                            const OptionalTensor& w1_packed, const OptionalTensor& w2_packed,
-                            const std::string& kind, const std::string& activation_name,
-                            const std::string& placement_name, bool residual, double eps) {
-  const Activation activation = activation_of(activation_name);
-  const First first(x_, "x");
-  const Sizes of(x_, w1_, w2_, activation);
-  check(b1_, "b1", first, {of.rows});
-  check(b2_, "b2", first, {of.D});
-  check(norm_weight_, "norm_weight", first, {of.D});
-  check(norm_bias_, "norm_bias", first, {of.D});
-  const FrozenWeight w1(w1_, w1_scale, w1_packed, first, is_gated(activation), "w1");
-  const FrozenWeight w2(w2_, w2_scale, w2_packed, first, false, "w2");
+struct FrozenCall {
+  Arguments& in;
+  Tensor x = in.tensor(), w1 = in.tensor();
+  OptionalTensor w1_scale = in.optional(), b1 = in.optional();
+  Tensor w2 = in.tensor();
+  OptionalTensor w2_scale = in.optional(), b2 = in.optional();
+  OptionalTensor norm_weight = in.optional(), norm_bias = in.optional();
+  OptionalTensor w1_packed = in.optional(), w2_packed = in.optional();
+  Form form{in};
+};
 
-  const Tensor x = dense(x_);
-  const OptionalTensor b1 = dense(b1_), b2 = dense(b2_);
-  const OptionalTensor norm_weight = dense(norm_weight_), norm_bias = dense(norm_bias_);
+Tensor frozen_layernorm_ffn(const FrozenCall& call) {
+  const Activation activation = activation_of(call.form.activation);
+  const First first(call.x, "x");
+  const Sizes of(call.x, call.w1, call.w2, activation);
+  check(call.b1, "b1", first, {of.rows});
+  check(call.b2, "b2", first, {of.D});
+  check(call.norm_weight, "norm_weight", first, {of.D});
+  check(call.norm_bias, "norm_bias", first, {of.D});
+  const FrozenWeight w1(call.w1, call.w1_scale, call.w1_packed, first, is_gated(activation), "w1");
+  const FrozenWeight w2(call.w2, call.w2_scale, call.w2_packed, first, false, "w2");
+
+  const Tensor x = dense(call.x);
+  const OptionalTensor b1 = dense(call.b1), b2 = dense(call.b2);
+  const OptionalTensor norm_weight = dense(call.norm_weight), norm_bias = dense(call.norm_bias);
   Tensor y = empty(x, sizes_of(x));
   FfnParams p = {};
   p.dtype = first.dtype, p.M = of.M, p.D = of.D, p.F = of.F;
-  p.norm = norm_or_none_of(kind), p.activation = activation;
-  p.placement = placement_of(placement_name), p.residual = residual;
-  p.eps = static_cast<float>(eps);
+  p.norm = norm_or_none_of(call.form.norm), p.activation = activation;
+  p.placement = placement_of(call.form.placement), p.residual = call.form.residual;
+  p.eps = static_cast<float>(call.form.eps);
   p.x = x.const_data_ptr(), p.y = out(y);
   p.norm_weight = data_or_null(norm_weight), p.norm_bias = data_or_null(norm_bias);
   p.b1 = data_or_null(b1), p.b2 = data_or_null(b2);
