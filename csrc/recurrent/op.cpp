@@ -48,13 +48,13 @@ Mode mode_of(const std::string& mode) {
 }
 
 // The sizes of a call whose steps have N rows in all, and where its batch sizes are read.
-struct Call {
+struct Steps {
   First first;
   Sizes of;
   Tensor batch_sizes;  // keeps a copy on the device alive
 
-  Call(const First& first, int64_t N, const Tensor& h0, const OptionalTensor& batch_sizes_,
-       const std::string& mode)
+  Steps(const First& first, int64_t N, const Tensor& h0, const OptionalTensor& batch_sizes_,
+        const std::string& mode)
       : first(first), batch_sizes(h0) {
     of.dtype = first.dtype;
     of.mode = mode_of(mode);
@@ -71,13 +71,13 @@ struct Call {
     }
   }
   // Of a scan on these gates.
-  static Call of_gates(const Tensor& gates, const Tensor& h0, const OptionalTensor& batch_sizes,
-                       const std::string& mode) {
+  static Steps of_gates(const Tensor& gates, const Tensor& h0, const OptionalTensor& batch_sizes,
+                        const std::string& mode) {
     require(gates.dim() == 2 && gates.is_contiguous(),
             "gates must be [N, D * G * H] and contiguous");
-    const Call call({gates, "gates"}, gates.size(0), h0, batch_sizes, mode);
-    check_sizes(gates, "gates", {call.of.N, call.width()});
-    return call;
+    const Steps steps({gates, "gates"}, gates.size(0), h0, batch_sizes, mode);
+    check_sizes(gates, "gates", {steps.of.N, steps.width()});
+    return steps;
   }
 
   // The data of a tensor of such a shape and of x's dtype, made dense; null where there is none.
@@ -122,170 +122,183 @@ struct Call {
   }
 };
 
+// States and weights are optional for Steps, which makes them dense in their place; those that a
+// call must have are read as tensors.
 #ifndef BIGKERN_SIMT
-// The weights in torch's flat order: w_ih, w_hh and, if there are any, b_ih, b_hh of each
-// direction.
-std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor> layer(
-    const Tensor& x_, const Tensor& h0_, OptionalTensor c0, const std::vector<Tensor>& weights,
-    const OptionalTensor& batch_sizes, OptionalTensor zoneout, const std::string& mode, bool save) {
-  require(x_.dim() >= 2 && x_.numel() > 0, "x must be [.., I], and not empty");
-  const int64_t I = x_.size(x_.dim() - 1);
-  const Call call({x_, "x"}, x_.numel() / I, h0_, batch_sizes, mode);
-  const Tensor x = dense(x_);
-  const Sizes& of = call.of;
-  const int64_t each = int64_t(weights.size()) / of.D;
-  require((each == 2 || each == 4) && each * of.D == int64_t(weights.size()),
+struct LayerCall {
+  Arguments& in;
+  Tensor x = in.tensor();
+  OptionalTensor h0 = in.tensor(), c0 = in.optional();
+  std::vector<Tensor> weights = in.list();  // torch's flat order: w_ih, w_hh and, if there are any,
+                                            // b_ih, b_hh of each direction
+  OptionalTensor batch_sizes = in.optional(), zoneout = in.optional();
+  std::string mode = in.text();
+  bool save = in.flag();
+};
+
+std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor> layer(LayerCall& call) {
+  require(call.x.dim() >= 2 && call.x.numel() > 0, "x must be [.., I], and not empty");
+  const int64_t I = call.x.size(call.x.dim() - 1);
+  const Steps steps({call.x, "x"}, call.x.numel() / I, *call.h0, call.batch_sizes, call.mode);
+  const Tensor x = dense(call.x);
+  const Sizes& of = steps.of;
+  const int64_t each = int64_t(call.weights.size()) / of.D;
+  require((each == 2 || each == 4) && each * of.D == int64_t(call.weights.size()),
           "weights must be 2 or 4 a direction");
-  require(c0.has_value() == (of.mode == Mode::lstm), "c0 is the LSTM's, and it needs one");
+  require(call.c0.has_value() == (of.mode == Mode::lstm), "c0 is the LSTM's, and it needs one");
   std::vector<int64_t> sizes = {x.sizes().begin(), x.sizes().end()};
   sizes.back() = of.D * of.H;
   Tensor y = empty(x, sizes), hn = empty(x, {of.D, of.B, of.H});
-  OptionalTensor h0 = h0_, cn, gates, reserve;
-  if (c0.has_value()) cn = empty(x, {of.D, of.B, of.H});
-  if (save) gates = empty(x, {of.N, call.width()});
-  if (save && of.G() > 1) reserve = empty_f32(x, {of.N, of.D * of.H});
+  OptionalTensor cn, gates, reserve;
+  if (call.c0.has_value()) cn = empty(x, {of.D, of.B, of.H});
+  if (call.save) gates = empty(x, {of.N, steps.width()});
+  if (call.save && of.G() > 1) reserve = empty_f32(x, {of.N, of.D * of.H});
   Layer p = {};
   p.of = of, p.I = I;
   p.x = x.const_data_ptr();
-  std::vector<OptionalTensor> dense_weights = {weights.begin(), weights.end()};
+  std::vector<OptionalTensor> dense_weights = {call.weights.begin(), call.weights.end()};
   for (int64_t d = 0; d < of.D; ++d) {
     OptionalTensor* of_d = dense_weights.data() + d * each;
-    p.w_ih[d] = call.data(of_d[0], "w_ih", {of.G() * of.H, I});
-    p.w_hh[d] = call.w_hh(of_d[1], "w_hh");
+    p.w_ih[d] = steps.data(of_d[0], "w_ih", {of.G() * of.H, I});
+    p.w_hh[d] = steps.w_hh(of_d[1], "w_hh");
     if (each == 2) continue;
-    p.b_ih[d] = call.data(of_d[2], "b_ih", {of.G() * of.H});
-    p.b_hh[d] = call.data(of_d[3], "b_hh", {of.G() * of.H});
+    p.b_ih[d] = steps.data(of_d[2], "b_ih", {of.G() * of.H});
+    p.b_hh[d] = steps.data(of_d[3], "b_hh", {of.G() * of.H});
   }
-  p.h0 = call.state(h0, "h0");
-  p.c0 = call.state(c0, "c0");
-  p.zoneout = call.rows(zoneout, "zoneout");
-  p.y = y.mutable_data_ptr();
-  p.hn = hn.mutable_data_ptr();
-  p.cn = cn.has_value() ? cn->mutable_data_ptr() : nullptr;
-  p.gates = gates.has_value() ? gates->mutable_data_ptr() : nullptr;
-  p.reserve = reserve.has_value() ? static_cast<float*>(reserve->mutable_data_ptr()) : nullptr;
+  p.h0 = steps.state(call.h0, "h0"), p.c0 = steps.state(call.c0, "c0");
+  p.zoneout = steps.rows(call.zoneout, "zoneout");
+  p.y = out(y), p.hn = out(hn), p.cn = out(cn);
+  p.gates = out(gates), p.reserve = static_cast<float*>(out(reserve));
   const Parallel parallel = team_parallel();
   const Tensor workspace = empty_bytes(x, cpu::layer_workspace(p, parallel.threads));
-  p.workspace = workspace.mutable_data_ptr();
+  p.workspace = out(workspace);
   cpu::layer(p, parallel);
   return {y, hn, cn, gates, reserve};
 }
 #endif
 
 #ifdef BIGKERN_CUDA
-std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor> scan(
-    const Tensor& gates, const Tensor& h0_, OptionalTensor c0, const Tensor& w_hh_,
-    OptionalTensor w_hh_reverse, OptionalTensor bias_n, const OptionalTensor& batch_sizes,
-    OptionalTensor zoneout, const std::string& mode, bool save) {
-  const Call call = Call::of_gates(gates, h0_, batch_sizes, mode);
-  const Sizes& of = call.of;
-  OptionalTensor h0 = h0_, w_hh = w_hh_;
+struct ScanCall {
+  Arguments& in;
+  Tensor gates = in.tensor();
+  OptionalTensor h0 = in.tensor(), c0 = in.optional();
+  OptionalTensor w_hh = in.tensor(), w_hh_reverse = in.optional();
+  OptionalTensor bias_n = in.optional(), batch_sizes = in.optional(), zoneout = in.optional();
+  std::string mode = in.text();
+  bool save = in.flag();
+};
+
+std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor> scan(ScanCall& call) {
+  const Tensor& gates = call.gates;
+  const Steps steps = Steps::of_gates(gates, *call.h0, call.batch_sizes, call.mode);
+  const Sizes& of = steps.of;
   const bool lstm = of.mode == Mode::lstm, rnn = of.G() == 1;
-  require(c0.has_value() == lstm, "c0 is the LSTM's, and it needs one");
-  require(w_hh_reverse.has_value() == (of.D == 2), "w_hh must be one a direction");
+  require(call.c0.has_value() == lstm, "c0 is the LSTM's, and it needs one");
+  require(call.w_hh_reverse.has_value() == (of.D == 2), "w_hh must be one a direction");
   Tensor y = empty(gates, {of.N, of.D * of.H}), hn = empty(gates, {of.D, of.B, of.H});
   OptionalTensor cn, reserve;
   if (lstm) cn = empty(gates, {of.D, of.B, of.H});
-  if (save && !rnn) reserve = empty_f32(gates, {of.N, of.D * of.H});
-  Scan p = {of,
-            gates.mutable_data_ptr(),
-            call.state(h0, "h0"),
-            call.state(c0, "c0"),
-            {call.w_hh(w_hh, "w_hh"), call.w_hh(w_hh_reverse, "w_hh_reverse")},
-            call.data(bias_n, "bias_n", {of.D, of.H}),
-            call.rows(zoneout, "zoneout"),
-            y.mutable_data_ptr(),
-            hn.mutable_data_ptr(),
-            lstm ? cn->mutable_data_ptr() : nullptr,
-            reserve.has_value() ? static_cast<float*>(reserve->mutable_data_ptr()) : nullptr,
-            save,
-            nullptr};
+  if (call.save && !rnn) reserve = empty_f32(gates, {of.N, of.D * of.H});
+  Scan p = {};
+  p.of = of, p.gates = out(gates), p.save = call.save;
+  p.h0 = steps.state(call.h0, "h0"), p.c0 = steps.state(call.c0, "c0");
+  p.w_hh[0] = steps.w_hh(call.w_hh, "w_hh");
+  p.w_hh[1] = steps.w_hh(call.w_hh_reverse, "w_hh_reverse");
+  p.bias_n = steps.data(call.bias_n, "bias_n", {of.D, of.H});
+  p.zoneout = steps.rows(call.zoneout, "zoneout");
+  p.y = out(y), p.hn = out(hn), p.cn = out(cn), p.reserve = static_cast<float*>(out(reserve));
   const Tensor workspace = empty_bytes(gates, Cuda::workspace(p));
-  p.workspace = workspace.mutable_data_ptr();
+  p.workspace = out(workspace);
   Cuda::launch(p, gates);
   return {y, hn, cn, reserve};
 }
 #endif
 
+struct ScanBackwardCall {
+  Arguments& in;
+  OptionalTensor dy = in.optional(), dhn = in.optional(), dcn = in.optional();
+  Tensor gates = in.tensor();
+  OptionalTensor h0 = in.tensor(), c0 = in.optional();
+  OptionalTensor w_hh = in.tensor(), w_hh_reverse = in.optional();
+  OptionalTensor batch_sizes = in.optional(), zoneout = in.optional();
+  OptionalTensor y = in.tensor(), reserve = in.optional();
+  std::string mode = in.text();
+};
+
 template <class Device>
-std::tuple<Tensor, OptionalTensor, Tensor, OptionalTensor> scan_backward(
-    OptionalTensor dy, OptionalTensor dhn, OptionalTensor dcn, const Tensor& gates,
-    const Tensor& h0_, OptionalTensor c0, const Tensor& w_hh_, OptionalTensor w_hh_reverse,
-    const OptionalTensor& batch_sizes, OptionalTensor zoneout, const Tensor& y_,
-    const OptionalTensor& reserve, const std::string& mode) {
-  const Call call = Call::of_gates(gates, h0_, batch_sizes, mode);
-  const Sizes& of = call.of;
-  OptionalTensor h0 = h0_, w_hh = w_hh_, y = y_;
+std::tuple<Tensor, OptionalTensor, Tensor, OptionalTensor> scan_backward(ScanBackwardCall& call) {
+  const Tensor& gates = call.gates;
+  const Steps steps = Steps::of_gates(gates, *call.h0, call.batch_sizes, call.mode);
+  const Sizes& of = steps.of;
+  const OptionalTensor& reserve = call.reserve;
   const bool lstm = of.mode == Mode::lstm, gru = of.mode == Mode::gru;
-  require(c0.has_value() == lstm, "c0 is the LSTM's, and it needs one");
-  require(w_hh_reverse.has_value() == (of.D == 2), "w_hh must be one a direction");
+  require(call.c0.has_value() == lstm, "c0 is the LSTM's, and it needs one");
+  require(call.w_hh_reverse.has_value() == (of.D == 2), "w_hh must be one a direction");
   require(
       reserve.has_value() == (lstm || gru) && (!reserve.has_value() || reserve->is_contiguous()),
       "reserve must be the forward's");
-  check_f32(reserve, "reserve", call.first, {of.N, of.D * of.H});
-  Tensor dgates = empty(gates, {of.N, of.D * of.G() * of.H});
+  check_f32(reserve, "reserve", steps.first, {of.N, of.D * of.H});
+  Tensor dgates = empty(gates, {of.N, steps.width()});
   Tensor dh0 = empty(gates, {of.D, of.B, of.H});
   OptionalTensor dhidden_n, dc0;
   if (gru) dhidden_n = empty(gates, {of.N, of.D * of.H});
   if (lstm) dc0 = empty(gates, {of.D, of.B, of.H});
-  ScanBackward p = {of,
-                    call.rows(dy, "dy"),
-                    call.state(dhn, "dhn"),
-                    call.state(dcn, "dcn"),
-                    gates.const_data_ptr(),
-                    call.state(h0, "h0"),
-                    call.state(c0, "c0"),
-                    {call.w_hh(w_hh, "w_hh"), call.w_hh(w_hh_reverse, "w_hh_reverse")},
-                    call.rows(zoneout, "zoneout"),
-                    call.rows(y, "y"),
-                    static_cast<const float*>(data_or_null(reserve)),
-                    dgates.mutable_data_ptr(),
-                    gru ? dhidden_n->mutable_data_ptr() : nullptr,
-                    dh0.mutable_data_ptr(),
-                    lstm ? dc0->mutable_data_ptr() : nullptr,
-                    nullptr};
+  ScanBackward p = {};
+  p.of = of, p.gates = gates.const_data_ptr();
+  p.dy = steps.rows(call.dy, "dy");
+  p.dhn = steps.state(call.dhn, "dhn"), p.dcn = steps.state(call.dcn, "dcn");
+  p.h0 = steps.state(call.h0, "h0"), p.c0 = steps.state(call.c0, "c0");
+  p.w_hh[0] = steps.w_hh(call.w_hh, "w_hh");
+  p.w_hh[1] = steps.w_hh(call.w_hh_reverse, "w_hh_reverse");
+  p.zoneout = steps.rows(call.zoneout, "zoneout"), p.y = steps.rows(call.y, "y");
+  p.reserve = static_cast<const float*>(data_or_null(reserve));
+  p.dgates = out(dgates), p.dhidden_n = out(dhidden_n), p.dh0 = out(dh0), p.dc0 = out(dc0);
   const Tensor workspace = empty_bytes(gates, Device::workspace(p));
-  p.workspace = workspace.mutable_data_ptr();
+  p.workspace = out(workspace);
   Device::launch(p, gates);
   return {dgates, dhidden_n, dh0, dc0};
 }
 
 #ifdef BIGKERN_CUDA
+struct FitsCall {
+  Arguments& in;
+  Tensor h0 = in.tensor();
+  std::string mode = in.text();
+};
+
 // Whether h0's device holds the recurrent weights of its D directions and H hidden units on chip.
-bool fits(const Tensor& h0, const std::string& mode) {
+bool fits(const FitsCall& call) {
+  const Tensor& h0 = call.h0;
   require(h0.dim() == 3, "h0 must be [D, B, H]");
   Sizes of{};
-  of.dtype = dtype_of(h0, "h0"), of.mode = mode_of(mode);
+  of.dtype = dtype_of(h0, "h0"), of.mode = mode_of(call.mode);
   of.T = of.N = of.B = 1, of.D = h0.size(0), of.H = h0.size(2);
 #ifndef BIGKERN_SIMT
   const torch::stable::accelerator::DeviceGuard guard(h0.get_device_index());
 #endif
   return cuda::fits(of);
 }
+
+template <class Library>
+void implement_cuda(Library& m) {
+  m.impl("recurrent_fits", &boxed<fits>);
+  m.impl("recurrent_scan", &boxed<scan>);
+  m.impl("recurrent_scan_backward", &boxed<scan_backward<Cuda>>);
+}
 #endif
 
 }  // namespace
-}  // namespace bigkern::recurrent
 
 #ifdef BIGKERN_SIMT
-STABLE_TORCH_LIBRARY_IMPL(bigkern_simt, CPU, m) {
-  m.impl("recurrent_fits", TORCH_BOX(&bigkern::recurrent::fits));
-  m.impl("recurrent_scan", TORCH_BOX(&bigkern::recurrent::scan));
-  m.impl("recurrent_scan_backward",
-         TORCH_BOX(&bigkern::recurrent::scan_backward<bigkern::recurrent::Cuda>));
-}
+STABLE_TORCH_LIBRARY_IMPL(bigkern_simt, CPU, m) { implement_cuda(m); }
 #else
 STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CPU, m) {
-  m.impl("recurrent", TORCH_BOX(&bigkern::recurrent::layer));
-  m.impl("recurrent_scan_backward",
-         TORCH_BOX(&bigkern::recurrent::scan_backward<bigkern::recurrent::Cpu>));
+  m.impl("recurrent", &boxed<layer>);
+  m.impl("recurrent_scan_backward", &boxed<scan_backward<Cpu>>);
 }
 #ifdef BIGKERN_CUDA
-STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CUDA, m) {
-  m.impl("recurrent_fits", TORCH_BOX(&bigkern::recurrent::fits));
-  m.impl("recurrent_scan", TORCH_BOX(&bigkern::recurrent::scan));
-  m.impl("recurrent_scan_backward",
-         TORCH_BOX(&bigkern::recurrent::scan_backward<bigkern::recurrent::Cuda>));
-}
+STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CUDA, m) { implement_cuda(m); }
 #endif
 #endif
+
+}  // namespace bigkern::recurrent
