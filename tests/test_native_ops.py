@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from parity import BACKENDS
 from torch import Tensor
 
 import bigkern
-from bigkern.core import info
+from bigkern.core import info, library
 from bigkern.optim import AdamW
 
 pytestmark = pytest.mark.skipif(info.import_error is not None, reason="the extension is not built")
@@ -328,6 +330,48 @@ def test_another_shape_of_as_many_elements_is_named(
     call = changed(make, name, at, turned)
     with pytest.raises(RuntimeError, match="must" if name in FIRST else said(make, name, at)):
         op("bigkern_native", name_of(make))(*call.values())
+
+
+# ---- arguments by name -----------------------------------------------------------------------------
+#
+# The stack that torch hands over has no names: an op.cpp's struct must list the schema's, in its order.
+
+CSRC = Path(__file__).parent.parent / "csrc"
+SCHEMA_TYPES = {
+    "tensor": "Tensor", "optional": "Optional[Tensor]", "list": "List[Tensor]", "real": "float",
+    "integer": "int", "optional_integer": "Optional[int]", "flag": "bool", "flags": "List[bool]",
+    "text": "str",
+}  # fmt: skip
+STRUCT = re.compile(r"struct (\w+) \{\n  Arguments& in;\n(.*?)\n(?:\n|\};)", re.DOTALL)
+FIELD = re.compile(r"(?P<name>\w+) = in\.(?P<type>\w+)\(\)|(?P<part>\w+) \w+\{in\};")
+
+
+def fields_of(struct: str, structs: dict[str, str]) -> Iterator[tuple[str, str]]:
+    for field in FIELD.finditer(structs[struct]):
+        if field["part"]:
+            yield from fields_of(field["part"], structs)
+        else:
+            yield field["name"].rstrip("_"), SCHEMA_TYPES[field["type"]]
+
+
+def structs_by_op() -> dict[str, list[tuple[str, str]]]:
+    """The arguments, as names and types, that each op's C++ struct takes."""
+    found = {}
+    for folder in {path.parent for path in CSRC.glob("*/op.cpp")}:
+        text = "\n".join(path.read_text() for path in sorted(folder.glob("op*")))
+        structs = dict(STRUCT.findall(text))
+        calls = dict(re.findall(r"(\w+)\(\s*(?:const )?(\w+)& call\) \{", text))
+        for op_name, function in re.findall(r'm\.impl\("(\w+)", &boxed<(\w+)', text):
+            found[op_name] = list(fields_of(calls[function], structs))
+    return found
+
+
+@pytest.mark.parametrize("schema", library.SCHEMAS, ids=lambda schema: schema.partition("(")[0])
+def test_a_kernel_takes_the_arguments_that_its_schema_lists(schema: str) -> None:
+    parsed = torch._C.parse_schema(schema)
+    listed = [(argument.name, str(argument.type)) for argument in parsed.arguments]
+    taken = structs_by_op()[parsed.name]
+    assert taken == listed
 
 
 # ---- the optimizer ---------------------------------------------------------------------------------

@@ -129,8 +129,7 @@ struct LayerCall {
   Arguments& in;
   Tensor x = in.tensor();
   OptionalTensor h0 = in.tensor(), c0 = in.optional();
-  std::vector<Tensor> weights = in.list();  // torch's flat order: w_ih, w_hh and, if there are any,
-                                            // b_ih, b_hh of each direction
+  std::vector<Tensor> weights = in.list();  // of each direction w_ih, w_hh and, perhaps, b_ih, b_hh
   OptionalTensor batch_sizes = in.optional(), zoneout = in.optional();
   std::string mode = in.text();
   bool save = in.flag();
