@@ -132,6 +132,8 @@ class Op(registry.Op):
             which return no more than the outputs. None where no candidate is differentiated by torch.
         outputs: how many fields of the result the caller gets: one tensor, or a tuple. The others are for
             the backward.
+        check_values: raises where numbers in the tensors do not fit, which a traced call cannot see: its
+            node does when it runs.
         autograd: its gradient, if it has one.
         draw: puts into a call what it leaves to chance, as a key of dropout: torch's own functions draw for
             themselves, kernels are told.
@@ -148,6 +150,7 @@ class Op(registry.Op):
         fake: Callable[[Any], Any],
         reference: Backend | None = None,
         outputs: int = 1,
+        check_values: Callable[[Any], None] | None = None,
         autograd: Autograd | None = None,
         draw: Callable[[Any], None] | None = None,
         compiled: bool = True,
@@ -156,7 +159,7 @@ class Op(registry.Op):
         registry.add(self)
         self.call, self.result, self.outputs = call, result, outputs
         self.reference: Any = reference
-        self.draw, self.compiled = draw, compiled
+        self.draw, self.compiled, self._check_values = draw, compiled, check_values
         self.tensors = getter([n for n, kind in call.kinds.items() if kind in TENSORS], call.kinds)
         self._node = _define(name, call, result, fake, self._run_as_node, compiled)
         if autograd is not None:
@@ -167,8 +170,10 @@ class Op(registry.Op):
             opaque = not plain(*self.tensors(call))
             return self.given(self._node(*self.call.flat(call)) if opaque else self._run_as_node(call))
         candidate = self.resolve(call)
-        if candidate.by_torch:
-            return candidate.forward(call)
+        return candidate.forward(call) if candidate.by_torch else self.run(candidate, call)
+
+    def run(self, candidate: Backend, call: Any) -> Any:
+        """Run what torch cannot differentiate by itself: a candidate's kernels, or the reference."""
         if self.draw is not None:
             self.draw(call)
         tensors = self.tensors(call)
@@ -190,6 +195,8 @@ class Op(registry.Op):
         return self.reference if candidate.by_torch else candidate
 
     def _run_as_node(self, call: Any) -> Any:
+        if self._check_values is not None:
+            self._check_values(call)
         return self.of_node(call).forward(call)
 
 
@@ -301,7 +308,12 @@ class _Gradient:
         needed = [wanted[name] for name in self.autograd.of]
         found = self.of(lambda call: self._node(*call.flat()), ctx, grads, needed)
         by_name = dict(zip(self.autograd.of, found, strict=True))
-        return tuple(by_name.get(name) for name in self.op.call.names)
+        return tuple(_as_many(by_name.get(name), need) for name, need in wanted.items())
+
+
+def _as_many(found: Any, needed: Any) -> Any:
+    """A field's gradient: of a list as many as it has tensors, also where there are none."""
+    return [None] * len(needed) if isinstance(needed, list) and not found else found
 
 
 def _lengths(values: Sequence[Any]) -> list[int | None]:
@@ -357,6 +369,6 @@ def _gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
     gradient, needed = ctx.gradient, ctx.needs_input_grad[3:]
     if not gradient.has_lists:
         return None, None, None, *gradient.of(ctx.run, ctx, grads, needed)
-    found = gradient.of(ctx.run, ctx, grads, _gathered(needed, ctx.counts))
-    filled = ([None] * n if n is not None and not x else x for x, n in zip(found, ctx.counts, strict=True))
-    return None, None, None, *_spread(list(filled))
+    needed = _gathered(needed, ctx.counts)
+    found = gradient.of(ctx.run, ctx, grads, needed)
+    return None, None, None, *_spread([_as_many(x, need) for x, need in zip(found, needed, strict=True)])
