@@ -15,7 +15,7 @@ from bigkern.ops.adam.dynamic8 import blocks_of
 from bigkern.ops.adam.grad_norm import grad_norm
 from bigkern.ops.batch_norm import batch_norm
 from bigkern.ops.recurrent import recurrent
-from bigkern.ops.recurrent.reference import GATES
+from bigkern.ops.recurrent.call import GATES
 
 BACKENDS = ("cuda", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

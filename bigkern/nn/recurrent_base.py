@@ -16,7 +16,9 @@ from bigkern.core.library import traced
 from bigkern.nn.torchscript import ScriptsAsStock
 from bigkern.ops.linear import linear
 from bigkern.ops.norm import layer_norm
-from bigkern.ops.recurrent import RECURRENT, declined, recurrent
+from bigkern.ops.recurrent import recurrent
+from bigkern.ops.recurrent.backends import RECURRENT, declined
+from bigkern.ops.recurrent.call import Recurrent
 from bigkern.ops.recurrent.reference import layer_norm_scan
 
 States = tuple[Tensor, ...]  # (h,), of an LSTM (h, c)
@@ -130,8 +132,10 @@ class RecurrentBase(ScriptsAsStock, nn.RNNBase):
             x, batch_sizes = input.transpose(0, 1) if self.batch_first else input, None
         else:
             return False
-        weights = self._flat_weights[: len(self._flat_weights) // self.num_layers]
-        return declined(x, None, None, weights, batch_sizes, None, self.mode, torch.is_grad_enabled())
+        weights: Any = self._flat_weights[: len(self._flat_weights) // self.num_layers]
+        states: Any = None
+        call = Recurrent(x, states, states, weights, batch_sizes, None, self.mode, torch.is_grad_enabled())
+        return declined(call)
 
     def _has_extras(self) -> bool:
         return bool(self.layer_norm or self.zoneout or (self.recurrent_dropout and self.training))
@@ -145,8 +149,8 @@ class RecurrentBase(ScriptsAsStock, nn.RNNBase):
         h0, *c0 = self._states_of(0, states)
         weights = self._weights_of(0)
         save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, h0, *c0, *weights))
-        first = x, h0, c0[0] if c0 else None, weights, batch_sizes, None, self.mode, save
-        return RECURRENT.resolve(*first).name == "torch"
+        first = Recurrent(x, h0, c0[0] if c0 else None, weights, batch_sizes, None, self.mode, save)
+        return RECURRENT.resolve(first).by_torch
 
     def _stack(self, x: Tensor, states: States, batch_sizes: Tensor | None) -> tuple[Tensor, States]:
         """The layers one after the other; x is ``[T, B, I]`` or packed ``[N, I]``."""

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from bigkern.core import registry
 from bigkern.nn.torchscript import ScriptsAsStock
-from bigkern.ops.recurrent import RECURRENT, declined, recurrent
+from bigkern.ops.recurrent import recurrent
+from bigkern.ops.recurrent.backends import RECURRENT, declined
+from bigkern.ops.recurrent.call import Recurrent
 
 
 class _Cell(ScriptsAsStock, nn.RNNCellBase):
@@ -24,7 +26,7 @@ class _Cell(ScriptsAsStock, nn.RNNCellBase):
         if not self._fits(input, states):
             return super().forward(input, hx)  # torch's own checks are to judge these
         step = self.step(input, states)
-        if RECURRENT.resolve(*RECURRENT.bind(*step)).name == "torch":
+        if RECURRENT.resolve(RECURRENT.bind(*step)).by_torch:
             return super().forward(input, hx)
         _, state = recurrent(*step)
         shape = (*input.shape[:-1], self.hidden_size)
@@ -37,7 +39,9 @@ class _Cell(ScriptsAsStock, nn.RNNCellBase):
         if input.is_cpu:
             return True
         weights = [self.weight_ih, self.weight_hh]
-        return declined(input[None], None, None, weights, None, None, self.mode, torch.is_grad_enabled())
+        states: Any = None
+        call = Recurrent(input[None], states, states, weights, None, None, self.mode, torch.is_grad_enabled())
+        return declined(call)
 
     def _fits(self, input: Tensor, states: tuple[Tensor, ...]) -> bool:
         """Whether shapes and dtypes are what the op expects."""

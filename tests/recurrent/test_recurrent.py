@@ -17,10 +17,10 @@ from torch.autograd.graph import saved_tensors_hooks
 import bigkern
 from bigkern.core.parity import Yardstick
 from bigkern.ops.recurrent import recurrent, reference, stock
-from bigkern.ops.recurrent.call import bind
-from bigkern.ops.recurrent.stock import REFERENCE, REFERENCE_BACKWARD
+from bigkern.ops.recurrent.call import GATES, RecurrentBackward, bind
+from bigkern.ops.recurrent.stock import REFERENCE
 
-MODES = list(reference.GATES)
+MODES = list(GATES)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = parity.BACKENDS
 KERNEL_BACKENDS = parity.KERNEL_BACKENDS
@@ -61,7 +61,7 @@ class Case:
     def inputs(self, device: torch.device, seed: int = 0) -> dict[str, Any]:
         draw = torch.Generator().manual_seed(seed)
         T, B, I, H = self.sizes
-        D, rows = self.directions, reference.GATES[self.mode] * H
+        D, rows = self.directions, GATES[self.mode] * H
 
         def make(*shape: int, scale: float = 1.0) -> Tensor:
             return (scale * torch.randn(shape, generator=draw)).to(device, self.dtype)
@@ -93,13 +93,15 @@ class Case:
     def by_reference(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """The specification in the inputs' dtype, which keeps gates and their gradients in it."""
         hx, weights, m = self.hx(inputs["states"]), inputs["weights"], inputs["zoneout"]
-        x, h0, c0, *rest, _ = bind(inputs["x"], hx, weights, self.mode, inputs["batch_sizes"], m)
-        y, hn, cn, gates, reserve = REFERENCE(x, h0, c0, *rest, True)
+        call = bind(inputs["x"], hx, weights, self.mode, inputs["batch_sizes"], m)
+        call.save = True
+        y, hn, cn, gates, reserve = REFERENCE.forward(call)
         upstream = [inputs["upstream"][name] if name in self.used else None for name in ("y", "hn", "cn")]
         upstream[2] = None if cn is None else upstream[2]
-        *context, mode = x, h0, c0, *rest
-        dx, dh0, dc0, dweights = REFERENCE_BACKWARD(
-            *upstream, *context, y, gates, reserve, mode, True, True, True
+        *context, mode, _save = call.flat()
+        assert REFERENCE.backward is not None
+        dx, dh0, dc0, dweights = REFERENCE.backward(
+            RecurrentBackward(*upstream, *context, y, gates, reserve, mode, True, True, True)
         )
         outputs = {name: t for name, t in (("y", y), ("hn", hn), ("cn", cn)) if name in self.used}
         states = dict(zip(("dh0", "dc0"), (dh0, dc0), strict=True)) if inputs["states"] else {}
@@ -129,7 +131,7 @@ class Case:
 
 
 def by_stock(x: Tensor, hx: Any, weights: Any, *rest: Any) -> tuple[Tensor, Any]:
-    y, hn, cn = stock(*bind(x, hx, weights, *rest))
+    y, hn, cn = stock.recurrent(bind(x, hx, weights, *rest))
     return (y, hn) if cn is None else (y, (hn, cn))
 
 
@@ -394,7 +396,7 @@ def test_opcheck(backend: str) -> None:
         inputs = case.inputs(device_of(backend))
         x, weights = inputs["x"].requires_grad_(), [w.requires_grad_() for w in inputs["weights"]]
         hx = tuple(inputs["states"]) if mode == "LSTM" else inputs["states"][0]
-        arguments = bind(x, hx, weights, mode, inputs["batch_sizes"], inputs["zoneout"])
+        arguments = bind(x, hx, weights, mode, inputs["batch_sizes"], inputs["zoneout"]).flat()
         with run_backend("recurrent", backend):
             torch.library.opcheck(torch.ops.bigkern.recurrent.default, arguments)
             given = x.detach(), *arguments[1:3], [w.detach() for w in weights], *arguments[4:6]
@@ -614,7 +616,7 @@ def test_layer_norm_scan_of_a_gru() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_state_of_another_dtype_than_x_is_named(mode: str) -> None:
-    x, weights = torch.randn(4, 2, 3), [torch.randn(reference.GATES[mode] * 5, n) for n in (3, 5)]
+    x, weights = torch.randn(4, 2, 3), [torch.randn(GATES[mode] * 5, n) for n in (3, 5)]
     h = torch.zeros(1, 2, 5, dtype=torch.float64)
     hx = (h.float(), h) if mode == "LSTM" else h
     with pytest.raises(TypeError, match=r"^hx(\[1\])? must have x's dtype torch.float32, not torch.float64"):

@@ -1,8 +1,13 @@
-"""What a call of the recurrent op must be: torch's checks in torch's words, and the form of its weights."""
+"""What the recurrent op and its scan are called with, forward and backward, and what comes of it.
+
+A layer is the input's product over all steps at once, the scan over time, and in backward the products of the
+weights' gradients. N = rows of all steps, D = directions, B = batch, H = hidden size, G = gates.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
@@ -10,7 +15,110 @@ import torch
 from torch import Tensor
 
 from bigkern.core.checks import check_dense, check_tensor, kind
-from bigkern.ops.recurrent.reference import GATES
+from bigkern.core.op import Call
+
+GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
+
+
+# ---- the layer -------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Recurrent(Call):
+    x: Tensor  # [T, B, I], or packed [N, I]
+    h0: Tensor  # [D, B, H]
+    c0: Tensor | None  # an LSTM's
+    weights: list[Tensor]  # see Layout
+    batch_sizes: Tensor | None  # [T]
+    zoneout: Tensor | None  # [N, D*H]
+    mode: str
+    save: bool  # whether a gradient is wanted
+
+
+class Result(NamedTuple):
+    y: Tensor  # [T, B, D*H], or packed [N, D*H]
+    hn: Tensor
+    cn: Tensor | None
+    gates: Tensor | None  # activated [N, D*G*H], if saved
+    reserve: Tensor | None  # [N, D*H], if saved: an LSTM's cells, a GRU's W_hn h' + b_hn
+
+
+@dataclass(slots=True)
+class RecurrentBackward(Call):
+    dy: Tensor | None
+    dhn: Tensor | None
+    dcn: Tensor | None
+    x: Tensor
+    h0: Tensor
+    c0: Tensor | None
+    weights: list[Tensor]
+    batch_sizes: Tensor | None
+    zoneout: Tensor | None
+    y: Tensor
+    gates: Tensor
+    reserve: Tensor | None
+    mode: str
+    want_x: bool
+    want_state: bool
+    want_weights: bool
+
+
+class Gradients(NamedTuple):
+    dx: Tensor | None
+    dh0: Tensor | None
+    dc0: Tensor | None
+    dweights: list[Tensor]  # empty if not wanted
+
+
+# ---- the scan --------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Scan(Call):
+    gates: Tensor  # [N, D*G*H], the projected input; with save activated in place
+    h0: Tensor
+    c0: Tensor | None
+    w_hh: Tensor  # [G*H, H]
+    w_hh_reverse: Tensor | None
+    bias_n: Tensor | None  # [D, H], a GRU's b_hn
+    batch_sizes: Tensor | None
+    zoneout: Tensor | None
+    mode: str
+    save: bool
+
+
+class Scanned(NamedTuple):
+    y: Tensor  # [N, D*H]
+    hn: Tensor
+    cn: Tensor | None
+    reserve: Tensor | None
+
+
+@dataclass(slots=True)
+class ScanBackward(Call):
+    dy: Tensor | None
+    dhn: Tensor | None
+    dcn: Tensor | None
+    gates: Tensor  # activated
+    h0: Tensor
+    c0: Tensor | None
+    w_hh: Tensor
+    w_hh_reverse: Tensor | None
+    batch_sizes: Tensor | None
+    zoneout: Tensor | None
+    y: Tensor
+    reserve: Tensor | None
+    mode: str
+
+
+class ScanGradients(NamedTuple):
+    dgates: Tensor  # [N, D*G*H], of what the activations are applied to
+    dhidden_n: Tensor | None  # [N, D*H], of a GRU's W_hn h' + b_hn
+    dh0: Tensor
+    dc0: Tensor | None
+
+
+# ---- weights ---------------------------------------------------------------------------------------
 
 
 class Layout(NamedTuple):
@@ -45,6 +153,9 @@ def layout_of(weights: Sequence[Tensor]) -> Layout:
     return layout
 
 
+# ---- checks, in torch's words where it has any -------------------------------------------------------
+
+
 def bind(
     x: Tensor,
     hx: Tensor | tuple[Tensor, Tensor] | None,
@@ -52,12 +163,8 @@ def bind(
     mode: str = "LSTM",
     batch_sizes: Tensor | None = None,
     zoneout: Tensor | None = None,
-) -> tuple[Any, ...]:
-    """Check a public call and turn it into the op's arguments.
-
-    They are ``(x, h0, c0, weights, batch_sizes, zoneout, mode, save)``: without hx the state is zeros,
-    zoneout is ``[N, D*H]``, save is whether a gradient is wanted.
-    """
+) -> Recurrent:
+    """Check a public call. Without hx the state is zeros."""
     check_dense("x", x)
     if not isinstance(mode, str) or mode not in GATES:
         raise ValueError(f"Unrecognized RNN mode: {mode}; mode must be one of {', '.join(GATES)}")
@@ -88,7 +195,7 @@ def bind(
         zoneout = _checked_zoneout(zoneout, x, layout.directions * output_size)
     tensors = (x, h0, *weights) if c0 is None else (x, h0, c0, *weights)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return x, h0, c0, weights, batch_sizes, zoneout, mode, save
+    return Recurrent(x, h0, c0, weights, batch_sizes, zoneout, mode, save)
 
 
 def _check_input(x: Tensor, w_ih: Tensor, batch_sizes: Any) -> None:

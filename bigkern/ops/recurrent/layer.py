@@ -11,94 +11,102 @@ own, ``dhidden_n``, which takes the n columns' place in dW_hh and db_hh.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bigkern.ops.linear.backends import LINEAR
+from bigkern.ops.linear.call import Gradients as LinearGradients
 from bigkern.ops.linear.call import Linear, LinearBackward
 from bigkern.ops.recurrent import reference
-from bigkern.ops.recurrent.call import layout_of
-
-Result = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor]]  # of x, h0, c0 and the weights
-
+from bigkern.ops.recurrent.call import (
+    Gradients,
+    Recurrent,
+    RecurrentBackward,
+    Result,
+    Scan,
+    ScanBackward,
+    layout_of,
+)
 
 # ---- products: by our linear kernels where they would be chosen --------------------------------------
 
 LONG = 4096  # rows
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    call, ours = Linear(x, weight, bias), LINEAR.backends["cpu"]
+def _linear(call: Linear) -> Tensor:
+    ours = LINEAR.backends["cpu"]
     return cast(Tensor, (ours if ours.objection(call) is None else LINEAR.reference).forward(call))
 
 
-def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, *wanted: bool) -> tuple[Any, Any]:
+def _linear_backward(call: LinearBackward) -> LinearGradients:
     """A weight's gradient sums over all rows: stock's product of few columns in one go, ours in parts."""
-    call, ours = Linear(x, weight, None), LINEAR.backends["cpu"]
-    long_sums = x.dtype == torch.float32 and len(x) >= LONG and ours.refuses(call) is None
-    takes = long_sums or ours.objection(call) is None
+    forward, ours = Linear(call.x, call.weight, None), LINEAR.backends["cpu"]
+    long_sums = call.x.dtype == torch.float32 and len(call.x) >= LONG and ours.refuses(forward) is None
+    takes = long_sums or ours.objection(forward) is None
     backward = cast(Any, ours if takes else LINEAR.reference).backward
-    return cast(tuple[Any, Any], backward(LinearBackward(dy, x, weight, *wanted)))
+    return cast(LinearGradients, backward(call))
 
 
 # ---- the layer -------------------------------------------------------------------------------------
 
 
-def composed(scan: Callable[..., Any], linear: Callable[..., Tensor] = _linear) -> Callable[..., Result]:
+def composed(
+    scan: Callable[[Scan], Any], linear: Callable[[Linear], Tensor] = _linear
+) -> Callable[[Recurrent], Result]:
     """The op from a scan and a product."""
 
-    def recurrent(
-        x: Tensor, h0: Tensor, c0: Any, weights: Sequence[Tensor], batch_sizes: Any, zoneout: Any, mode: str,
-        save: bool,
-    ) -> Result:  # fmt: skip
-        w_ih, w_hh, bias, bias_n = _merged(weights, mode)
-        gates = linear(_rows(x), w_ih, bias)
-        h0, c0, zoneout = h0.contiguous(), _contiguous(c0), _contiguous(zoneout)
-        y, hn, cn, reserve = scan(gates, h0, c0, *w_hh, bias_n, batch_sizes, zoneout, mode, save)
-        return y.view(*x.shape[:-1], y.shape[1]), hn, cn, gates if save else None, reserve
+    def recurrent(call: Recurrent) -> Result:
+        x, merged, zoneout = call.x, _merged(call.weights, call.mode), _contiguous(call.zoneout)
+        gates = linear(Linear(_rows(x), merged.w_ih, merged.bias))
+        h0, c0, sizes = call.h0.contiguous(), _contiguous(call.c0), call.batch_sizes
+        w_hh, w_hh_reverse = merged.w_hh
+        y, hn, cn, reserve = scan(
+            Scan(gates, h0, c0, w_hh, w_hh_reverse, merged.bias_n, sizes, zoneout, call.mode, call.save)
+        )
+        return Result(y.view(*x.shape[:-1], y.shape[1]), hn, cn, gates if call.save else None, reserve)
 
     return recurrent
 
 
 def composed_backward(
-    scan_backward: Callable[..., Any], linear_backward: Callable[..., tuple[Any, Any]] = _linear_backward
-) -> Callable[..., Gradients]:
+    scan_backward: Callable[[ScanBackward], Any],
+    linear_backward: Callable[[LinearBackward], Any] = _linear_backward,
+) -> Callable[[RecurrentBackward], Gradients]:
     """The op's backward from a scan's and a product's."""
 
-    def recurrent_backward(
-        dy: Any, dhn: Any, dcn: Any, x: Tensor, h0: Tensor, c0: Any, weights: Sequence[Tensor],
-        batch_sizes: Any, zoneout: Any, y: Tensor, gates: Tensor, reserve: Any, mode: str, want_x: bool,
-        want_state: bool, want_weights: bool,
-    ) -> Gradients:  # fmt: skip
-        w_ih, w_hh, _, _ = _merged(weights, mode)
-        h0, c0, zoneout = h0.contiguous(), _contiguous(c0), _contiguous(zoneout)
-        dhn, dcn = _contiguous(dhn), _contiguous(dcn)
-        dy, y = _contiguous(None if dy is None else _rows(dy)), _rows(y)
+    def recurrent_backward(call: RecurrentBackward) -> Gradients:
+        merged, zoneout = _merged(call.weights, call.mode), _contiguous(call.zoneout)
+        dy, dhn, dcn = _contiguous(_rows(call.dy)), _contiguous(call.dhn), _contiguous(call.dcn)
+        h0, c0, y, sizes = call.h0.contiguous(), _contiguous(call.c0), _rows(call.y), call.batch_sizes
+        (w_hh, w_hh_reverse), gates, reserve = merged.w_hh, call.gates, call.reserve
         dgates, dhidden_n, dh0, dc0 = scan_backward(
-            dy, dhn, dcn, gates, h0, c0, *w_hh, batch_sizes, zoneout, y, reserve, mode
+            ScanBackward(
+                dy, dhn, dcn, gates, h0, c0, w_hh, w_hh_reverse, sizes, zoneout, y, reserve, call.mode
+            )
         )
         dx: Any = None
         dw_ih: Any = None
         dweights: list[Tensor] = []
-        if want_x or want_weights:
-            dx, dw_ih = linear_backward(dgates, _rows(x), w_ih, want_x, want_weights)
-        if want_weights:
-            D, biases = len(h0), layout_of(weights).biases
+        if call.want_x or call.want_weights:
+            of_input = LinearBackward(dgates, _rows(call.x), merged.w_ih, call.want_x, call.want_weights)
+            dx, dw_ih = linear_backward(of_input)
+        if call.want_weights:
+            D, biases = len(h0), layout_of(call.weights).biases
             halves = [dw_ih] if D == 1 else [half.clone() for half in dw_ih.chunk(D)]  # none another's alias
             for d, (own, y_) in enumerate(zip(dgates.chunk(D, 1), y.chunk(D, 1), strict=True)):
-                parts, w_parts = [own], [w_hh[d]]
+                w: Any = merged.w_hh[d]
+                parts, w_parts = [own], [w]
                 if dhidden_n is not None:
                     H = y_.shape[1]
                     parts = [own[:, :-H], dhidden_n.chunk(D, 1)[d]]
-                    w_parts = w_hh[d].split([2 * H, H])
-                before = reference.previous_states(y_, h0[d], batch_sizes, d == 1)
+                    w_parts = w.split([2 * H, H])
+                before = reference.previous_states(y_, h0[d], sizes, d == 1)
                 dw_hh = [
-                    linear_backward(part, before, w_part, False, True)[1]
+                    linear_backward(LinearBackward(part, before, w_part, False, True))[1]
                     for part, w_part in zip(parts, w_parts, strict=True)
                 ]
                 dweights += [halves[d], dw_hh[0] if len(dw_hh) == 1 else torch.cat(dw_hh)]
@@ -106,34 +114,43 @@ def composed_backward(
                     db_ih = own.sum(0)
                     of_n = [] if dhidden_n is None else [parts[1].sum(0)]
                     dweights += [db_ih, torch.cat([db_ih[: parts[0].shape[1]], *of_n])]
-        dx = None if dx is None else dx.view(x.shape)
-        return (dx, dh0, dc0, dweights) if want_state else (dx, None, None, dweights)
+        dx = None if dx is None else dx.view(call.x.shape)
+        return Gradients(dx, dh0, dc0, dweights) if call.want_state else Gradients(dx, None, None, dweights)
 
     return recurrent_backward
 
 
-def _merged(weights: Sequence[Tensor], mode: str) -> tuple[Tensor, list[Any], Tensor | None, Tensor | None]:
-    """``(w_ih, [w_hh, w_hh_reverse], bias, bias_n)``: w_ih and biases of all directions in one.
+class Merged(NamedTuple):
+    """A layer's weights as a scan takes them: those of the input and the biases of all directions in one.
 
-    b_hh joins b_ih, but for a GRU's b_hn, which r multiplies: that is ``bias_n`` ``[D, H]``.
+    b_hh joins b_ih, but for a GRU's b_hn, which r multiplies.
     """
+
+    w_ih: Tensor  # [D*G*H, I]
+    w_hh: tuple[Tensor, Tensor | None]  # of either direction
+    bias: Tensor | None  # [D*G*H]
+    bias_n: Tensor | None  # [D, H]
+
+
+def _merged(weights: list[Tensor], mode: str) -> Merged:
     layout = layout_of(weights)
     D = layout.directions
     w_ihs, w_hhs, *biases = (weights[i :: layout.each] for i in range(layout.each))
-    w_ih = w_ihs[0].contiguous() if D == 1 else torch.cat(list(w_ihs))
-    w_hh = [w.contiguous() for w in w_hhs] + [None] * (2 - D)
+    w_ih = w_ihs[0].contiguous() if D == 1 else torch.cat(w_ihs)
+    w_hh = w_hhs[0].contiguous(), w_hhs[1].contiguous() if D == 2 else None
     if not layout.biases:
-        return w_ih, w_hh, None, None
-    b_ih, b_hh = (bias[0] if D == 1 else torch.cat(list(bias)) for bias in biases)
+        return Merged(w_ih, w_hh, None, None)
+    b_ih, b_hh = (bias[0] if D == 1 else torch.cat(bias) for bias in biases)
     if mode != "GRU":
-        return w_ih, w_hh, b_ih + b_hh, None
+        return Merged(w_ih, w_hh, b_ih + b_hh, None)
     by_gate = b_hh.view(D, 3, -1)
-    return w_ih, w_hh, b_ih + F.pad(by_gate[:, :2], (0, 0, 0, 1)).flatten(), by_gate[:, 2].contiguous()
+    bias = b_ih + F.pad(by_gate[:, :2], (0, 0, 0, 1)).flatten()
+    return Merged(w_ih, w_hh, bias, by_gate[:, 2].contiguous())
 
 
-def _rows(x: Tensor) -> Tensor:
+def _rows(x: Any) -> Any:
     """``[T, B, I]`` as ``[N, I]``."""
-    return x.flatten(0, 1) if x.dim() == 3 else x
+    return x.flatten(0, 1) if x is not None and x.dim() == 3 else x
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

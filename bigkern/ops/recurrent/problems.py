@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bigkern.core.problem import Call, Inputs, Problem
 from bigkern.ops import recurrent as op
-from bigkern.ops.recurrent.reference import GATES
+from bigkern.ops.recurrent.call import GATES
 
 STOCK: dict[str, Any] = {
     "LSTM": torch.lstm,

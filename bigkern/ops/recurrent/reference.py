@@ -6,7 +6,7 @@
     zoneout, after any of them: h = h~ + m (h' - h~)
 
 ``.`` is the projected input, ``gates``, plus W_hh h'; h' and c' are of the step before. Gates stand in
-torch's order: i f g o, r z n. N = rows of all steps, D = directions, B = batch, H = hidden size, G = gates.
+torch's order: i f g o, r z n. Sizes are named in ``call.py``.
 
 Step t has ``batch_sizes[t]`` rows, those of a PackedSequence's data; without batch sizes B at every step. The
 reverse direction walks from the last step to the first. Either way a step moves the first rows of the state
@@ -25,36 +25,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
+from bigkern.ops.recurrent.call import Scan, ScanBackward, ScanGradients, Scanned
 
 Function = Callable[[Tensor], Tensor]
 
 
-def scan(
-    gates: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    w_hh: Tensor,
-    w_hh_reverse: Tensor | None,
-    bias_n: Tensor | None,
-    batch_sizes: Tensor | None,
-    zoneout: Tensor | None,
-    mode: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """``(y [N, D*H], hn [D, B, H], cn [D, B, H], reserve [N, D*H])`` of projected ``gates`` ``[N, D*G*H]``.
-
-    With ``save`` the gates are activated in place, and reserve is kept: an LSTM's cells, a GRU's
-    W_hn h' + b_hn. ``bias_n`` ``[D, H]`` is that b_hn. Without ``save`` it is differentiable by torch's
-    autograd.
-    """
-    products = [_product(weight, gates.dtype) for weight in _directions(w_hh, w_hh_reverse)]
+def scan(call: Scan) -> Scanned:
+    """Without ``save`` it is differentiable by torch's autograd."""
+    gates, mode = call.gates, call.mode
+    products = [_product(weight, gates.dtype) for weight in _directions(call)]
     y, hn, cn, active, reserve = _walks(
-        gates, h0, c0, products, bias_n, None, batch_sizes, zoneout, mode, save
+        gates, call.h0, call.c0, products, call.bias_n, None, call.batch_sizes, call.zoneout, mode, call.save
     )
-    if save:
+    if call.save:
         gates.copy_(active)
-    return y, hn, cn, reserve if save and not mode.startswith("RNN") else None
+    return Scanned(y, hn, cn, reserve if call.save and not mode.startswith("RNN") else None)
 
 
 def layer_norm_scan(
@@ -223,38 +208,26 @@ def _norm(gamma: Tensor, beta: Tensor | None, eps: float) -> Function:
 # ---- backward --------------------------------------------------------------------------------------
 
 
-def scan_backward(
-    dy: Tensor | None,
-    dhn: Tensor | None,
-    dcn: Tensor | None,
-    gates: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    w_hh: Tensor,
-    w_hh_reverse: Tensor | None,
-    batch_sizes: Tensor | None,
-    zoneout: Tensor | None,
-    y: Tensor,
-    reserve: Tensor | None,
-    mode: str,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Gradients ``(dgates [N, D*G*H], dhidden_n [N, D*H], dh0, dc0)`` from activated gates; None counts as 0.
+def scan_backward(call: ScanBackward) -> ScanGradients:
+    """Gradients that are None count as 0.
 
-    dgates is of what the activations are applied to, and so of the projected input; dhidden_n of a GRU's
-    W_hn h' + b_hn, where n's gradient meets r first. W_hh's gradient is a product of these with
-    :func:`previous_states`.
+    dgates is of the projected input too; dhidden_n is where n's gradient meets r first. W_hh's gradient is a
+    product of these with :func:`previous_states`.
     """
+    gates, h0, c0 = call.gates, call.h0, call.c0
     wide, D = _wide(gates), len(h0)
     own = []
-    for d, weight in enumerate(_directions(w_hh, w_hh_reverse)):
-        states = [None if t is None else t[d].to(wide) for t in (dhn, dcn, h0, c0)]
-        by_row = dy, gates, zoneout, y, reserve
+    for d, weight in enumerate(_directions(call)):
+        states = [None if t is None else t[d].to(wide) for t in (call.dhn, call.dcn, h0, c0)]
+        by_row = call.dy, gates, call.zoneout, call.y, call.reserve
         rows = [None if t is None else _columns(t, d, D).to(wide) for t in by_row]
-        own.append(_walk_backward(states, rows, weight.to(wide), batch_sizes, mode, d == 1, gates.dtype))
+        own.append(
+            _walk_backward(states, rows, weight.to(wide), call.batch_sizes, call.mode, d == 1, gates.dtype)
+        )
     dgates, dhidden_n, dh0, dc0 = zip(*own, strict=True)
-    return (
+    return ScanGradients(
         torch.cat(dgates, 1),
-        torch.cat(dhidden_n, 1) if mode == "GRU" else None,
+        torch.cat(dhidden_n, 1) if call.mode == "GRU" else None,
         torch.stack(dh0).to(h0.dtype),
         None if c0 is None else torch.stack(dc0).to(c0.dtype),
     )
@@ -336,8 +309,8 @@ def previous_states(y: Tensor, h0: Tensor, batch_sizes: Tensor | None, reverse: 
 # ---- layout ----------------------------------------------------------------------------------------
 
 
-def _directions(w_hh: Tensor, w_hh_reverse: Tensor | None) -> list[Tensor]:
-    return [w_hh] if w_hh_reverse is None else [w_hh, w_hh_reverse]
+def _directions(call: Scan | ScanBackward) -> list[Tensor]:
+    return [call.w_hh] if call.w_hh_reverse is None else [call.w_hh, call.w_hh_reverse]
 
 
 def _columns(x: Tensor, d: int, D: int) -> Tensor:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from bigkern.core.registry import Backend
 from bigkern.ops.linear import reference as linear_reference
-from bigkern.ops.linear.call import LinearBackward
 from bigkern.ops.recurrent import reference
-from bigkern.ops.recurrent.call import layout_of
+from bigkern.ops.recurrent.call import Recurrent, layout_of
 from bigkern.ops.recurrent.layer import composed, composed_backward
 
-REFERENCE = composed(reference.scan, F.linear)
-REFERENCE_BACKWARD = composed_backward(
-    reference.scan_backward, lambda *arguments: linear_reference.linear_backward(LinearBackward(*arguments))
+REFERENCE = Backend(
+    "reference",
+    composed(reference.scan, linear_reference.linear),
+    composed_backward(reference.scan_backward, linear_reference.linear_backward),
 )
 
 FUNCTIONS: dict[str, Any] = {
@@ -28,25 +28,17 @@ FUNCTIONS: dict[str, Any] = {
 }
 
 
-def stock(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    zoneout: Tensor | None,
-    mode: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``(y, hn, cn)``, differentiable by torch's own autograd; zoneout is the reference's."""
-    if zoneout is not None:
-        y, hn, cn, _, _ = REFERENCE(x, h0, c0, weights, batch_sizes, zoneout, mode, False)
+def recurrent(call: Recurrent) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(y, hn, cn)`` differentiable by torch's own autograd; zoneout is the reference's."""
+    if call.zoneout is not None:
+        y, hn, cn, _, _ = REFERENCE.forward(replace(call, save=False))
         return y, hn, cn
-    layout = layout_of(weights)
-    hx = h0 if c0 is None else (h0, c0)
-    options = list(weights), layout.biases, 1, 0.0, save, layout.directions == 2  # one layer, no dropout
-    if batch_sizes is None:
-        y, hn, *cn = FUNCTIONS[mode](x, hx, *options, False)
+    layout = layout_of(call.weights)
+    hx = call.h0 if call.c0 is None else (call.h0, call.c0)
+    layers, dropout = 1, 0.0
+    options = call.weights, layout.biases, layers, dropout, call.save, layout.directions == 2
+    if call.batch_sizes is None:
+        y, hn, *cn = FUNCTIONS[call.mode](call.x, hx, *options, False)
     else:
-        y, hn, *cn = FUNCTIONS[mode](x, batch_sizes, hx, *options)
+        y, hn, *cn = FUNCTIONS[call.mode](call.x, call.batch_sizes, hx, *options)
     return y, hn, cn[0] if cn else None
