@@ -28,6 +28,7 @@ from bigkern.ops.layernorm_ffn import frozen as frozen_op
 from bigkern.ops.norm import call as norm_arguments
 from bigkern.ops.norm.backends import NORM
 from bigkern.ops.recurrent import call as recurrent_arguments
+from bigkern.ops.recurrent.backends import RECURRENT
 from bigkern.ops.recurrent.reference import scan_backward
 
 Arguments = list[Any]
@@ -143,17 +144,18 @@ def batch_norm_backward(source: Source) -> Arguments:
 
 
 def recurrent(source: Source) -> Arguments:
-    *arguments, _save = recurrent_arguments.bind(**public.recurrent_arguments(source))
-    return [*arguments, source.chance(0.5)]
+    call = recurrent_arguments.bind(**public.recurrent_arguments(source))
+    call.save = source.chance(0.5)
+    return list(call.flat())
 
 
 def recurrent_backward(source: Source) -> Arguments:
-    x, h0, c0, weights, sizes, zoneout, mode, _save = recurrent(source)
-    forward = _stock("recurrent").forward
-    y, hn, cn, gates, reserve = forward(x, h0, c0, weights, sizes, zoneout, mode, True)
+    call = recurrent_arguments.Recurrent(*recurrent(source))
+    call.save = True
+    y, hn, cn, gates, reserve = RECURRENT.reference.forward(call)
     grads = [source.maybe(partial(_like, source, t), 0.8) if t is not None else None for t in (y, hn, cn)]
-    saved = x, h0, c0, weights, sizes, zoneout, y, gates, reserve
-    return [*grads, *saved, mode, *(source.chance(0.7) for _ in range(3))]
+    *given, mode, _save = call.flat()
+    return [*grads, *given, y, gates, reserve, mode, *(source.chance(0.7) for _ in range(3))]
 
 
 def recurrent_scan_backward(source: Source) -> Arguments:
@@ -226,7 +228,7 @@ NATIVE: dict[str, Draw] = {
 
 def _exact(name: str) -> Callable[..., Any] | None:
     if name == "recurrent_scan_backward":
-        return scan_backward
+        return lambda **arguments: scan_backward(recurrent_arguments.ScanBackward(**arguments))
     if name == "adam":  # torch's reads where lists of other shapes have nothing
         return lambda **arguments: reference_adam.adam(adam_arguments.Adam(*arguments.values()))
     op = name.removesuffix("_backward")
