@@ -79,6 +79,14 @@ def getter(names: Sequence[str], kinds: Mapping[str, Any] = types.MappingProxyTy
     return made
 
 
+def _lengths(names: Sequence[str], kinds: Mapping[str, Any]) -> Getter:
+    """Of a call: how many tensors each of these fields has, None where it is no list."""
+    lists = (kinds.get(name) in LISTS for name in names)
+    parts = "".join(f"len(call.{name}), " if a else "None, " for name, a in zip(names, lists, strict=True))
+    made: Getter = eval(f"lambda call: ({parts})")
+    return made
+
+
 def schema(name: str, call: type[Call], result: Any) -> str:
     """``linear(Tensor x, Tensor weight, Tensor? bias) -> (Tensor y)``, in torch's schema language."""
     returned = SCHEMAS.get(result) or f"({listed(typing.get_type_hints(result))})"
@@ -247,8 +255,12 @@ class _Gradient:
         self.function = _Once if autograd.twice is None else _Twice
         kinds, fields = op.call.kinds, list(op.result._fields)
         numbers = [name for name, kind in kinds.items() if kind not in TENSORS]
+        star = {name: "*" for name, kind in kinds.items() if kind in LISTS}
         if autograd.kept is None:
-            places = (f"call.{n}" if n in kinds else f"result[{fields.index(n)}]" for n in autograd.saves)
+            places = (
+                f"{star.get(n, '')}call.{n}" if n in kinds else f"result[{fields.index(n)}]"
+                for n in autograd.saves
+            )
             self._kept = eval(f"lambda call, result: ({', '.join(places)},)")
         else:
             kept, named = autograd.kept, op.result._make
@@ -256,8 +268,9 @@ class _Gradient:
         self.differentiable = op.outputs if autograd.differentiable is None else autograd.differentiable
         self._numbers = getter(numbers)
         self._saved = make_dataclass("Saved", [*autograd.saves, *numbers], slots=True)
-        self._fields, self.inputs = getter(autograd.of), getter(autograd.of, kinds)
-        self.has_lists = any(kinds.get(name) in LISTS for name in (*autograd.of, *autograd.saves))
+        self.inputs = getter(autograd.of, kinds)
+        self.has_lists = not star.keys().isdisjoint((*autograd.of, *autograd.saves))
+        self.counts, self._lengths = (_lengths(names, kinds) for names in (autograd.of, autograd.saves))
         name = f"{op.name}_backward"
         parts = (autograd.call, autograd.result, autograd.fake, self._run_as_node)
         self._node = _define(name, *parts, op.compiled)
@@ -267,11 +280,9 @@ class _Gradient:
 
     def save(self, ctx: Any, call: Any, result: Any) -> None:
         """Keep what the backward reads: tensors as autograd wants them kept, numbers as they are."""
-        kept = self._kept(call, (result,) if isinstance(result, Tensor) else result)
+        ctx.save_for_backward(*self._kept(call, (result,) if isinstance(result, Tensor) else result))
         if self.has_lists:
-            ctx.lengths = _lengths(kept)
-            kept = _spread(kept)
-        ctx.save_for_backward(*kept)
+            ctx.lengths = self._lengths(call)
         ctx.numbers = self._numbers(call)
         ctx.set_materialize_grads(False)
 
@@ -316,11 +327,6 @@ def _as_many(found: Any, needed: Any) -> Any:
     return [None] * len(needed) if isinstance(needed, list) and not found else found
 
 
-def _lengths(values: Sequence[Any]) -> list[int | None]:
-    """Of lists; None of what is none."""
-    return [len(value) if isinstance(value, list) else None for value in values]
-
-
 def _spread(values: Sequence[Any]) -> list[Any]:
     """What is in lists, one by one."""
     return [item for value in values for item in (value if isinstance(value, list) else (value,))]
@@ -343,7 +349,7 @@ class _Once(torch.autograd.Function):
         result = candidate.forward(call)
         ctx.gradient, ctx.run = op.gradient, candidate.backward
         if op.gradient.has_lists:
-            ctx.counts = _lengths(op.gradient._fields(call))
+            ctx.counts = op.gradient.counts(call)
         op.gradient.save(ctx, call, result)
         given = op.given(result)
         if op.gradient.differentiable < op.outputs:

@@ -196,12 +196,13 @@ def _onednn_is_as_fast(x: Tensor, B: int, H: int, save: bool) -> Reason:
 
 
 def declined(call: Recurrent) -> bool:
-    """Whether all kernels decline a call, which costs less to ask than to bind and resolve it.
+    """Whether all kernels decline a call, as those of another device do, which costs less to ask than to bind
+    and resolve it.
 
     Its states may be None: what declines does not look at them.
     """
-    kernels = (candidate for candidate in RECURRENT.backends.values() if not candidate.by_torch)
-    return all(candidate.declines(call) is not None for candidate in kernels)
+    names = ("cpu",) if call.x.is_cpu else ("cuda", "triton")
+    return all(RECURRENT.backends[name].declines(call) is not None for name in names)
 
 
 def cuda_backend(namespace: Any, *, emulated: bool = False) -> Backend:
