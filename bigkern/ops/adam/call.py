@@ -18,6 +18,7 @@ from bigkern.ops.adam.dynamic8 import blocks_of
 
 NARROW = (torch.bfloat16, torch.float16)
 NUMBERS = (float, int, Real)  # the usual ones first: asking an abstract class takes time
+BELOW = {"lr": math.inf, "beta1": 1.0, "beta2": 1.0, "eps": math.inf, "weight_decay": math.inf}
 
 
 @dataclass(slots=True)
@@ -64,6 +65,7 @@ def bind(*arguments: Any, max_norm: float | None = None, **options: Any) -> Adam
     lists = {name: getattr(call, name) for name in Lists.names}
     for name, tensors in lists.items():
         check_tensors(name, tensors)
+        setattr(call, name, list(tensors))
     for name in ("decoupled", "amsgrad", "maximize", "zero_grads"):
         check_flag(name, getattr(call, name))
     _check_lengths(call, lists)
@@ -72,9 +74,8 @@ def bind(*arguments: Any, max_norm: float | None = None, **options: Any) -> Adam
     if isinstance(call.lr, Tensor):
         _check_scalar_tensor("lr", call.lr, device)
         call.lr, call.lr_tensor = split_lr(call.lr, device)
-    for name, end in (("lr", math.inf), ("beta1", 1.0), ("beta2", 1.0), ("eps", math.inf)):
+    for name, end in BELOW.items():
         setattr(call, name, _hyper(name, getattr(call, name), end))
-    call.weight_decay = _hyper("weight_decay", call.weight_decay, math.inf)
     if (max_norm is None) != (call.grad_norm is None):
         raise ValueError("max_norm and grad_norm must be given together")
     call.max_norm = 0.0 if max_norm is None else _hyper("max_norm", max_norm, math.inf)
@@ -83,8 +84,6 @@ def bind(*arguments: Any, max_norm: float | None = None, **options: Any) -> Adam
         raise ValueError(f"seed must be an int in [0, 2^63), not {seed!r}")
     for name in ("grad_scale", "found_inf", "grad_norm"):
         setattr(call, name, _scalar(name, getattr(call, name), device))
-    for name, tensors in lists.items():
-        setattr(call, name, list(tensors))
     return call
 
 

@@ -50,7 +50,7 @@ class Packed:
         is, and the others lie where they lay when they were packed. None may be lazily negated."""
         try:
             found = info.addresses(lists.grads)
-            if any(info.layouts(x) != self._layouts for x in (lists.params, lists.grads)):
+            if not info.layouts(lists.params) == info.layouts(lists.grads) == self._layouts:
                 return None
             if list(map(info.addresses, _kept(lists))) != self._addresses:
                 return None
