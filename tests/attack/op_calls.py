@@ -244,9 +244,10 @@ def _exact(name: str) -> Callable[..., Any] | None:
 
 def _by_call(op: Op, name: str, **arguments: Any) -> Any:
     """The reference of an op that is declared by its call."""
+    reference = op.reference or op.backends["torch"]
     if name == op.name:
-        return op.reference.forward(op.call(**arguments))
-    return op.reference.backward(op.gradient.autograd.call(**arguments))
+        return reference.forward(op.call(**arguments))
+    return reference.backward(op.gradient.autograd.call(**arguments))
 
 
 def _extended(function: Callable[..., Any], name: str, **arguments: Any) -> Any:
