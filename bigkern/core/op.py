@@ -38,9 +38,12 @@ from bigkern.core.registry import Backend
 
 Size = Annotated[int, "SymInt"]  # a size that torch.compile may leave open; kernels are given a number
 Written = Annotated[list[Tensor], "written"]  # tensors that the op writes in place
+# A tensor that kernels add to: the last fields of a call, None by default. Of the native op alone, as
+# torch.compile knows no op that returns and also adds to.
+Sum = Annotated[Tensor | None, "a sum"]
 
 SCHEMAS: dict[Any, str] = {
-    Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", Written: "Tensor(!)[]",
+    Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", Written: "Tensor(!)[]", Sum: "Tensor(!)?",
     float: "float", int: "int", int | None: "int?", Size: "SymInt", bool: "bool", list[bool]: "bool[]",
     str: "str", None: "()",
 }  # fmt: skip
@@ -58,15 +61,19 @@ class Call:
     """
 
     __slots__ = ()
-    names: ClassVar[tuple[str, ...]]
+    names: ClassVar[tuple[str, ...]]  # without sums
     kinds: ClassVar[dict[str, Any]]  # name -> type
-    flat: ClassVar[Getter]  # all fields, in order
+    sums: ClassVar[tuple[str, ...]]
+    public: ClassVar[Getter]  # the fields in names, as the public op takes them
+    flat: ClassVar[Getter]  # all fields, as kernels do
 
     def __init_subclass__(cls) -> None:
-        cls.names = (*getattr(cls.__base__, "names", ()), *cls.__annotations__)
         hints = typing.get_type_hints(cls, include_extras=True)
-        cls.kinds = {name: hints[name] for name in cls.names}
-        cls.flat = getter(cls.names)
+        names = (*getattr(cls.__base__, "names", ()), *cls.__annotations__)
+        cls.kinds = {name: hints[name] for name in names if hints[name] != Sum}
+        cls.names = tuple(cls.kinds)
+        cls.sums = tuple(name for name in names if name not in cls.kinds)
+        cls.public, cls.flat = getter(cls.names), getter((*cls.names, *cls.sums))
 
 
 def getter(names: Sequence[str], kinds: Mapping[str, Any] = types.MappingProxyType({})) -> Getter:
@@ -87,10 +94,10 @@ def _lengths(names: Sequence[str], kinds: Mapping[str, Any]) -> Getter:
     return made
 
 
-def schema(name: str, call: type[Call], result: Any) -> str:
+def schema(name: str, call: type[Call], result: Any, sums: Sequence[str] = ()) -> str:
     """``linear(Tensor x, Tensor weight, Tensor? bias) -> (Tensor y)``, in torch's schema language."""
     returned = SCHEMAS.get(result) or f"({listed(typing.get_type_hints(result))})"
-    return f"{name}({listed(call.kinds)}) -> {returned}"
+    return f"{name}({listed(call.kinds | dict.fromkeys(sums, Sum))}) -> {returned}"
 
 
 def listed(kinds: Mapping[str, Any]) -> str:
@@ -126,6 +133,7 @@ class Autograd:
     # (call, result) -> the tensors in ``saves``; without it they are the fields of those names.
     kept: Callable[[Any, Any], tuple[Tensor | None, ...]] | None = None
     differentiable: int | None = None  # how many of the outputs; without it all
+    contiguous: bool = False  # whether nodes make kernels' gradients contiguous, as ``fake`` has them
 
 
 class Op(registry.Op):
@@ -170,24 +178,25 @@ class Op(registry.Op):
         self.draw, self.compiled, self._check_values = draw, compiled, check_values
         self.tensors = getter([n for n, kind in call.kinds.items() if kind in TENSORS], call.kinds)
         self._node = _define(name, call, result, fake, self._run_as_node, compiled)
-        if autograd is not None:
-            self.gradient = _Gradient(self, autograd)
+        self.gradient: Any = None if autograd is None else _Gradient(self, autograd)
 
     def __call__(self, call: Any) -> Any:
         if self.reference is None:  # no candidate is for torch to look into
             opaque = not plain(*self.tensors(call))
-            return self.given(self._node(*self.call.flat(call)) if opaque else self._run_as_node(call))
-        candidate = self.resolve(call)
-        return candidate.forward(call) if candidate.by_torch else self.run(candidate, call)
+            return self.given(self._node(*self.call.public(call)) if opaque else self._run_as_node(call))
+        return self.run(self.resolve(call), call)
 
     def run(self, candidate: Backend, call: Any) -> Any:
-        """Run what torch cannot differentiate by itself: a candidate's kernels, or the reference."""
+        """Run the candidate, in one of the three ways."""
+        if candidate.by_torch:
+            return candidate.forward(call)
         if self.draw is not None:
             self.draw(call)
         tensors = self.tensors(call)
         if not plain(*tensors):
-            return self.given(self._node(*self.call.flat(call)))
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            return self.given(self._node(*self.call.public(call)))
+        needs_grad = self.gradient is not None and torch.is_grad_enabled()
+        if needs_grad and any(t is not None and t.requires_grad for t in tensors):
             return self.gradient.function.apply(self, candidate, call, *self.gradient.inputs(call))
         return self.given(candidate.forward(call))
 
@@ -209,10 +218,10 @@ class Op(registry.Op):
 
 
 def _define(name: str, call: type[Call], result: Any, fake: Any, run: Any, compiled: bool) -> Any:
-    """Define a public op, which torch.compile sees as one node, and the native one of the same schema."""
+    """Define a public op, which torch.compile sees as one node, and the native one, which also has sums."""
     LIBRARY.define(schema(name, call, result))
     if compiled:
-        define_native(schema(name, call, result))
+        define_native(schema(name, call, result, call.sums))
 
     def of(function: Callable[[Any], Any]) -> Callable[..., Any]:
         def flat(*arguments: Any) -> Any:
@@ -307,7 +316,8 @@ class _Gradient:
     def _run_as_node(self, call: Any) -> Any:
         backward = self.op.of_node(self.autograd.forward_of(call)).backward
         assert backward is not None
-        return backward(call)
+        found = backward(call)
+        return [g if g is None else g.contiguous() for g in found] if self.autograd.contiguous else found
 
     def _set_up_graph(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         self.save(ctx, self.op.call(*inputs), output)
@@ -317,7 +327,7 @@ class _Gradient:
     def _in_a_graph(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         wanted = dict(zip(self.op.call.names, ctx.needs_input_grad, strict=True))
         needed = [wanted[name] for name in self.autograd.of]
-        found = self.of(lambda call: self._node(*call.flat()), ctx, grads, needed)
+        found = self.of(lambda call: self._node(*call.public()), ctx, grads, needed)
         by_name = dict(zip(self.autograd.of, found, strict=True))
         return tuple(_as_many(by_name.get(name), need) for name, need in wanted.items())
 
