@@ -24,7 +24,8 @@ from bigkern.ops.attention.sdpa import scaled_dot_product_attention
 from bigkern.ops.attention.varlen import varlen_attention
 from bigkern.ops.batch_norm import batch_norm
 from bigkern.ops.layernorm_ffn import layernorm_ffn
-from bigkern.ops.layernorm_ffn.frozen import FrozenWeight, freeze_weight, frozen_layernorm_ffn
+from bigkern.ops.layernorm_ffn.frozen import freeze_weight, frozen_layernorm_ffn
+from bigkern.ops.layernorm_ffn.frozen_call import FrozenWeight
 from bigkern.ops.linear import linear
 from bigkern.ops.norm import layer_norm, rms_norm
 from bigkern.ops.recurrent import recurrent

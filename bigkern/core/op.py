@@ -43,8 +43,8 @@ Written = Annotated[list[Tensor], "written"]  # tensors that the op writes in pl
 Sum = Annotated[Tensor | None, "a sum"]
 
 SCHEMAS: dict[Any, str] = {
-    Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", Written: "Tensor(!)[]", Sum: "Tensor(!)?",
-    float: "float", int: "int", int | None: "int?", Size: "SymInt", bool: "bool", list[bool]: "bool[]",
+    Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", Written: "Tensor(!)[]",
+    Sum: "Tensor(!)?", float: "float", int: "int", int | None: "int?", Size: "SymInt", bool: "bool", list[bool]: "bool[]",
     str: "str", None: "()",
 }  # fmt: skip
 

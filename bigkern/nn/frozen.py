@@ -8,17 +8,15 @@ from torch import Tensor, nn
 
 from bigkern.core import registry
 from bigkern.nn.torchscript import refuse
-from bigkern.ops.layernorm_ffn import GATED, Activation
+from bigkern.ops.layernorm_ffn.call import GATED, Activation
 from bigkern.ops.layernorm_ffn.frozen import (
-    FP8,
-    FrozenWeight,
     Weights,
-    check_fp8,
     freeze_weight,
     frozen_layernorm_ffn,
     frozen_linear,
     packed,
 )
+from bigkern.ops.layernorm_ffn.frozen_call import FP8, FrozenWeight, check_fp8
 
 
 class FrozenLinear(nn.Module):

@@ -12,7 +12,8 @@ from bigkern.core.dropout import check_dropout
 from bigkern.nn.frozen import FrozenLinear, frozen_feed_forward
 from bigkern.nn.layer_norm import LayerNorm, RMSNorm
 from bigkern.nn.torchscript import refuse
-from bigkern.ops.layernorm_ffn import GATED, Activation, Placement, Save, layernorm_ffn
+from bigkern.ops.layernorm_ffn import layernorm_ffn
+from bigkern.ops.layernorm_ffn.call import GATED, Activation, Placement, Save
 
 
 class FeedForward(nn.Module):

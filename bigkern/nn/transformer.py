@@ -21,7 +21,8 @@ from bigkern.nn.frozen import FrozenLinear, frozen_feed_forward
 from bigkern.nn.layer_norm import LayerNorm
 from bigkern.nn.linear import PLAIN
 from bigkern.nn.torchscript import ScriptsAsStock
-from bigkern.ops.layernorm_ffn import Activation, Placement, layernorm_ffn
+from bigkern.ops.layernorm_ffn import layernorm_ffn
+from bigkern.ops.layernorm_ffn.call import Activation, Placement
 from bigkern.ops.norm import layer_norm
 
 

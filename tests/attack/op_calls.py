@@ -17,14 +17,15 @@ from torch import Tensor
 
 from bigkern.core import registry
 from bigkern.core.op import Op
-from bigkern.ops import layernorm_ffn as ffn_op
 from bigkern.ops.adam import call as adam_arguments
 from bigkern.ops.adam import reference as reference_adam
 from bigkern.ops.attention import call as attention_arguments
 from bigkern.ops.attention import decode as decode_op
 from bigkern.ops.batch_norm import call as batch_norm_arguments
 from bigkern.ops.batch_norm.backends import BATCH_NORM
-from bigkern.ops.layernorm_ffn import frozen as frozen_op
+from bigkern.ops.layernorm_ffn import call as ffn_arguments
+from bigkern.ops.layernorm_ffn import frozen_call as frozen_arguments
+from bigkern.ops.layernorm_ffn.backends import LAYERNORM_FFN
 from bigkern.ops.norm import call as norm_arguments
 from bigkern.ops.norm.backends import NORM
 from bigkern.ops.recurrent import call as recurrent_arguments
@@ -100,20 +101,23 @@ def layernorm_ffn(source: Source) -> Arguments:
     given = public.ffn_arguments(source)
     if source.chance(0.3):
         given |= {"dropout_p": 0.3, "hidden_dropout_p": 0.2, "seed": source.below(2**32)}
-    *arguments, _save = ffn_op.bind(**given)
-    return [*arguments, source.one_of(["preactivation", "input", "nothing"])]
+    call = ffn_arguments.bind(**given)
+    call.save = source.one_of(["preactivation", "input", "nothing"])
+    return list(call.flat())
 
 
 def layernorm_ffn_backward(source: Source) -> Arguments:
-    *tensors, norm, activation, placement, residual, eps, p, hidden_p, _save = layernorm_ffn(source)
-    options = norm, activation, placement, residual, eps, p, hidden_p
-    _, *saved = _stock("layernorm_ffn").forward(*tensors, *options, "preactivation")
+    call = ffn_arguments.LayernormFfn(*layernorm_ffn(source))
+    call.save = "preactivation"
+    *tensors, norm, activation, placement, residual, eps, p, hidden_p, _save = call.flat()
+    _, *saved = LAYERNORM_FFN.reference.forward(call)
     if activation != "relu" and source.chance(0.2):
         saved = [None] * 4
     wanted = [source.chance(0.7) for _ in range(7)]
     for at in (2, 4, 5, 6):
         wanted[at] &= tensors[at] is not None
-    return [_like(source, tensors[0]), *tensors, *saved, *options, wanted]
+    options = norm, activation, placement, residual, eps, p, hidden_p
+    return [_like(source, call.x), *tensors, *saved, *options, wanted]
 
 
 def native_layernorm_ffn_backward(source: Source) -> Arguments:
@@ -126,7 +130,7 @@ def native_layernorm_ffn_backward(source: Source) -> Arguments:
 
 
 def frozen_layernorm_ffn(source: Source) -> Arguments:
-    return list(frozen_op.bind(**public.frozen_arguments(source)))
+    return list(frozen_arguments.bind(**public.frozen_arguments(source)).flat())
 
 
 def batch_norm(source: Source) -> Arguments:
@@ -251,9 +255,8 @@ def _by_call(op: Op, name: str, **arguments: Any) -> Any:
 
 
 def _extended(function: Callable[..., Any], name: str, **arguments: Any) -> Any:
-    """The reference's function on an op's arguments; a public backward of the block has no sums."""
-    sums = (None, None) if name == "layernorm_ffn_backward" and "w1_sum" not in arguments else ()
-    return function(*arguments.values(), *sums)
+    """The reference's function on an op's arguments."""
+    return function(*arguments.values())
 
 
 def _named(namespace: str, name: str, arguments: Arguments) -> Call:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import bigkern
 from bigkern import FrozenWeight, freeze_weight, frozen_layernorm_ffn
 from bigkern.core.parity import Yardstick
-from bigkern.ops.layernorm_ffn import frozen as op
 from bigkern.ops.layernorm_ffn import frozen_reference as reference
+from bigkern.ops.layernorm_ffn.frozen_call import FP8, bind, check_fp8
 
 OP = "frozen_layernorm_ffn"
 BACKENDS = [name for name in KERNEL_BACKENDS if name in ("cpu", "triton")]
@@ -28,7 +28,7 @@ BACKENDS = [name for name in KERNEL_BACKENDS if name in ("cpu", "triton")]
 def frozen(weight: Tensor, weights: str, gated: bool = False) -> FrozenWeight:
     """freeze_weight, also of fp8 where no GPU multiplies in it: Triton's interpreter does."""
     if weights == "fp8":
-        return FrozenWeight(*reference.quantised(weight, reference.FP8), None)
+        return FrozenWeight(*reference.quantised(weight, FP8), None)
     return freeze_weight(weight, weights, gated=gated)  # type: ignore[arg-type]
 
 
@@ -59,7 +59,7 @@ def judge(backend: str, weights: str, inputs: list[Any], **options: Any) -> None
 
 
 def in_torch(arguments: Any, options: dict[str, Any]) -> dict[str, Tensor]:
-    return {"y": reference.frozen_layernorm_ffn(*op.bind(*arguments, **options))}
+    return {"y": reference.frozen_layernorm_ffn(bind(*arguments, **options))}
 
 
 def kinds(backend: str) -> list[str]:
@@ -147,7 +147,7 @@ def test_error_is_what_is_said(weights: str, bound: float) -> None:
     assert weights == "packed" or error > bound / 10  # or the bound says nothing
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, reference.FP8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int8, FP8], ids=str)
 def test_quantised_weights(dtype: torch.dtype) -> None:
     w = torch.randn(33, 70) * torch.logspace(-3, 3, 33)[:, None]
     w[5] = 0.0
@@ -183,9 +183,10 @@ def test_gradients_pass_through(weights: str) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", *BACKENDS])
 def test_opcheck_and_compile(backend: str) -> None:
+    torch._dynamo.reset()
     x, w1, b1, w2, b2, *norm = inputs_of(backend, torch.float32, (6, 24), 40)
     first, second = (freeze_weight(w, "int8") for w in (w1, w2))  # type: ignore[arg-type]
-    arguments = op.bind(x, first, b1, second, b2, *norm)  # type: ignore[arg-type]
+    arguments = bind(x, first, b1, second, b2, *norm).flat()  # type: ignore[arg-type]
 
     def block(x: Tensor) -> Tensor:
         return frozen_layernorm_ffn(x, first, b1, second, b2, *norm) * 2  # type: ignore[arg-type]
@@ -309,9 +310,9 @@ def test_bad_weights() -> None:
 def test_fp8_needs_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     with pytest.raises(ValueError, match=r"weights=.fp8. needs .* 8\.9 .* has 8\.0"):
-        op.check_fp8(torch.device("cuda", 0), "weights")
+        check_fp8(torch.device("cuda", 0), "weights")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    op.check_fp8(torch.device("cuda", 0), "weights")
+    check_fp8(torch.device("cuda", 0), "weights")
 
 
 def changed(**change: Any) -> dict[str, Any]:

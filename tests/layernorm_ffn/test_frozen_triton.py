@@ -15,7 +15,8 @@ from torch import Tensor
 from triton_interpreter import from_e4m3, to_e4m3
 
 from bigkern.core.parity import Yardstick
-from bigkern.ops.layernorm_ffn.reference import GATED, activate
+from bigkern.ops.layernorm_ffn.call import GATED
+from bigkern.ops.layernorm_ffn.reference import activate
 
 if "triton" not in BACKENDS:
     pytest.skip("neither a GPU nor TRITON_INTERPRET=1", allow_module_level=True)

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 import bigkern
 from bigkern.core.parity import Yardstick
-from bigkern.ops import layernorm_ffn as ops
 from bigkern.ops.layernorm_ffn import reference
+from bigkern.ops.layernorm_ffn.call import GATED, bind
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NORMS = ["layer", "rms", "none"]
@@ -47,7 +47,7 @@ def inputs_of(
     bias: bool = True,
 ) -> list[Tensor | None]:
     """x, w1, b1, w2, b2, norm_weight, norm_bias; products keep the size of their inputs."""
-    D, rows = shape[-1], 2 * F_ if activation in reference.GATED else F_
+    D, rows = shape[-1], 2 * F_ if activation in GATED else F_
     device = device_of(where) if isinstance(where, str) else where
 
     def make(*size: int, scale: float = 1.0) -> Tensor:
@@ -205,7 +205,7 @@ def test_bias_activation(backend: str, activation: str) -> None:
         return
     module = triton_functions() if backend == "triton" else native_ops(backend)
     for dtype, F_ in itertools.product(DTYPES, (64, 63)):
-        columns = 2 * F_ if activation in reference.GATED else F_
+        columns = 2 * F_ if activation in GATED else F_
         product, bias = torch.randn(2, 7, columns, device=device_of(backend)).to(dtype).unbind(0)
         bias = bias[0].contiguous()
 
@@ -685,7 +685,7 @@ def test_layer(activation: Any, placement: Any, norm: Any) -> None:
     torch.manual_seed(3)
     layer = bigkern.nn.LayerNormFFN(16, 24, activation, norm, placement, dropout=0.25)
     torch.manual_seed(3)
-    rows = 48 if activation in reference.GATED else 24
+    rows = 48 if activation in GATED else 24
     linear1, linear2 = nn.Linear(16, rows), nn.Linear(24, 16)
     assert torch.equal(layer.linear1.weight, linear1.weight)
     assert torch.equal(layer.linear2.bias, linear2.bias)
@@ -739,4 +739,4 @@ def test_explain_names_the_block() -> None:
     explanation = bigkern.explain("layernorm_ffn", *inputs, activation="relu")
     assert explanation.chosen in ("cpu", "torch")
     assert "layernorm_ffn" in str(explanation)
-    assert ops.bind(*inputs)[-1] == "nothing"
+    assert bind(*inputs).save == "nothing"

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from bigkern.models.config_checks import check_fields
 from bigkern.models.transformer.presets import Presets
-from bigkern.ops.layernorm_ffn import GATED, Activation, Placement, Save
+from bigkern.ops.layernorm_ffn.call import GATED, Activation, Placement, Save
 
 Positions = Literal["learned", "sinusoidal", "rotary", "alibi"]
 Norm = Literal["layer", "rms"]

@@ -1,58 +1,37 @@
-"""The feed-forward block with weights frozen for inference: schema, fake, backends, the public function."""
+"""The feed-forward block with weights frozen for inference: the public functions, the op, its candidates."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from bigkern.core import registry
 from bigkern.core.checks import check_choice, check_dense, check_flag, kind
-from bigkern.core.library import (
-    KERNEL_DTYPES,
-    LIBRARY,
-    MAX_COLUMNS,
-    autocast,
-    define,
-    define_native,
-    plain,
-    triton_kernel,
-    unavailable,
-    unproven,
-)
-from bigkern.ops.layernorm_ffn import (
-    TRITON_PIECES,
-    Activation,
-    Norm,
-    Placement,
-    check_block,
-    layernorm_ffn,
-)
+from bigkern.core.library import KERNEL_DTYPES, define_native, triton_kernel, unavailable, unproven
+from bigkern.core.op import Op, native
+from bigkern.core.registry import Backend, Reason
 from bigkern.ops.layernorm_ffn import frozen_reference as reference
-from bigkern.ops.layernorm_ffn.frozen_reference import FP8 as FP8
+from bigkern.ops.layernorm_ffn import layernorm_ffn
+from bigkern.ops.layernorm_ffn.call import Activation, Norm, Placement
+from bigkern.ops.layernorm_ffn.frozen_call import (
+    FP8,
+    FrozenLayernormFfn,
+    FrozenResult,
+    FrozenWeight,
+    bind,
+    check_fp8,
+)
 from bigkern.ops.layernorm_ffn.frozen_reference import PIECES
+from bigkern.ops.layernorm_ffn.pieces import TRITON_PIECES
 from bigkern.ops.layernorm_ffn.reference import NO_DROPOUT, Pieces
 
-define(
-    "frozen_layernorm_ffn(Tensor x, Tensor w1, Tensor? w1_scale, Tensor? b1, Tensor w2, Tensor? w2_scale,"
-    " Tensor? b2, Tensor? norm_weight, Tensor? norm_bias, Tensor? w1_packed, Tensor? w2_packed, str norm,"
-    " str activation, str placement, bool residual, float eps) -> Tensor"
-)
 define_native("pack_ffn_weight(Tensor weight, bool gated) -> Tensor packed")
 
 Weights = Literal["packed", "int8", "fp8"]
 STORED = {"int8": torch.int8, "fp8": FP8}
-
-
-class FrozenWeight(NamedTuple):
-    """A weight ``[N, K]`` of a linear layer that will not change any more: see :func:`freeze_weight`."""
-
-    values: Tensor
-    scale: Tensor | None
-    packed: Tensor | None
 
 
 # ---- the public functions --------------------------------------------------------------------------
@@ -104,17 +83,7 @@ def packed(values: Tensor, gated: bool) -> Tensor | None:
         return None
     if unavailable("cpu", values) is not None:
         return None
-    return cast(Tensor, _native.pack_ffn_weight.default(values, gated))
-
-
-def check_fp8(device: torch.device, name: str) -> None:
-    """Refuse fp8 where no unit multiplies in it."""
-    need = 'needs a GPU of compute capability 8.9 or higher; "int8" runs anywhere'
-    if device.type != "cuda":
-        raise ValueError(f'{name}="fp8" {need}; the device is {device}')
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 9):
-        raise ValueError(f'{name}="fp8" {need}; {device} has {capability[0]}.{capability[1]}')
+    return cast(Tensor, torch.ops.bigkern_native.pack_ffn_weight.default(values, gated))
 
 
 def frozen_linear(x: Tensor, weight: FrozenWeight, bias: Tensor | None = None) -> Tensor:
@@ -168,7 +137,7 @@ def frozen_layernorm_ffn(
         >>> frozen_layernorm_ffn(torch.randn(16, 64), w1, None, w2, None, torch.ones(64)).shape
         torch.Size([16, 64])
     """
-    arguments = bind(
+    call = bind(
         x,
         w1,
         b1,
@@ -184,85 +153,40 @@ def frozen_layernorm_ffn(
     )
     tensors = (x, b1, b2, norm_weight, norm_bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return reference.frozen_layernorm_ffn(*arguments)
+        return reference.frozen_layernorm_ffn(call)
     if w1.scale is None and w2.scale is None and not x.is_cpu:  # only CPUs read packed weights
         options: dict[str, Any] = {"norm": norm, "activation": activation, "placement": placement}
         weights = (w1.values, b1, w2.values, b2, norm_weight, norm_bias)
         return layernorm_ffn(x, *weights, residual=residual, eps=eps, **options)
-    if plain(*arguments[:11]):
-        return _forward(*arguments)
-    return cast(Tensor, torch.ops.bigkern.frozen_layernorm_ffn(*arguments))
+    return cast(Tensor, FROZEN(call))
 
 
-# ---- checks ----------------------------------------------------------------------------------------
+# ---- the op and its candidates ---------------------------------------------------------------------
+
+FROZEN = Op(
+    "frozen_layernorm_ffn",
+    FrozenLayernormFfn,
+    FrozenResult,
+    bind=bind,
+    fake=lambda call: FrozenResult(call.x.new_empty(call.x.shape)),
+    reference=Backend("reference", reference.frozen_layernorm_ffn),
+)
 
 
-def bind(
-    x: Tensor,
-    w1: FrozenWeight,
-    b1: Tensor | None,
-    w2: FrozenWeight,
-    b2: Tensor | None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    *,
-    norm: str = "layer",
-    activation: str = "gelu",
-    placement: str = "pre",
-    residual: bool = True,
-    eps: float = 1e-5,
-) -> tuple[Any, ...]:
-    """Check a public call and turn it into the op's arguments."""
-    for name, weight in (("w1", w1), ("w2", w2)):
-        if not isinstance(weight, FrozenWeight):
-            raise TypeError(f"{name} must be a FrozenWeight, of freeze_weight, not {type(weight).__name__}")
-    given = (x, w1.values, b1, w2.values, b2, norm_weight, norm_bias)
-    eps = check_block(given, norm, activation, placement, residual, eps, weights_like_x=False)
-    autocasting = torch.is_autocast_enabled(x.device.type)
-    for name, (values, scale, _) in (("w1", w1), ("w2", w2)):
-        if scale is None and values.dtype != x.dtype and not autocasting:
-            raise TypeError(f"{name} must have x's dtype {x.dtype}, not {values.dtype}")
-        if values.dtype == FP8 and x.is_cuda:
-            check_fp8(x.device, f"{name}: weights")
-    tensors = (x, w1.values, w1.scale, b1, w2.values, w2.scale, b2, norm_weight, norm_bias)
-    return *tensors, w1.packed, w2.packed, norm, activation, placement, residual, eps
-
-
-# ---- the op: fake and kernel -----------------------------------------------------------------------
-
-
-@torch.library.register_fake("bigkern::frozen_layernorm_ffn", lib=LIBRARY)
-def _fake(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _forward(*arguments: Any) -> Tensor:
-    return cast(Tensor, FROZEN.resolve(*arguments).forward(*arguments))
-
-
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("frozen_layernorm_ffn", _forward, _key)
-
-
-# ---- backends --------------------------------------------------------------------------------------
-
-FROZEN = registry.declare("frozen_layernorm_ffn", bind)
-
-
-def _refuses(backend: str) -> Callable[..., registry.Reason]:
-    def refuses(x: Tensor, w1: Tensor, w1_scale: Tensor | None, *rest: Any) -> registry.Reason:
+def _refuses(backend: str) -> Callable[[FrozenLayernormFfn], Reason]:
+    def refuses(call: FrozenLayernormFfn) -> Reason:
+        x, w1, w2 = call.x, call.w1, call.w2
         if (reason := unavailable(backend, x)) is not None:
             return reason
         if x.dtype not in KERNEL_DTYPES:
             return f"dtype {x.dtype} is not float32, bfloat16 or float16"
         if x.numel() == 0 or w1.numel() == 0:
             return "x or the weights are empty"
-        w2 = rest[1]
         if w1.dtype != w2.dtype:
             return f"the weights are {w1.dtype} and {w2.dtype}"
         if backend == "cpu" and w1.dtype == FP8:
             return "CPUs do not multiply in fp8"
-        if backend == "triton" and w1_scale is None:
+        if backend == "triton" and call.w1_scale is None:
             return "packed weights are the CPU's"
         if backend == "triton" and x.shape[-1] > MAX_COLUMNS:
             return f"rows of {x.shape[-1]} > {MAX_COLUMNS} elements"
@@ -296,10 +220,8 @@ def triton_pieces() -> Pieces:
     return PIECES._replace(norm=TRITON_PIECES.norm, up=up, down=down, down_norm=down_norm)
 
 
-_native = torch.ops.bigkern_native
-
 FROZEN.register(
-    registry.Backend(
+    Backend(
         "triton",
         partial(reference.frozen_layernorm_ffn, pieces=triton_pieces()),
         None,
@@ -307,9 +229,5 @@ FROZEN.register(
         unproven("frozen_layernorm_ffn", "triton"),
     )
 )
-FROZEN.register(
-    registry.Backend(
-        "cpu", lambda *arguments: _native.frozen_layernorm_ffn.default(*arguments), None, _refuses("cpu")
-    )
-)
-FROZEN.register(registry.Backend("torch", reference.frozen_layernorm_ffn))
+FROZEN.register(Backend("cpu", native("frozen_layernorm_ffn"), None, _refuses("cpu")))
+FROZEN.register(Backend("torch", reference.frozen_layernorm_ffn, by_torch=True))

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from bigkern.core.problem import Call, Inputs, Problem
-from bigkern.ops.layernorm_ffn import GATED, stock_activation
 from bigkern.ops.layernorm_ffn import frozen as op
+from bigkern.ops.layernorm_ffn.call import GATED
+from bigkern.ops.layernorm_ffn.frozen_call import FrozenWeight
+from bigkern.ops.layernorm_ffn.stock import activate
 
 Weights = op.Weights
 
@@ -52,7 +54,7 @@ def stock(inputs: Inputs, activation: str, weights: Weights | None) -> Tensor:
             w1, w2 = (_acting(w, weights) for w in (w1, w2))
         D = x.shape[-1:]
         n = F.rms_norm(x, D, affine[0], 1e-5) if activation in GATED else F.layer_norm(x, D, *affine)
-        x = x + F.linear(stock_activation(F.linear(n, w1, b1), activation), w2, b2)
+        x = x + F.linear(activate(F.linear(n, w1, b1), activation), w2, b2)
         i += 1
     return x
 
@@ -96,7 +98,7 @@ def _frozen_block(weights: Weights, activation: str) -> Callable[[Tensor, tuple[
     kept = WeakIdKeyDictionary()
     gated = activation in GATED
 
-    def frozen_once(w: Tensor, gated: bool) -> op.FrozenWeight:
+    def frozen_once(w: Tensor, gated: bool) -> FrozenWeight:
         if w not in kept:
             kept[w] = op.freeze_weight(w, weights, gated=gated)
         return kept[w]  # type: ignore[no-any-return]

@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigkern.ops.layernorm_ffn.reference import PLAIN, Dropout, activate, layernorm_ffn
+from bigkern.ops.layernorm_ffn.call import LayernormFfn
+from bigkern.ops.layernorm_ffn.frozen_call import FP8, FrozenLayernormFfn
+from bigkern.ops.layernorm_ffn.reference import PLAIN, Dropout, Pieces, activate, layernorm_ffn
 from bigkern.ops.norm.reference import norm as plain_norm
 
-FP8 = torch.float8_e4m3fn
 LARGEST = {torch.int8: 127.0, FP8: 448.0}
 
 
@@ -79,28 +80,13 @@ def _down_norm(
 PIECES = PLAIN._replace(up=_up, down=_down, down_norm=_down_norm)
 
 
-def frozen_layernorm_ffn(
-    x: Tensor,
-    w1: Tensor,
-    w1_scale: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor,
-    w2_scale: Tensor | None,
-    b2: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    w1_packed: Tensor | None,
-    w2_packed: Tensor | None,
-    norm: str,
-    activation: str,
-    placement: str,
-    residual: bool,
-    eps: float,
-    pieces: Any = PIECES,
-) -> Tensor:
+def frozen_layernorm_ffn(call: FrozenLayernormFfn, pieces: Pieces = PIECES) -> Tensor:
     """``y`` like x. The packed weights are the CPU kernel's; here they are not looked at."""
-    options = (norm, activation, placement, residual, eps, 0.0, 0.0, "nothing")
-    weights: Any = Weight(w1, w1_scale), Weight(w2, w2_scale)
-    return layernorm_ffn(
-        x, weights[0], b1, weights[1], b2, norm_weight, norm_bias, None, *options, pieces=pieces
-    )[0]
+    w1: Any = Weight(call.w1, call.w1_scale)
+    w2: Any = Weight(call.w2, call.w2_scale)
+    affine = (call.norm_weight, call.norm_bias)
+    words = (call.norm, call.activation, call.placement)
+    numbers = (call.eps, 0.0, 0.0)
+    operands = (call.x, w1, call.b1, w2, call.b2, *affine)
+    block = LayernormFfn(*operands, None, *words, call.residual, *numbers, "nothing")
+    return layernorm_ffn(block, pieces).y

@@ -17,7 +17,7 @@ gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,15 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigkern.core.dropout_reference import dropped
+from bigkern.ops.layernorm_ffn.call import GATED, Gradients, LayernormFfn, LayernormFfnBackward, Result
 from bigkern.ops.norm.reference import HIDDEN, OUTPUT
 from bigkern.ops.norm.reference import norm as plain_norm
 from bigkern.ops.norm.reference import norm_backward as plain_norm_backward
 
-GATED = {"swiglu": "silu", "geglu": "gelu"}  # gated activation -> what it applies to the gate
-
 Dropout = tuple[float, Tensor | None]  # probability, key
 NO_DROPOUT: Dropout = (0.0, None)
-Gradients = tuple[Tensor | None, ...]  # of x, w1, b1, w2, b2, norm_weight, norm_bias
 
 
 class Pieces(NamedTuple):
@@ -174,121 +172,79 @@ PLAIN = Pieces(
 # ---- the block -------------------------------------------------------------------------------------
 
 
-def layernorm_ffn(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    dropout_key: Tensor | None,
-    norm: str,
-    activation: str,
-    placement: str,
-    residual: bool,
-    eps: float,
-    dropout_p: float,
-    hidden_dropout_p: float,
-    save: str,
-    pieces: Pieces = PLAIN,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """``y`` shaped like x; with save ``"preactivation"`` also ``s [M, D]`` (post), ``mean``, ``rstd`` and
-    ``preactivation``; with ``"input"`` and ``"nothing"`` y alone.
-    """
-    rows, keep = _rows(x), save == "preactivation"
-    affine = (norm_weight, norm_bias, eps, norm)
-    dropout, hidden_dropout = (dropout_p, dropout_key), (hidden_dropout_p, dropout_key)
-    s = mean = rstd = None
-    if norm == "none":
-        preactivation, a = pieces.up(rows, w1, b1, activation, hidden_dropout, keep)
-        y = pieces.down(a, w2, b2, rows if residual else None, dropout)
-    elif placement == "pre":
+def layernorm_ffn(call: LayernormFfn, pieces: Pieces = PLAIN) -> Result:
+    """``y`` shaped like x; with save ``"preactivation"`` also what the backward reads."""
+    rows, keep = _rows(call.x), call.save == "preactivation"
+    through = rows if call.residual else None
+    affine = (call.norm_weight, call.norm_bias, call.eps, call.norm)
+    dropout, hidden_dropout = (call.dropout_p, call.dropout_key), (call.hidden_dropout_p, call.dropout_key)
+    n, s, mean, rstd = rows, None, None, None
+    pre, post = _norms(call)
+    if pre:
         n, _, mean, rstd = pieces.norm(rows, None, *affine, *NO_DROPOUT)
-        preactivation, a = pieces.up(n, w1, b1, activation, hidden_dropout, keep)
-        y = pieces.down(a, w2, b2, rows if residual else None, dropout)
+    preactivation, a = pieces.up(n, call.w1, call.b1, call.activation, hidden_dropout, keep)
+    if post:
+        y, s, mean, rstd = pieces.down_norm(a, call.w2, call.b2, through, dropout, *affine)
     else:
-        preactivation, a = pieces.up(rows, w1, b1, activation, hidden_dropout, keep)
-        y, s, mean, rstd = pieces.down_norm(a, w2, b2, rows if residual else None, dropout, *affine)
-    y = y.view(x.shape)
-    return (y, s, mean, rstd, preactivation) if keep else (y, None, None, None, None)
+        y = pieces.down(a, call.w2, call.b2, through, dropout)
+    y = y.view(call.x.shape)
+    return Result(y, s, mean, rstd, preactivation) if keep else Result(y, None, None, None, None)
 
 
-def layernorm_ffn_backward(
-    dy: Tensor,
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    dropout_key: Tensor | None,
-    s: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    preactivation: Tensor | None,
-    norm: str,
-    activation: str,
-    placement: str,
-    residual: bool,
-    eps: float,
-    dropout_p: float,
-    hidden_dropout_p: float,
-    wanted: Sequence[bool],
-    w1_sum: Tensor | None,
-    w2_sum: Tensor | None,
-    pieces: Pieces = PLAIN,
-) -> Gradients:
-    """Gradients of x, w1, b1, w2, b2, norm_weight and norm_bias; None where not ``wanted``. Those of w1 and
-    w2 are added to ``w1_sum`` and ``w2_sum`` where these are given, and then None. Without a preactivation
-    the forward is computed again.
+def layernorm_ffn_backward(call: LayernormFfnBackward, pieces: Pieces = PLAIN) -> Gradients:
+    """Gradients where ``wanted``; those of w1 and w2 are added to the sums where these are given. Without a
+    preactivation the forward is computed again.
 
     dz = drop(ds)           ds = dy, or post: the norm's gradient                 db2 = sum(dz)
     da = drop(dz W2)        dW2 = dz^T a
     dp = da act'(p)         dW1 = dp^T n        db1 = sum(dp)         n = norm(x), or post: x
     dn = dp W1              dx = the norm's gradient of dn, or post: dn; + ds through the residual
     """
-    if preactivation is None:
-        _, s, mean, rstd, preactivation = layernorm_ffn(
-            x, w1, b1, w2, b2, norm_weight, norm_bias, dropout_key, norm, activation, placement, residual,
-            eps, dropout_p, hidden_dropout_p, "preactivation", pieces,
-        )  # fmt: skip
-    rows, dy = _rows(x), _rows(dy)
-    want_x, want_w1, want_b1, want_w2, want_b2, want_weight, want_bias = wanted
-    hidden_dropout = (hidden_dropout_p, dropout_key)
-    pre, post = (norm != "none" and placement == at for at in ("pre", "post"))
+    saved: Any = layernorm_ffn(call.forward(), pieces) if call.preactivation is None else call
+    rows, dy = _rows(call.x), _rows(call.dy)
+    activation, hidden_dropout = call.activation, (call.hidden_dropout_p, call.dropout_key)
+    statistics = (call.norm_weight, saved.mean, saved.rstd, call.norm)
+    want_x, want_w1, want_b1, want_w2, want_b2, want_weight, want_bias = call.wanted
+    pre, post = _norms(call)
     dx = dw1 = db1 = dw2 = dweight = dbias = None
 
     ds = dy
     if post:
         ds, _, dweight, dbias = pieces.norm_backward(
-            dy, None, s, norm_weight, mean, rstd, norm, want_weight, want_bias, *NO_DROPOUT
+            dy, None, saved.s, *statistics, want_weight, want_bias, *NO_DROPOUT
         )
-    dz, db2 = pieces.down_backward(ds, (dropout_p, dropout_key), want_b2)
+    dz, db2 = pieces.down_backward(ds, (call.dropout_p, call.dropout_key), want_b2)
 
     want_dn = want_x or (pre and (want_weight or want_bias))
     if want_dn or want_w1 or want_b1:
-        dp, a, db1 = pieces.up_backward(dz, w2, preactivation, activation, hidden_dropout, want_b1, want_w2)
+        dp, a, db1 = pieces.up_backward(
+            dz, call.w2, saved.preactivation, activation, hidden_dropout, want_b1, want_w2
+        )
     elif want_w2:
-        a = activated(cast(Tensor, preactivation), activation, hidden_dropout)
+        a = activated(saved.preactivation, activation, hidden_dropout)
     if want_w2:
-        dw2 = pieces.weight_gradient(dz, cast(Tensor, a), w2_sum)
+        dw2 = pieces.weight_gradient(dz, cast(Tensor, a), call.w2_sum)
     if want_w1:
-        n = pieces.norm(rows, None, norm_weight, norm_bias, eps, norm, *NO_DROPOUT)[0] if pre else rows
-        dw1 = pieces.weight_gradient(dp, n, w1_sum)
+        affine = (call.norm_weight, call.norm_bias, call.eps, call.norm)
+        n = pieces.norm(rows, None, *affine, *NO_DROPOUT)[0] if pre else rows
+        dw1 = pieces.weight_gradient(dp, n, call.w1_sum)
 
     if want_dn:
-        dx = dp @ w1
+        dx = dp @ call.w1
         if pre:
-            through = dy if residual else None
+            through = dy if call.residual else None
             dx, _, dweight, dbias = pieces.norm_backward(
-                dx, through, rows, norm_weight, mean, rstd, norm, want_weight, want_bias, *NO_DROPOUT
+                dx, through, rows, *statistics, want_weight, want_bias, *NO_DROPOUT
             )
-        elif residual:
+        elif call.residual:
             dx += ds
-        dx = dx.view(x.shape) if want_x else None
-    return dx, dw1, db1, dw2, db2, dweight, dbias
+        dx = dx.view(call.x.shape) if want_x else None
+    return Gradients(dx, dw1, db1, dw2, db2, dweight, dbias)
+
+
+def _norms(call: LayernormFfn | LayernormFfnBackward) -> tuple[bool, bool]:
+    """Whether there is a norm before the first product, and one after the residual."""
+    return call.norm != "none" and call.placement == "pre", call.norm != "none" and call.placement == "post"
 
 
 def _rows(x: Any) -> Any:

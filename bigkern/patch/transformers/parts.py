@@ -17,7 +17,8 @@ from bigkern.nn import LayerNorm
 from bigkern.nn.frozen import FrozenFeedForward, explain_frozen
 from bigkern.nn.linear import PLAIN
 from bigkern.nn.transformer import activation_name, active, hooked
-from bigkern.ops.layernorm_ffn import FASTER_FROM, Activation, Norm, Placement
+from bigkern.ops.layernorm_ffn.backends import FASTER_FROM
+from bigkern.ops.layernorm_ffn.call import Activation, Norm, Placement
 from bigkern.ops.layernorm_ffn.frozen import Weights
 from bigkern.ops.linear import linear
 

@@ -1,0 +1,147 @@
+"""The feed-forward block's op: its declaration and its candidates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigkern.core.library import KERNEL_DTYPES, MAX_COLUMNS, autocast, foreign, unavailable, unproven
+from bigkern.core.op import Autograd, Op, native
+from bigkern.core.registry import Backend, Reason
+from bigkern.ops.layernorm_ffn import reference, stock
+from bigkern.ops.layernorm_ffn.call import (
+    OPERANDS,
+    Gradients,
+    LayernormFfn,
+    LayernormFfnBackward,
+    Result,
+    bind,
+    draw,
+)
+from bigkern.ops.layernorm_ffn.pieces import TRITON_PIECES, block_of, native_pieces
+
+# ---- gradients and fakes ---------------------------------------------------------------------------
+
+
+def _gradients(run: Any, saved: Any, grads: Any, needed: Any) -> Any:
+    """Of the operands."""
+    return run(
+        LayernormFfnBackward(
+            grads[0], saved.x, saved.w1, saved.b1, saved.w2, saved.b2, saved.norm_weight, saved.norm_bias,
+            saved.dropout_key, saved.s, saved.mean, saved.rstd, saved.preactivation, saved.norm,
+            saved.activation, saved.placement, saved.residual, saved.eps, saved.dropout_p,
+            saved.hidden_dropout_p, list(needed),
+        )
+    )  # fmt: skip
+
+
+def _fake(call: LayernormFfn) -> Result:
+    x, norm = call.x, call.norm
+    y = x.new_empty(x.shape)
+    if call.save != "preactivation":
+        return Result(y, None, None, None, None)
+    M = math.prod(x.shape[:-1])
+    statistics = x.new_empty(M, dtype=torch.promote_types(x.dtype, torch.float32))
+    mean = torch.empty_like(statistics) if norm == "layer" else None
+    rstd = None if norm == "none" else statistics
+    s = x.new_empty(M, x.shape[-1]) if call.placement == "post" and norm != "none" else None
+    return Result(y, s, mean, rstd, x.new_empty(M, call.w1.shape[0]))
+
+
+def _fake_backward(call: LayernormFfnBackward) -> Gradients:
+    x, D, rows = call.x, call.x.shape[-1], call.w1.shape[0]
+    shapes = (x.shape, call.w1.shape, (rows,), call.w2.shape, (D,), (D,), (D,))
+    wanted = zip(shapes, call.wanted, strict=True)
+    return Gradients(*(x.new_empty(shape) if want else None for shape, want in wanted))
+
+
+LAYERNORM_FFN = Op(
+    "layernorm_ffn",
+    LayernormFfn,
+    Result,
+    bind=bind,
+    fake=_fake,
+    reference=Backend("reference", reference.layernorm_ffn, reference.layernorm_ffn_backward),
+    draw=draw,
+    autograd=Autograd(
+        LayernormFfnBackward,
+        Gradients,
+        of=OPERANDS,
+        saves=(*OPERANDS, "dropout_key", "s", "mean", "rstd", "preactivation"),
+        gradients=_gradients,
+        fake=_fake_backward,
+        forward_of=LayernormFfnBackward.forward,
+        contiguous=True,  # transposed weights have transposed gradients
+    ),
+)
+
+
+# ---- candidates ------------------------------------------------------------------------------------
+
+
+def summing(candidate: Backend, w1_sum: Tensor, w2_sum: Tensor) -> Backend:
+    """The candidate, whose backward adds the weights' gradients to sums."""
+    if candidate.by_torch:
+        return Backend(candidate.name, partial(stock.layernorm_ffn, sums=(w1_sum, w2_sum)), by_torch=True)
+
+    def backward(call: LayernormFfnBackward) -> Any:
+        call.w1_sum, call.w2_sum = w1_sum, w2_sum
+        return candidate.backward(call)  # type: ignore[misc]
+
+    return Backend(candidate.name, candidate.forward, backward)
+
+
+def _refuses(backend: str) -> Callable[[LayernormFfn], Reason]:
+    def refuses(call: LayernormFfn) -> Reason:
+        x, w1 = call.x, call.w1
+        if (reason := foreign(x, w1) or unavailable(backend, x)) is not None:
+            return reason
+        if x.dtype not in KERNEL_DTYPES:
+            return f"dtype {x.dtype} is not float32, bfloat16 or float16"
+        if x.numel() == 0 or w1.numel() == 0:
+            return "x or the weights are empty"
+        if backend != "cpu" and x.shape[-1] > MAX_COLUMNS:
+            return f"rows of {x.shape[-1]} > {MAX_COLUMNS} elements"
+        return autocast(x)
+
+    return refuses
+
+
+# Rows from which our CPU kernels win on two Zen 4 cores: fewer do not pay for packing the weights.
+FASTER_FROM = 32
+BF16_INFERENCE_FASTER_FROM = 512  # stock packs bf16 weights as well as we do; to 512 rows it is ahead
+BF16_FASTER_BELOW = 1024  # elements a row: beyond them stock's bf16 products are 2 to 16 % ahead
+
+
+def _cpu_declines(call: LayernormFfn) -> Reason:
+    x, rows = call.x, math.prod(call.x.shape[:-1])
+    least = FASTER_FROM
+    if x.dtype == torch.bfloat16:
+        if x.shape[-1] >= BF16_FASTER_BELOW:
+            return f"stock is faster in bfloat16 from rows of {BF16_FASTER_BELOW} elements on"
+        if call.save == "input":
+            return "stock's checkpoint is faster in bfloat16"
+        if call.save == "nothing":
+            least = BF16_INFERENCE_FASTER_FROM
+    return f"stock is faster below {least} rows" if rows < least else None
+
+
+def cuda_backend(native: Any, *, emulated: bool = False) -> Backend:
+    """The CUDA kernels in ``native``: the compiled ones, or, in the tests, those that the emulator runs."""
+    refuses = _refuses("cpu" if emulated else "cuda")
+    return Backend("cuda", *block_of(native_pieces(native)), refuses, unproven("layernorm_ffn", "cuda"))
+
+
+LAYERNORM_FFN.register(cuda_backend(torch.ops.bigkern_native))
+LAYERNORM_FFN.register(
+    Backend("triton", *block_of(TRITON_PIECES), _refuses("triton"), unproven("layernorm_ffn", "triton"))
+)
+LAYERNORM_FFN.register(
+    Backend("cpu", native("layernorm_ffn"), native("layernorm_ffn_backward"), _refuses("cpu"), _cpu_declines)
+)
+LAYERNORM_FFN.register(Backend("torch", stock.layernorm_ffn, by_torch=True))
