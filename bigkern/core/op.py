@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bigkern.core import registry
-from bigkern.core.library import LIBRARY, define_native, plain
+from bigkern.core.library import LIBRARY, define_native, in_functorch, plain
 from bigkern.core.registry import Backend
 
 Size = Annotated[int, "SymInt"]  # a size that torch.compile may leave open; kernels are given a number
@@ -44,8 +44,8 @@ Sum = Annotated[Tensor | None, "a sum"]
 
 SCHEMAS: dict[Any, str] = {
     Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", Written: "Tensor(!)[]",
-    Sum: "Tensor(!)?", float: "float", int: "int", int | None: "int?", Size: "SymInt", bool: "bool", list[bool]: "bool[]",
-    str: "str", None: "()",
+    Sum: "Tensor(!)?", float: "float", int: "int", int | None: "int?", Size: "SymInt", bool: "bool",
+    list[bool]: "bool[]", str: "str", None: "()",
 }  # fmt: skip
 
 
@@ -57,23 +57,28 @@ TENSORS = (Tensor, Tensor | None, *LISTS)
 class Call:
     """The arguments of an op after the checks: slotted dataclasses, whose order is the schema's.
 
-    The fields of a base come first.
+    The fields of a base come first; but a backward's call that inherits the forward's names some of those
+    fields itself, and begins with what it names.
     """
 
     __slots__ = ()
-    names: ClassVar[tuple[str, ...]]  # without sums
+    names: ClassVar[tuple[str, ...]] = ()  # without sums
     kinds: ClassVar[dict[str, Any]]  # name -> type
     sums: ClassVar[tuple[str, ...]]
     public: ClassVar[Getter]  # the fields in names, as the public op takes them
     flat: ClassVar[Getter]  # all fields, as kernels do
+    of_flat: ClassVar[Callable[..., Any]]  # a call of what the public op was given
 
     def __init_subclass__(cls) -> None:
+        own, base = tuple(cls.__annotations__), getattr(cls.__base__, "names", ())
+        names = tuple(dict.fromkeys((*own, *base) if set(own) & set(base) else (*base, *own)))
         hints = typing.get_type_hints(cls, include_extras=True)
-        names = (*getattr(cls.__base__, "names", ()), *cls.__annotations__)
         cls.kinds = {name: hints[name] for name in names if hints[name] != Sum}
         cls.names = tuple(cls.kinds)
         cls.sums = tuple(name for name in names if name not in cls.kinds)
         cls.public, cls.flat = getter(cls.names), getter((*cls.names, *cls.sums))
+        by_name = ", ".join(f"{name}={name}" for name in cls.names)
+        cls.of_flat = staticmethod(eval(f"lambda {', '.join(cls.names)}: cls({by_name})", {"cls": cls}))
 
 
 def getter(names: Sequence[str], kinds: Mapping[str, Any] = types.MappingProxyType({})) -> Getter:
@@ -177,13 +182,13 @@ class Op(registry.Op):
         self.reference: Any = reference
         self.draw, self.compiled, self._check_values = draw, compiled, check_values
         self.tensors = getter([n for n, kind in call.kinds.items() if kind in TENSORS], call.kinds)
-        self._node = _define(name, call, result, fake, self._run_as_node, compiled)
+        self.node = _define(name, call, result, fake, self._run_as_node, compiled)
         self.gradient: Any = None if autograd is None else _Gradient(self, autograd)
 
     def __call__(self, call: Any) -> Any:
         if self.reference is None:  # no candidate is for torch to look into
             opaque = not plain(*self.tensors(call))
-            return self.given(self._node(*self.call.public(call)) if opaque else self._run_as_node(call))
+            return self.given(self.node(*self.call.public(call)) if opaque else self._run_as_node(call))
         return self.run(self.resolve(call), call)
 
     def run(self, candidate: Backend, call: Any) -> Any:
@@ -194,7 +199,7 @@ class Op(registry.Op):
             self.draw(call)
         tensors = self.tensors(call)
         if not plain(*tensors):
-            return self.given(self._node(*self.call.public(call)))
+            return self.given(self.node(*self.call.public(call)))
         needs_grad = self.gradient is not None and torch.is_grad_enabled()
         if needs_grad and any(t is not None and t.requires_grad for t in tensors):
             return self.gradient.function.apply(self, candidate, call, *self.gradient.inputs(call))
@@ -225,7 +230,7 @@ def _define(name: str, call: type[Call], result: Any, fake: Any, run: Any, compi
 
     def of(function: Callable[[Any], Any]) -> Callable[..., Any]:
         def flat(*arguments: Any) -> Any:
-            found = function(call(*arguments))
+            found = function(call.of_flat(*arguments))
             if found is None or isinstance(found, Tensor):
                 return found
             return found[0] if len(found) == 1 else tuple(found)
@@ -261,7 +266,8 @@ class _Gradient:
 
     def __init__(self, op: Op, autograd: Autograd):
         self.op, self.autograd = op, autograd
-        self.function = _Once if autograd.twice is None else _Twice
+        base = _Once if autograd.twice is None else _Twice
+        self.function: Any = type(f"_{op.call.__name__}", (base,), {})  # a profiler shows the name
         kinds, fields = op.call.kinds, list(op.result._fields)
         numbers = [name for name, kind in kinds.items() if kind not in TENSORS]
         star = {name: "*" for name, kind in kinds.items() if kind in LISTS}
@@ -282,9 +288,9 @@ class _Gradient:
         self.counts, self._lengths = (_lengths(names, kinds) for names in (autograd.of, autograd.saves))
         name = f"{op.name}_backward"
         parts = (autograd.call, autograd.result, autograd.fake, self._run_as_node)
-        self._node = _define(name, *parts, op.compiled)
+        self.node = _define(name, *parts, op.compiled)
         torch.library.register_autograd(
-            f"bigkern::{op.name}", self._in_a_graph, setup_context=self._set_up_graph, lib=LIBRARY
+            f"bigkern::{op.name}", self.in_a_graph, setup_context=self.set_up_graph, lib=LIBRARY
         )
 
     def save(self, ctx: Any, call: Any, result: Any) -> None:
@@ -309,7 +315,8 @@ class _Gradient:
         grads = grads[: self.differentiable]
         if all(grad is None for grad in grads):
             return (None,) * len(needed)
-        if torch.is_grad_enabled() and self.autograd.twice is not None:
+        # torch.func has grad mode on whether or not it differentiates again.
+        if torch.is_grad_enabled() and self.autograd.twice is not None and not in_functorch():
             return self.autograd.twice(self.saved(ctx), grads, needed)
         return self.autograd.gradients(run, self.saved(ctx), grads, needed)
 
@@ -319,15 +326,15 @@ class _Gradient:
         found = backward(call)
         return [g if g is None else g.contiguous() for g in found] if self.autograd.contiguous else found
 
-    def _set_up_graph(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        self.save(ctx, self.op.call(*inputs), output)
+    def set_up_graph(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        self.save(ctx, self.op.call.of_flat(*inputs), output)
         if not isinstance(output, Tensor):
             self.mark(ctx, output)
 
-    def _in_a_graph(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    def in_a_graph(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         wanted = dict(zip(self.op.call.names, ctx.needs_input_grad, strict=True))
         needed = [wanted[name] for name in self.autograd.of]
-        found = self.of(lambda call: self._node(*call.public()), ctx, grads, needed)
+        found = self.of(lambda call: self.node(*call.public()), ctx, grads, needed)
         by_name = dict(zip(self.autograd.of, found, strict=True))
         return tuple(_as_many(by_name.get(name), need) for name, need in wanted.items())
 

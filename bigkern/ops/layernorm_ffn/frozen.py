@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from bigkern.core.checks import check_choice, check_dense, check_flag, kind
-from bigkern.core.library import KERNEL_DTYPES, define_native, triton_kernel, unavailable, unproven
+from bigkern.core.library import (
+    KERNEL_DTYPES,
+    MAX_COLUMNS,
+    autocast,
+    define_native,
+    triton_kernel,
+    unavailable,
+    unproven,
+)
 from bigkern.core.op import Op, native
 from bigkern.core.registry import Backend, Reason
 from bigkern.ops.layernorm_ffn import frozen_reference as reference
