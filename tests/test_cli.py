@@ -19,6 +19,7 @@ from bigkern.cli.main import COMMANDS, main
 from bigkern.core import evidence, registry
 from bigkern.core.problem import judge
 from bigkern.ops import problems
+from bigkern.ops.attention.backends import ATTENTION
 from bigkern.terminal.console import Console
 
 
@@ -114,15 +115,14 @@ def test_doctor_finds_this_machine_well(capsys: pytest.CaptureFixture[str]) -> N
 def test_doctor_catches_a_wrong_kernel(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    op = registry.get("attention")
-    right = op.backends["torch"]
+    right = ATTENTION.reference
 
-    def wrong(*arguments: Any) -> Any:
-        o, lse = right.forward(*arguments)
+    def wrong(call: Any) -> Any:
+        o, lse = right.forward(call)
         return o * 1.001, lse
 
     broken = registry.Backend("cpu", wrong, right.backward)
-    monkeypatch.setitem(op.backends, "cpu", broken)
+    monkeypatch.setitem(ATTENTION.backends, "cpu", broken)
     assert main(["doctor"]) == 1
     said = capsys.readouterr().out
     assert "attention on cpu" in said
@@ -219,14 +219,13 @@ def test_doctor_asks_for_every_form_of_a_recurrent_layer() -> None:
 
 
 def test_a_wrong_lse_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    op = registry.get("attention")
-    right = op.backends["torch"]
+    right = ATTENTION.reference
 
-    def wrong(*arguments: Any) -> Any:
-        o, lse = right.forward(*arguments)
+    def wrong(call: Any) -> Any:
+        o, lse = right.forward(call)
         return o, lse + 0.01
 
-    monkeypatch.setitem(op.backends, "cpu", registry.Backend("cpu", wrong, right.backward))
+    monkeypatch.setitem(ATTENTION.backends, "cpu", registry.Backend("cpu", wrong, right.backward))
     (problem,) = (problem for problem in problems.small("attention") if problem.outputs == ("output", "lse"))
     verdicts = judge(problem, torch.float32, torch.device("cpu"), "cpu")
     assert set(verdicts) == {"output", "lse", "dq", "dk", "dv"}

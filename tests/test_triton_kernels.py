@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bigkern.core.dropout_reference import dropped
 from bigkern.core.parity import Yardstick
-from bigkern.ops.attention import reference as attention_reference
+from bigkern.ops.attention.transforms import RULES
 from bigkern.ops.layernorm_ffn import reference as ffn_reference
 from bigkern.ops.norm import reference as norm_reference
 from bigkern.ops.norm.reference import HIDDEN, OUTPUT
@@ -67,12 +67,11 @@ def check(op: str, names: str, ours: Any, by_stock: Callable[..., Any], *inputs:
 
 def rules(q: Tensor, k: Tensor, scale: float, causal: str, **changes: Any) -> tuple[Any, ...]:
     """The op's arguments after q, k and v."""
-    names = attention_reference.Rules._fields
-    plain = attention_reference.Rules(
-        *(None,) * names.index("scale"), scale, causal, -1, -1 if causal == "none" else 0, 0.0, 0.0,
-        q.shape[2], k.shape[2],
-    )  # fmt: skip
-    return plain._replace(**changes)
+    given: dict[str, Any] = dict.fromkeys(RULES)
+    given |= {"scale": scale, "causal": causal, "window_left": -1}
+    given |= {"window_right": -1 if causal == "none" else 0, "softcap": 0.0, "dropout_p": 0.0}
+    given |= {"max_seqlen_q": q.shape[2], "max_seqlen_k": k.shape[2]}
+    return tuple((given | changes).values())
 
 
 CAUSAL = {"Sq": 150, "Sk": 170, "causal": "bottom_right"}

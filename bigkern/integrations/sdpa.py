@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigkern.ops.attention import ATTENTION
-from bigkern.ops.attention.call import bind
+from bigkern.ops.attention.backends import ATTENTION
+from bigkern.ops.attention.call import Attention, AttentionBackward, bind
 
 NAME = "bigkern"
 
@@ -82,14 +82,14 @@ class _Active:
 
 def _bound(
     q: Tensor, k: Tensor, v: Tensor, dropout_p: float, causal: bool, mask: Tensor | None, scale: float | None
-) -> tuple[Any, ...] | None:
-    """The op's arguments for a call that a kernel of ours runs."""
+) -> Attention | None:
+    """The op's call, if a kernel of ours runs it."""
     if dropout_p > 0.0:
         return None
     boolean = mask is not None and mask.dtype == torch.bool
     which = {"mask" if boolean else "bias": mask}
-    arguments = bind(q, k, v, causal=causal, scale=scale, **which)  # type: ignore[arg-type]
-    return None if ATTENTION.resolve(*arguments).name == "torch" else arguments
+    call = bind(q, k, v, causal=causal, scale=scale, **which)  # type: ignore[arg-type]
+    return None if ATTENTION.resolve(call).by_torch else call
 
 
 def _forward_cpu(
@@ -102,10 +102,10 @@ def _forward_cpu(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Any:
-    arguments = _bound(q, k, v, dropout_p, is_causal, attn_mask, scale)
-    if arguments is None:
+    call = _bound(q, k, v, dropout_p, is_causal, attn_mask, scale)
+    if call is None:
         return None
-    o, lse = _forward(arguments)
+    o, lse = _forward(call)
     return o, lse.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -122,22 +122,20 @@ def _backward_cpu(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Any:
-    arguments = _bound(q, k, v, dropout_p, is_causal, attn_mask, scale)
-    return None if arguments is None else _gradients(do, o, lse, arguments)
+    call = _bound(q, k, v, dropout_p, is_causal, attn_mask, scale)
+    return None if call is None else _gradients(do, o, lse, call)
 
 
-def _forward(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+def _forward(call: Attention) -> tuple[Tensor, Tensor]:
     """o laid out as q, which a compiled graph relies on, and lse."""
-    q, _, v, *_ = arguments
-    o, lse = ATTENTION.resolve(*arguments).forward(*arguments)
-    like_q = torch.empty_like(q) if v.shape[3] == q.shape[3] else o
+    o, lse = ATTENTION.resolve(call).forward(call)
+    like_q = torch.empty_like(call.q) if call.v.shape[3] == call.q.shape[3] else o
     return (o if o.stride() == like_q.stride() else like_q.copy_(o)), lse
 
 
-def _gradients(do: Tensor, o: Tensor, lse: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    q, k, v, *rules = arguments
-    backward: Any = ATTENTION.resolve(*arguments).backward
-    dq, dk, dv, _dbias = backward(do, None, q, k, v, o, lse, False, *rules)
+def _gradients(do: Tensor, o: Tensor, lse: Tensor, call: Attention) -> tuple[Tensor, ...]:
+    backward: Any = ATTENTION.resolve(call).backward
+    dq, dk, dv, _dbias = backward(AttentionBackward.of(call, do, None, o, lse, False))
     return dq, dk, dv
 
 
@@ -151,10 +149,10 @@ def _forward_cuda(
     *,
     scale: float | None = None,
 ) -> Any:
-    arguments = _bound(q, k, v, dropout_p, is_causal, None, scale)
-    if arguments is None or return_debug_mask:
+    call = _bound(q, k, v, dropout_p, is_causal, None, scale)
+    if call is None or return_debug_mask:
         return None
-    o, lse = _forward(arguments)
+    o, lse = _forward(call)
     random = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
     nothing = q.new_empty(0)
     return o, lse, None, None, q.shape[2], k.shape[2], random, nothing.to(torch.uint64), nothing
@@ -178,5 +176,5 @@ def _backward_cuda(
     *,
     scale: float | None = None,
 ) -> Any:
-    arguments = _bound(q, k, v, dropout_p, is_causal, None, scale)
-    return None if arguments is None or cum_seq_q is not None else _gradients(do, o, lse, arguments)
+    call = _bound(q, k, v, dropout_p, is_causal, None, scale)
+    return None if call is None or cum_seq_q is not None else _gradients(do, o, lse, call)

@@ -19,8 +19,10 @@ from bigkern.core import registry
 from bigkern.core.op import Op
 from bigkern.ops.adam import call as adam_arguments
 from bigkern.ops.adam import reference as reference_adam
-from bigkern.ops.attention import call as attention_arguments
+from bigkern.ops.attention import call as attention_calls
 from bigkern.ops.attention import decode as decode_op
+from bigkern.ops.attention.backends import ATTENTION
+from bigkern.ops.attention.call import Attention, AttentionBackward
 from bigkern.ops.batch_norm import call as batch_norm_arguments
 from bigkern.ops.batch_norm.backends import BATCH_NORM
 from bigkern.ops.layernorm_ffn import call as ffn_arguments
@@ -46,18 +48,23 @@ def _like(source: Source, x: Tensor) -> Tensor:
 # ---- the arguments of each op, in its schema's order -------------------------------------------------
 
 
-def attention(source: Source) -> Arguments:
+def attention_call(source: Source) -> Attention:
     if source.chance(0.4):
-        return list(attention_arguments.bind(**public.varlen_arguments(source)))
-    return list(attention_arguments.bind(**public.attention_arguments(source)))
+        return attention_calls.bind(**public.varlen_arguments(source))
+    return attention_calls.bind(**public.attention_arguments(source))
+
+
+def attention(source: Source) -> Arguments:
+    return list(attention_call(source).flat())
 
 
 def attention_backward(source: Source) -> Arguments:
-    q, k, v, *rules = attention(source)
-    o, lse = _stock("attention").forward(q, k, v, *rules)
+    call = attention_call(source)
+    o, lse = ATTENTION.reference.forward(call)
     dlse = source.maybe(lambda: source.normal(*lse.shape), 0.3)
-    bias_grad = rules[1] is not None and source.chance(0.5)
-    return [_like(source, o), dlse, q, k, v, o, lse, bias_grad, *rules]
+    bias_grad = call.bias is not None and source.chance(0.5)
+    do = _like(source, o)
+    return list(AttentionBackward.of(call, do, dlse, o, lse, bias_grad).flat())
 
 
 def decode_attention(source: Source) -> Arguments:

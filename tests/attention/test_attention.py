@@ -27,9 +27,10 @@ from torch import Tensor
 import bigkern
 from bigkern.core import info
 from bigkern.core.parity import Yardstick
-from bigkern.ops import attention as op
 from bigkern.ops.attention import reference
-from bigkern.ops.attention.call import bind
+from bigkern.ops.attention import stock as torchs
+from bigkern.ops.attention.call import Attention, AttentionBackward, bind
+from bigkern.ops.attention.transforms import RULES
 
 NATIVE = [name for name in BACKENDS if name in ("cpu", "torch", "cuda")]  # fast enough for large tensors
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -203,8 +204,8 @@ def ours(case: Case, backend: str) -> Results:
         return differentiate(case, case.tensors(device_of(backend)), call)
 
 
-def arguments(case: Case, tensors: dict[str, Any]) -> tuple[Any, ...]:
-    """The op's arguments."""
+def bound(case: Case, tensors: dict[str, Any]) -> Attention:
+    """The op's call."""
     q, k, v = (tensors[name] for name in ("q", "k", "v"))
     if not case.lengths:
         return bind(q, k, v, **case.options(tensors))
@@ -214,15 +215,16 @@ def arguments(case: Case, tensors: dict[str, Any]) -> tuple[Any, ...]:
 
 def by_reference(case: Case, tensors: dict[str, Any]) -> Results:
     """The specification, in the tensors' dtype."""
-    args = arguments(case, tensors)
-    o, lse = reference.attention(*args)
+    call = bound(case, tensors)
+    o, lse = reference.attention(call)
     do, dlse = tensors["do"], None if tensors["dlse"] is None else tensors["dlse"].to(lse)
-    dq, dk, dv, dbias = reference.attention_backward(do, dlse, *args[:3], o, lse, case.bias_grad, *args[3:])
+    backward = AttentionBackward.of(call, do, dlse, o, lse, case.bias_grad)
+    dq, dk, dv, dbias = reference.attention_backward(backward)
     results = {"o": o, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
     if case.bias_grad:
         results["dbias"] = dbias.view(tensors["bias"].shape)  # type: ignore[union-attr]
     if case.sinks:
-        results["dsinks"] = reference.sinks_gradient(do, dlse, o, lse, args[6])  # type: ignore[arg-type]
+        results["dsinks"] = reference.sinks_gradient(backward)
     return results
 
 
@@ -240,60 +242,53 @@ def stock(case: Case, tensors: dict[str, Any]) -> Results:
     Where torch's own function can do the call, its results; where a row sees nothing, what it should have
     given. Beyond that, the math as one writes it in torch, intermediate results in the case's dtype.
     """
-    args = arguments(case, tensors)
-    rules = reference.Rules(*args[3:])
+    call = bound(case, tensors)
     beyond = case.softcap or case.sinks or case.dropout or case.lse_grad or case.lengths
     if beyond:
         return differentiate(case, tensors, lambda given: composed(case, given))
-    allowed = reference.visible(case.Sq, case.Sk, rules, args[0].device)
-    allowed = (
-        torch.ones(case.Sq, case.Sk, dtype=torch.bool, device=args[0].device) if allowed is None else allowed
-    )
-    allowed = allowed if rules.mask is None else allowed & rules.mask
+    allowed = reference.visible(case.Sq, case.Sk, call)
+    if allowed is None:
+        allowed = torch.ones(case.Sq, case.Sk, dtype=torch.bool, device=call.q.device)
+    allowed = allowed if call.mask is None else allowed & call.mask
     dead = ~allowed.any(-1, keepdim=True)
     if bool(dead.any()):
         alive = {"mask": allowed | dead, "do": tensors["do"].masked_fill(dead, 0.0)}
         case, tensors = replace(case, causal="none", window=None), tensors | alive
 
-    def call(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        bound = arguments(case, given)
-        return op.stock(*bound), reference.attention(*bound)[1]
+    def run(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return torchs.attention(bound(case, given)), reference.attention(bound(case, given)).lse
 
-    lse = reference.attention(*args)[1]
-    results = differentiate(case, tensors, call)
+    lse = reference.attention(call).lse
+    results = differentiate(case, tensors, run)
     return results | {"o": results["o"].masked_fill(dead, 0.0), "lse": lse}
 
 
 def composed(case: Case, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Attention as one would write it in torch in the case's dtype, sequence by sequence."""
-    q, k, v, *flat = arguments(case, given)
-    rules = reference.Rules(*flat)
+    call = bound(case, given)
     if not case.lengths:
-        return composed_of(q, k, v, rules, 0)
-    parts = [
-        composed_of(q[..., rows, :], k[..., keys, :], v[..., keys, :], own, b)
-        for b, (rows, keys, own) in enumerate(reference.sequences(rules))
-    ]
+        return composed_of(call, 0)
+    parts = [composed_of(own, b) for b, (_, _, own) in enumerate(reference.sequences(call))]
     o, lse = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
     return o, lse
 
 
-def composed_of(q: Tensor, k: Tensor, v: Tensor, rules: reference.Rules, first: int) -> tuple[Tensor, Tensor]:
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    x = q @ k.transpose(-1, -2) * rules.scale
-    if rules.softcap:
-        x = rules.softcap * torch.tanh(x / rules.softcap)
-    s = reference.restricted(x, rules).float()
-    if rules.sinks is not None:
-        s = torch.cat([s, rules.sinks.view(1, -1, 1, 1).expand(*s.shape[:3], 1)], -1)
+def composed_of(call: Attention, first: int) -> tuple[Tensor, Tensor]:
+    q, group = call.q, call.q.shape[1] // call.k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (call.k, call.v))
+    x = q @ k.transpose(-1, -2) * call.scale
+    if call.softcap:
+        x = call.softcap * torch.tanh(x / call.softcap)
+    s = reference.restricted(x, call).float()
+    if call.sinks is not None:
+        s = torch.cat([s, call.sinks.view(1, -1, 1, 1).expand(*s.shape[:3], 1)], -1)
     lse = torch.logsumexp(s.detach(), -1) if s.shape[-1] else s.new_full(s.shape[:-1], float("-inf"))
     dead = torch.isneginf(lse).unsqueeze(-1)
     s = s.masked_fill(dead, 0.0)
     p = torch.softmax(s, -1)[..., : k.shape[2]].masked_fill(dead, 0.0)
     if s.requires_grad and s.shape[-1]:
         lse = torch.where(dead.squeeze(-1), lse, torch.logsumexp(s, -1))
-    p = reference.drop(p, rules, first).to(q.dtype)
+    p = reference.drop(p, call, first).to(q.dtype)
     return p @ v, lse
 
 
@@ -681,7 +676,7 @@ def test_opcheck(features: str, backend: str) -> None:
     tensors = case.tensors(device_of(backend))
     names = with_gradients(case)
     tensors |= dict(zip(names, leaves(tensors, *names), strict=True))
-    args = arguments(case, tensors)
+    args = bound(case, tensors).flat()
     with run_backend("attention", backend):
         torch.library.opcheck(torch.ops.bigkern.attention.default, args)
         o, lse = torch.ops.bigkern.attention(*args)
@@ -882,7 +877,7 @@ def test_native_op_checks_for_itself() -> None:
     def native(q: Tensor, k: Tensor, v: Tensor, **changed: Any) -> Any:
         numbers = {"scale": 1.0, "causal": "none", "window_left": -1, "window_right": -1, "softcap": 0.0}
         numbers |= {"dropout_p": 0.0, "max_seqlen_q": q.shape[2], "max_seqlen_k": k.shape[2]}
-        nothing = dict.fromkeys(reference.Rules._fields[:7])
+        nothing = dict.fromkeys(RULES)
         return torch.ops.bigkern_native.attention(q, k, v, **nothing | numbers | changed)
 
     wide, ends = torch.zeros(1, 1, 2, 257), torch.tensor([0, 5], dtype=torch.int32)

@@ -1,10 +1,11 @@
-"""What attention may be called with: the checks, and the op's own form of the arguments."""
+"""What the attention op is called with, forward and backward, what comes of it, and the checks."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from bigkern.core.checks import MOST, check_dense, check_number, kind
 from bigkern.core.dropout import check_dropout, drawn_key, dropout_key
 from bigkern.core.library import DEBUG
-from bigkern.ops.attention.reference import Rules
+from bigkern.core.op import Call, Size
 
 Causal = Literal[False, True, "none", "top_left", "bottom_right"]
 Window = tuple[int | None, int | None]
@@ -24,6 +25,66 @@ _CAUSAL = {
     "top_left": "top_left",
     "bottom_right": "bottom_right",
 }
+
+
+@dataclass(slots=True)
+class Attention(Call):
+    """Queries, keys and values, and the rules by which scores come from them.
+
+    Packed sequences lie behind each other in q ``[1, Hq, total, D]``, k and v, and have cumulative lengths.
+    """
+
+    q: Tensor  # [B, Hq, Sq, D]
+    k: Tensor  # [B, Hkv, Sk, D]
+    v: Tensor  # [B, Hkv, Sk, Dv]
+    mask: Tensor | None  # bool, broadcastable to [B, Hq, Sq, Sk], True where the query may look
+    bias: Tensor | None  # broadcastable to [B, Hq, Sq, Sk]
+    alibi_slopes: Tensor | None  # [Hq] or [B, Hq] fp32
+    sinks: Tensor | None  # [Hq] fp32
+    dropout_key: Tensor | None  # two numbers below 2^32, int64 on the CPU
+    cu_seqlens_q: Tensor | None  # [sequences + 1] int32
+    cu_seqlens_k: Tensor | None
+    scale: float
+    causal: str  # "none", "top_left" or "bottom_right"
+    window_left: int  # -1: unlimited
+    window_right: int
+    softcap: float  # 0: none
+    dropout_p: float
+    max_seqlen_q: Size  # of packed sequences; else Sq
+    max_seqlen_k: Size
+
+
+class Result(NamedTuple):
+    o: Tensor  # [B, Hq, Sq, Dv]
+    lse: Tensor  # [B, Hq, Sq] fp32 (fp64 for fp64)
+
+
+@dataclass(slots=True)
+class AttentionBackward(Attention):
+    """The forward's call and its result, and their gradients; the fields here are first in the schema."""
+
+    do: Tensor
+    dlse: Tensor | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    lse: Tensor
+    bias_grad: bool
+
+    @classmethod
+    def of(
+        cls, call: Any, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, bias_grad: bool
+    ) -> AttentionBackward:
+        """That of a forward's call, or of what was saved of it."""
+        return cls(*(*Attention.flat(call), do, dlse, o, lse, bias_grad))
+
+
+class Gradients(NamedTuple):
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dbias: Tensor  # empty unless bias_grad
 
 
 def bind(
@@ -47,8 +108,8 @@ def bind(
     seed: int | None = None,
     offset: int = 0,
     return_lse: bool = False,
-) -> tuple[Any, ...]:
-    """Check a public call and turn it into the op's arguments: q, k, v and :class:`Rules`, flat.
+) -> Attention:
+    """Check a public call.
 
     With cumulative lengths, q, k and v are packed, ``[total, H, D]``, and leave as ``[1, H, total, D]``.
     """
@@ -91,7 +152,7 @@ def bind(
         sinks = per_head("sinks", sinks, [(Hq,)], q)
     causal_rule, left, right = corner_and_window(causal, window)
     key = None if seed is None else dropout_key(dropout_p, seed, offset)
-    return (
+    return Attention(
         q, k, v, mask, bias, alibi_slopes, sinks, key, cu_seqlens_q, cu_seqlens_k, check_scale(scale, D),
         causal_rule, left, right, check_softcap(softcap), check_dropout(dropout_p), Sq, Sk,
     )  # fmt: skip
@@ -244,11 +305,9 @@ def _window(window: Window) -> Window:
 
 # ---- dropout ---------------------------------------------------------------------------------------
 
-_DROPOUT_P, _DROPOUT_KEY = (3 + Rules._fields.index(name) for name in ("dropout_p", "dropout_key"))
 
-
-def with_drawn_key(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The op's arguments; if there is dropout and no seed was given, with a key from torch's generator."""
-    if arguments[_DROPOUT_P] == 0.0 or arguments[_DROPOUT_KEY] is not None:
-        return arguments
-    return *arguments[:_DROPOUT_KEY], drawn_key(), *arguments[_DROPOUT_KEY + 1 :]
+def with_drawn_key(call: Attention) -> Attention:
+    """The call; if there is dropout and no seed was given, with a key from torch's generator."""
+    if call.dropout_p == 0.0 or call.dropout_key is not None:
+        return call
+    return replace(call, dropout_key=drawn_key())

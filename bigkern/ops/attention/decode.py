@@ -11,7 +11,8 @@ from bigkern.core import registry
 from bigkern.core.checks import check_dense, check_written, kind
 from bigkern.core.library import LIBRARY, define, in_functorch, plain, triton_kernel, unavailable, unproven
 from bigkern.ops.attention import decode_reference as reference
-from bigkern.ops.attention import kernel_refuses, stock
+from bigkern.ops.attention import stock
+from bigkern.ops.attention.backends import kernel_refuses
 from bigkern.ops.attention.call import (
     Window,
     check_scale,
@@ -248,9 +249,9 @@ DECODE = registry.declare("decode_attention", bind)
 
 
 def _stock(*arguments: Any) -> Tensor:
-    q, k, v, mask, bias, *rules = reference.as_attention(*arguments)
-    bias = bias.to(q.dtype) if isinstance(bias, Tensor) else None  # type: ignore[attr-defined]
-    return stock(q, k, v, mask, bias, *rules)  # type: ignore[arg-type]
+    call = reference.as_attention(*arguments)
+    call.bias = None if call.bias is None else call.bias.to(call.q.dtype)
+    return stock.attention(call)
 
 
 def _stock_forward(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bigkern.ops.attention import reference as dense
+from bigkern.ops.attention.call import Attention, Result
 
 
 def gathered(cache: Tensor, page_table: Tensor | None) -> Tensor:
@@ -34,7 +35,7 @@ def as_attention(
     window_left: int,
     window_right: int,
     softcap: float,
-) -> tuple[object, ...]:
+) -> Attention:
     """The same call as one of attention's, whose mask and bias say what depends on a sequence's length."""
     Sq = q.shape[2]
     k, v = gathered(k_cache, page_table), gathered(v_cache, page_table)
@@ -53,12 +54,11 @@ def as_attention(
         bias = -alibi_slopes.view(-1, alibi_slopes.shape[-1], 1, 1) * back.abs()
     unused = ~exists.view(-1, 1, Sk, 1)  # may hold anything, NaN included
     k, v = k.masked_fill(unused, 0.0), v.masked_fill(unused, 0.0)
-    rules = dense.Rules(
-        seen, bias, None, sinks, None, None, None, scale, "none", -1, -1, softcap, 0.0, Sq, Sk
+    return Attention(
+        q, k, v, seen, bias, None, sinks, None, None, None, scale, "none", -1, -1, softcap, 0.0, Sq, Sk
     )
-    return q, k, v, *rules
 
 
-def decode_attention(*arguments: object) -> tuple[Tensor, Tensor]:
+def decode_attention(*arguments: object) -> Result:
     """``o [B, Hq, Sq, Dv]`` in q's dtype and ``lse [B, Hq, Sq]`` in fp32 (fp64 for fp64)."""
-    return dense.attention(*as_attention(*arguments))  # type: ignore[arg-type]
+    return dense.attention(as_attention(*arguments))  # type: ignore[arg-type]

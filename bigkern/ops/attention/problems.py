@@ -179,7 +179,7 @@ def by_reference(call: Callable[[Inputs], Call]) -> Callable[[Inputs], Any]:
 
     def stock(inputs: Inputs) -> Any:
         arguments, options = call(inputs)
-        o, lse = reference.attention(*bind(*arguments, **options))
+        o, lse = reference.attention(bind(*arguments, **options))
         return (o, lse) if options.get("return_lse") else o
 
     return stock

@@ -1,0 +1,177 @@
+"""The attention op: its declaration, the ways a call runs, and its candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigkern.core.library import (
+    KERNEL_DTYPES,
+    LIBRARY,
+    in_functorch,
+    traced,
+    triton_kernel,
+    unavailable,
+    unproven,
+)
+from bigkern.core.op import TENSORS, Autograd, Op, native, of_fields
+from bigkern.core.registry import Backend, Reason
+from bigkern.ops.attention import reference, stock, transforms
+from bigkern.ops.attention.call import Attention, AttentionBackward, Gradients, Result, bind, with_drawn_key
+
+MAX_HEAD_DIM = 256
+
+
+# ---- gradients and fakes ---------------------------------------------------------------------------
+
+
+def _gradients(run: Any, saved: Any, grads: Any, needed: Any) -> tuple[Tensor | None, ...]:
+    """Of q, k, v, bias and sinks."""
+    (do, dlse), (*_qkv, bias, sinks) = grads, needed
+    do = torch.zeros_like(saved.o) if do is None else do
+    call = AttentionBackward.of(saved, do, dlse, saved.o, saved.lse, bias)
+    dq, dk, dv, dbias = run(call)
+    return dq, dk, dv, dbias if bias else None, reference.sinks_gradient(call) if sinks else None
+
+
+def _twice(saved: Any, grads: Any, needed: Any) -> tuple[Tensor | None, ...]:
+    """The same by autograd through the reference."""
+    results = reference.attention(Attention(*Attention.flat(saved)))
+    asked = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
+    outputs, upstream = zip(*asked, strict=True)
+    inputs = [getattr(saved, name) for name, need in zip(DIFFERENTIABLE, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(outputs, inputs, upstream, create_graph=True))
+    return tuple(next(found) if need else None for need in needed)
+
+
+def fake(q: Tensor, v: Tensor) -> Result:
+    """o and lse, uninitialised, for these queries and values."""
+    B, Hq, Sq, _D = q.shape
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return Result(_like_bshd(q, Hq, Sq, v.shape[3]), q.new_empty(B, Hq, Sq, dtype=lse_dtype))
+
+
+def _fake_backward(call: AttentionBackward) -> Gradients:
+    dq, dk, dv = (_like_bshd(x, *x.shape[1:]) for x in (call.q, call.k, call.v))
+    bias = call.bias if call.bias_grad else None
+    return Gradients(dq, dk, dv, call.q.new_empty(0 if bias is None else bias.shape))
+
+
+def _like_bshd(x: Tensor, H: int, S: int, D: int) -> Tensor:
+    """An uninitialised ``[B, H, S, D]`` stored as ``[B, S, H, D]``: merging heads needs no copy."""
+    return x.new_empty(x.shape[0], S, H, D).transpose(1, 2)
+
+
+def stored_bshd(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _reference(call: Attention) -> Result:
+    o, lse = reference.attention(call)
+    return Result(stored_bshd(o), lse)
+
+
+def _reference_backward(call: AttentionBackward) -> Gradients:
+    *grads, dbias = reference.attention_backward(call)
+    dq, dk, dv = (stored_bshd(grad) for grad in grads)
+    return Gradients(dq, dk, dv, dbias)
+
+
+DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
+
+ATTENTION = Op(
+    "attention",
+    Attention,
+    Result,
+    bind=bind,
+    fake=lambda call: fake(call.q, call.v),
+    reference=Backend("reference", _reference, _reference_backward),
+    outputs=2,
+    autograd=Autograd(
+        AttentionBackward,
+        Gradients,
+        of=DIFFERENTIABLE,
+        saves=(*(name for name, kind in Attention.kinds.items() if kind in TENSORS), "o", "lse"),
+        gradients=_gradients,
+        fake=_fake_backward,
+        forward_of=lambda call: call,
+        twice=_twice,
+    ),
+)
+
+
+# ---- the ways a call runs --------------------------------------------------------------------------
+
+
+def run(call: Attention, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention by the candidate that the call resolves to; by the reference where torch's has no way."""
+    candidate = ATTENTION.resolve(call)
+    untraceable = call.cu_seqlens_q is not None and torch.compiler.is_compiling()  # only data know lengths
+    if candidate.by_torch and not return_lse and not untraceable:
+        return candidate.forward(call)  # type: ignore[no-any-return]
+    call = with_drawn_key(call)
+    if in_functorch() or traced():
+        o, lse = reference.attention(call) if candidate.by_torch else _Transformed.apply(*call.flat())
+    else:
+        o, lse = ATTENTION.run(ATTENTION.reference if candidate.by_torch else candidate, call)
+    return (o, lse) if return_lse else o
+
+
+class _Transformed(torch.autograd.Function):
+    """The op as torch.func wants it."""
+
+    setup_context = staticmethod(ATTENTION.gradient.set_up_graph)
+    backward = staticmethod(ATTENTION.gradient.in_a_graph)
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return ATTENTION.node(*arguments)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, ...]:
+        return transforms.vmapped(_Transformed.apply, info, in_dims, *arguments)
+
+
+torch.library.register_vmap("bigkern::attention_backward", transforms.vmapped_backward, lib=LIBRARY)
+
+
+# ---- candidates ------------------------------------------------------------------------------------
+
+
+def kernel_refuses(q: Tensor, v: Tensor) -> Reason:
+    """What no kernel of ours does to tensors, in whatever language and wherever they are."""
+    if q.dtype not in KERNEL_DTYPES:
+        return f"dtype {q.dtype} is not float32, bfloat16 or float16"
+    if q.shape[3] > MAX_HEAD_DIM or v.shape[3] > MAX_HEAD_DIM:
+        return f"head_dim {max(q.shape[3], v.shape[3])} > {MAX_HEAD_DIM}"
+    return None
+
+
+def _refuses(backend: str) -> Callable[[Attention], Reason]:
+    def refuses(call: Attention) -> Reason:
+        return unavailable(backend, call.q) or kernel_refuses(call.q, call.v) or transforms.refuses(call)
+
+    return refuses
+
+
+def cuda_backend(namespace: Any, *, emulated: bool = False) -> Backend:
+    """The CUDA kernels in ``namespace``: the compiled ones, or, in tests, those that the emulator runs."""
+    kernels = native("attention", namespace), native("attention_backward", namespace)
+    return Backend("cuda", *kernels, _refuses("cpu" if emulated else "cuda"), unproven("attention", "cuda"))
+
+
+ATTENTION.register(cuda_backend(torch.ops.bigkern_native))
+ATTENTION.register(
+    Backend(
+        "triton",
+        of_fields(triton_kernel("attention", "attention")),
+        of_fields(triton_kernel("attention", "attention_backward")),
+        _refuses("triton"),
+        unproven("attention", "triton"),
+    )
+)
+ATTENTION.register(Backend("cpu", native("attention"), native("attention_backward"), _refuses("cpu")))
+ATTENTION.register(Backend("torch", stock.attention, by_torch=True))
