@@ -10,10 +10,8 @@ from torch import Tensor
 
 from bigkern.core.library import is_autocast_on
 from bigkern.ops.attention.call import autocast as narrowed
-from bigkern.ops.recurrent.backends import RECURRENT, cuda_backend
+from bigkern.ops.recurrent.backends import RECURRENT
 from bigkern.ops.recurrent.call import bind
-
-__all__ = ["cuda_backend", "recurrent"]
 
 
 def recurrent(
