@@ -141,7 +141,8 @@ def frozen_layernorm_ffn(source: Source) -> Arguments:
 
 
 def batch_norm(source: Source) -> Arguments:
-    return list(batch_norm_arguments.bind(**public.batch_norm_arguments(source)).flat())
+    call = batch_norm_arguments.bind(**public.batch_norm_arguments(source))
+    return list(batch_norm_arguments.BatchNorm.flat(call))
 
 
 def batch_norm_backward(source: Source) -> Arguments:

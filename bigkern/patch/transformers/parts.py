@@ -169,7 +169,7 @@ def joining_reason(parts: Parts, x: Tensor) -> str | None:
     if not x.is_cpu and x.numel() < 2 * D * D and not registry.forced():
         return f"joining gate and up costs more than fusing saves below {2 * D} rows"
     op, one = registry.get("layernorm_ffn"), parts._replace(gate=None)
-    if op.resolve(*op.bind(x, *operands(one), **options(one))).name == "torch":
+    if op.resolve(op.bind(x, *operands(one), **options(one))).by_torch:
         return "stock PyTorch would run the op, and needs no joined weights"
     return None
 
