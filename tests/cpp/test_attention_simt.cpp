@@ -1,6 +1,6 @@
 // Attention's CUDA kernels in the emulator, torch-free: against sums in double, under several
-// schedules, and, in an ASan build, with every access checked. tests/attention/test_attention.py holds the
-// same kernels to the parity rule; here the tolerances only tell right from wrong.
+// schedules, and, in an ASan build, with every access checked. tests/attention/test_attention.py
+// holds the same kernels to the parity rule; here the tolerances only tell right from wrong.
 #include <algorithm>
 #include <cmath>
 #include <functional>
