@@ -138,6 +138,7 @@ class Autograd:
     # (call, result) -> the tensors in ``saves``; without it they are the fields of those names.
     kept: Callable[[Any, Any], tuple[Tensor | None, ...]] | None = None
     differentiable: int | None = None  # how many of the outputs; without it all
+    compiled: bool = True  # whether compiled kernels implement all of the backward; else it has no native op
     contiguous: bool = False  # whether nodes make kernels' gradients contiguous, as ``fake`` has them
 
 
@@ -288,7 +289,7 @@ class _Gradient:
         self.counts, self._lengths = (_lengths(names, kinds) for names in (autograd.of, autograd.saves))
         name = f"{op.name}_backward"
         parts = (autograd.call, autograd.result, autograd.fake, self._run_as_node)
-        self.node = _define(name, *parts, op.compiled)
+        self.node = _define(name, *parts, op.compiled and autograd.compiled)
         torch.library.register_autograd(
             f"bigkern::{op.name}", self.in_a_graph, setup_context=self.set_up_graph, lib=LIBRARY
         )

@@ -42,9 +42,9 @@ struct ForwardCall {
   Rules rules{in};
 };
 
-struct BackwardCall {  // do_: do is a keyword
+struct BackwardCall {
   Arguments& in;
-  Tensor do_ = in.tensor();
+  Tensor do_ = in.tensor();  // do is a keyword
   OptionalTensor dlse = in.optional();
   Tensor q = in.tensor(), k = in.tensor(), v = in.tensor(), o = in.tensor(), lse = in.tensor();
   bool bias_grad = in.flag();

@@ -129,6 +129,7 @@ RECURRENT = Op(
         fake=_fake_backward,
         forward_of=_forward_of,
         twice=_twice,
+        compiled=False,
     ),
 )
 
