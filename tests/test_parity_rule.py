@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bigkern.core.parity import Verdict, Yardstick
-from bigkern.core.random_rounding import random_rounding
+from bigkern.core.random_rounding import RandomRounding, random_rounding
 
 N = 4096
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -155,6 +155,22 @@ def test_random_rounding_is_to_a_neighbour_and_right_on_average(dtype: torch.dty
     assert bool(((y.double() - below).abs() <= step).all())
     assert y.unique().numel() == 2
     assert abs(float(y.double().mean()) - 1.0 / 3) < 0.02 * step
+
+
+def test_a_sums_error_is_that_of_additions_in_turn() -> None:
+    """Its standard deviation, and the largest in a hundred and a thousand, beside the sum of absolutes."""
+    generator, shape = torch.Generator().manual_seed(0), (50_000,)
+    added, exact, absolute = torch.zeros(shape), torch.zeros(shape).double(), torch.zeros(shape).double()
+    for _ in range(64):
+        term = torch.randn(shape, generator=generator).double() * torch.randn(shape, generator=generator)
+        added = (added.double() + term).float()
+        exact, absolute = exact + term, absolute + term.abs()
+    modelled = torch.zeros_like(exact)
+    RandomRounding(0)._add_in_turn(modelled, torch.ones_like(exact))
+    errors = (added.double() - exact) / absolute, modelled
+    for of in (lambda e: e.std(), lambda e: e.abs().quantile(0.99), lambda e: e.abs().quantile(0.999)):
+        in_turn, drawn = map(of, errors)
+        assert abs(float(drawn / in_turn) - 1.0) < 0.1
 
 
 def test_random_rounding_leaves_what_is_exact() -> None:

@@ -70,7 +70,7 @@ class Call:
     of_flat: ClassVar[Callable[..., Any]]  # a call of what the public op was given
 
     def __init_subclass__(cls) -> None:
-        own, base = tuple(cls.__annotations__), getattr(cls.__base__, "names", ())
+        own, base = tuple(cls.__annotations__), typing.cast(Any, cls.__base__).names
         names = tuple(dict.fromkeys((*own, *base) if set(own) & set(base) else (*base, *own)))
         hints = typing.get_type_hints(cls, include_extras=True)
         cls.kinds = {name: hints[name] for name in names if hints[name] != Sum}

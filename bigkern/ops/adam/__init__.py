@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bigkern.ops.adam.backends import ADAM, cuda_backend
+from bigkern.ops.adam.backends import ADAM
 from bigkern.ops.adam.call import bind
 from bigkern.ops.adam.packed import Packed
 
-__all__ = ["ADAM", "Packed", "adam", "cuda_backend"]
+__all__ = ["ADAM", "Packed", "adam"]
 
 
 def adam(

@@ -20,7 +20,7 @@ from bigkern.core.library import (
 from bigkern.core.op import TENSORS, Autograd, Op, native, of_fields
 from bigkern.core.registry import Backend, Reason
 from bigkern.ops.attention import reference, stock, transforms
-from bigkern.ops.attention.call import Attention, AttentionBackward, Gradients, Result, bind, with_drawn_key
+from bigkern.ops.attention.call import Attention, AttentionBackward, Gradients, Result, bind, draw
 
 MAX_HEAD_DIM = 256
 
@@ -90,6 +90,7 @@ ATTENTION = Op(
     fake=lambda call: fake(call.q, call.v),
     reference=Backend("reference", _reference, _reference_backward),
     outputs=2,
+    draw=draw,
     autograd=Autograd(
         AttentionBackward,
         Gradients,
@@ -112,8 +113,8 @@ def run(call: Attention, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
     untraceable = call.cu_seqlens_q is not None and torch.compiler.is_compiling()  # only data know lengths
     if candidate.by_torch and not return_lse and not untraceable:
         return candidate.forward(call)  # type: ignore[no-any-return]
-    call = with_drawn_key(call)
     if in_functorch() or traced():
+        draw(call)
         o, lse = reference.attention(call) if candidate.by_torch else _Transformed.apply(*call.flat())
     else:
         o, lse = ATTENTION.run(ATTENTION.reference if candidate.by_torch else candidate, call)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -306,8 +306,7 @@ def _window(window: Window) -> Window:
 # ---- dropout ---------------------------------------------------------------------------------------
 
 
-def with_drawn_key(call: Attention) -> Attention:
-    """The call; if there is dropout and no seed was given, with a key from torch's generator."""
-    if call.dropout_p == 0.0 or call.dropout_key is not None:
-        return call
-    return replace(call, dropout_key=drawn_key())
+def draw(call: Attention) -> None:
+    """Where there is dropout and no seed was given, a key from torch's generator."""
+    if call.dropout_key is None and call.dropout_p > 0.0:
+        call.dropout_key = drawn_key()

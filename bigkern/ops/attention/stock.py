@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigkern.ops.attention import reference
-from bigkern.ops.attention.call import Attention, with_drawn_key
+from bigkern.ops.attention.call import Attention, draw
 
 
 def attention(call: Attention) -> Tensor:
     """o alone. Torch has no softcap and no sinks, and its dropout has no seed: those run on the reference."""
     if call.softcap or call.sinks is not None or call.dropout_key is not None:
-        return reference.attention(with_drawn_key(call))[0]
+        draw(call)
+        return reference.attention(call)[0]
     if call.cu_seqlens_q is None:
         return _sdpa(call)
     parts = [call.q[..., :0, :] @ call.v.new_empty(call.q.shape[3], call.v.shape[3])]

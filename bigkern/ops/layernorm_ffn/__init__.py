@@ -7,7 +7,6 @@ from typing import cast
 from torch import Tensor
 
 from bigkern.ops.layernorm_ffn.backends import LAYERNORM_FFN, summing
-from bigkern.ops.layernorm_ffn.backends import cuda_backend as cuda_backend
 from bigkern.ops.layernorm_ffn.call import Activation, Norm, Placement, Save, bind, check_sums
 
 

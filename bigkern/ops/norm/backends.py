@@ -192,7 +192,7 @@ NORM.register(cuda_backend(torch.ops.bigkern_native))
 NORM.register(
     Backend(
         "triton",
-        *_on_rows(triton_kernel("layernorm_ffn", "norm"), triton_kernel("layernorm_ffn", "norm_backward")),
+        *_on_rows(triton_kernel("norm", "norm"), triton_kernel("layernorm_ffn", "norm_backward")),
         _refuses("triton"),
         unproven("norm", "triton"),
     )
