@@ -97,19 +97,9 @@ Tensor with_dense_rows(const Tensor& x) {
 }
 
 // An uninitialised [B, H, S, D] stored as [B, S, H, D]: merging heads afterwards needs no copy.
-// Straight from the allocator: through the dispatcher, allocating would cost small calls more than
-// their kernel.
 Tensor empty_bshd(const Tensor& like, int64_t H, int64_t S, int64_t D) {
-  const int64_t B = like.size(0);
-  const int64_t sizes[] = {B, H, S, D};
-  const int64_t strides[] = {S * H * D, D, H * D, 1};
-  int32_t dtype = 0, device = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(4, sizes, strides, dtype, device, like.get_device_index(), &handle));
-  return Tensor(handle);
+  return empty_strided(like, {like.size(0), H, S, D}, {S * H * D, D, H * D, 1},
+                       torch_dtype_of(like));
 }
 
 // mask or bias, checked but for its dtype.

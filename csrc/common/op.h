@@ -220,23 +220,48 @@ inline void* out(const OptionalTensor& x) {
 }
 
 // x itself, or a contiguous copy.
-inline Tensor dense(const Tensor& x) { return torch::stable::contiguous(x); }
+inline Tensor dense(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
 inline OptionalTensor dense(const OptionalTensor& x) {
-  return x.has_value() ? OptionalTensor(torch::stable::contiguous(*x)) : std::nullopt;
+  return x.has_value() ? OptionalTensor(dense(*x)) : std::nullopt;
 }
 
-// An uninitialised tensor of x's dtype and device.
+// An uninitialised tensor on x's device. Straight from the allocator: through the dispatcher, which
+// looks ops up by their names, allocating would cost small calls more than their kernel.
+inline Tensor empty_strided(const Tensor& x, Dims sizes, Dims strides, int32_t dtype) {
+  int32_t device = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides.data(), dtype, device,
+                                                  x.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+inline int32_t torch_dtype_of(const Tensor& x) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return dtype;
+}
+
+inline Tensor empty_contiguous(const Tensor& x, Dims sizes, int32_t dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+  return empty_strided(x, sizes, strides, dtype);
+}
+
+// The same of x's dtype.
 inline Tensor empty(const Tensor& x, const std::vector<int64_t>& sizes) {
-  return torch::stable::new_empty(x, sizes);
+  return empty_contiguous(x, sizes, torch_dtype_of(x));
 }
 
 inline Tensor empty_f32(const Tensor& x, const std::vector<int64_t>& sizes) {
-  return torch::stable::new_empty(x, sizes, torch::headeronly::ScalarType::Float);
+  return empty_contiguous(x, sizes, aoti_torch_dtype_float32());
 }
 
 inline Tensor empty_bytes(const Tensor& x, size_t bytes) {
-  return torch::stable::new_empty(x, {static_cast<int64_t>(bytes)},
-                                  torch::headeronly::ScalarType::Byte);
+  return empty_contiguous(x, {static_cast<int64_t>(bytes)}, aoti_torch_dtype_uint8());
 }
 
 // The generator of a key that Python drew, and the probability of dropping; without a key, no
