@@ -149,7 +149,7 @@ def test_doctor_survives_a_crashing_kernel(
 def test_verify_records_gpu_kernels_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("bigkern.core.evidence.device_arch", lambda index: "sm_90")
-    monkeypatch.setattr(evidence, "_proven", frozenset())
+    monkeypatch.setattr(evidence, "proven", frozenset())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     passed = doctor.Finding("attention", "cuda", "cuda:0", cases=5)
     failed = doctor.Finding("adam", "cuda", "cuda:0", cases=5, problem="wrong")

@@ -22,7 +22,7 @@ def entry(op: str = "attention", arch: str = "sm_90", cases: int = 10) -> Entry:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(evidence, "_proven", frozenset())
+    monkeypatch.setattr(evidence, "proven", frozenset())
 
 
 def test_round_trip_and_verification() -> None:

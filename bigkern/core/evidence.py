@@ -86,14 +86,14 @@ def write(path: Path, entries: list[Entry]) -> None:
 
 def refresh() -> None:
     """Read both files again."""
-    global _proven
+    global proven
     entries: list[Entry] = []
     for path in (COMMITTED, user_file()):
         try:
             entries += read(path)
         except ValueError as error:
             warnings.warn(f"{error}: its entries are ignored", stacklevel=2)
-    _proven = frozenset((e.op, e.backend, e.arch) for e in entries if _counts(e))
+    proven = frozenset((e.op, e.backend, e.arch) for e in entries if _counts(e))
 
 
 def _counts(entry: Entry) -> bool:
@@ -101,12 +101,12 @@ def _counts(entry: Entry) -> bool:
     return entry.cases > 0 and (entry.torch, entry.bigkern) == (torch.__version__, version())
 
 
-_proven: frozenset[tuple[str, str, str]] = frozenset()
+proven: frozenset[tuple[str, str, str]] = frozenset()
 refresh()
 
 
 def verified(op: str, backend: str, arch: str) -> bool:
-    return (op, backend, arch) in _proven
+    return (op, backend, arch) in proven
 
 
 @cache

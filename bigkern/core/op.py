@@ -34,6 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from bigkern.core import registry
 from bigkern.core.library import LIBRARY, define_native, in_functorch, plain
+from bigkern.core.memory import Memory
 from bigkern.core.registry import Backend
 
 Size = Annotated[int, "SymInt"]  # a size that torch.compile may leave open; kernels are given a number
@@ -160,6 +161,7 @@ class Op(registry.Op):
         draw: puts into a call what it leaves to chance, as a key of dropout: torch's own functions draw for
             themselves, kernels are told.
         compiled: whether there are compiled kernels of it; else it has no native op.
+        remembers: the tensors of calls whose checks and choice are remembered (:mod:`bigkern.core.memory`).
     """
 
     def __init__(
@@ -176,13 +178,16 @@ class Op(registry.Op):
         autograd: Autograd | None = None,
         draw: Callable[[Any], None] | None = None,
         compiled: bool = True,
+        remembers: Sequence[str] = (),
     ):
         super().__init__(name, bind)
         registry.add(self)
         self.call, self.result, self.outputs = call, result, outputs
         self.reference: Any = reference
         self.draw, self.compiled, self._check_values = draw, compiled, check_values
-        self.tensors = getter([n for n, kind in call.kinds.items() if kind in TENSORS], call.kinds)
+        self.tensor_fields = [n for n, kind in call.kinds.items() if kind in TENSORS]
+        self.tensors = getter(self.tensor_fields, call.kinds)
+        self.memory = Memory(self, remembers)
         self.node = _define(name, call, result, fake, self._run_as_node, compiled)
         self.gradient: Any = None if autograd is None else _Gradient(self, autograd)
 
@@ -192,19 +197,31 @@ class Op(registry.Op):
             return self.given(self.node(*self.call.public(call)) if opaque else self._run_as_node(call))
         return self.run(self.resolve(call), call)
 
-    def run(self, candidate: Backend, call: Any) -> Any:
-        """Run the candidate, in one of the three ways."""
+    def decided(self, *arguments: Any) -> tuple[Backend, Any, bool | None]:
+        """Of bind's arguments, one after the other: what :meth:`run` takes."""
+        return self.memory.decided(arguments)
+
+    def run(self, candidate: Backend, call: Any, needs_grad: bool | None = None) -> Any:
+        """Run the candidate, in one of the three ways.
+
+        Whether the call needs a gradient is known of what was remembered: ordinary tensors, in eager mode.
+        """
         if candidate.by_torch:
             return candidate.forward(call)
         if self.draw is not None:
             self.draw(call)
-        tensors = self.tensors(call)
-        if not plain(*tensors):
-            return self.given(self.node(*self.call.public(call)))
-        needs_grad = self.gradient is not None and torch.is_grad_enabled()
-        if needs_grad and any(t is not None and t.requires_grad for t in tensors):
+        if needs_grad is None:
+            tensors = self.tensors(call)
+            if not plain(*tensors):
+                return self.given(self.node(*self.call.public(call)))
+            needs_grad = self.needs_grad(tensors)
+        if needs_grad:
             return self.gradient.function.apply(self, candidate, call, *self.gradient.inputs(call))
         return self.given(candidate.forward(call))
+
+    def needs_grad(self, tensors: Sequence[Tensor | None]) -> bool:
+        wanted = self.gradient is not None and torch.is_grad_enabled()
+        return wanted and any(t is not None and t.requires_grad for t in tensors)
 
     def given(self, result: Any) -> Any:
         """What the caller gets of a result."""
@@ -246,8 +263,8 @@ def _define(name: str, call: type[Call], result: Any, fake: Any, run: Any, compi
 
 
 def native(name: str, namespace: Any = torch.ops.bigkern_native) -> Callable[[Any], Any]:
-    """The compiled kernels' op of that name, as a candidate runs it."""
-    return of_fields(getattr(namespace, name).default)
+    """The compiled kernels' op of that name, as a candidate runs it, without the overload's own frame."""
+    return of_fields(getattr(namespace, name).default._op)
 
 
 def of_fields(kernel: Callable[..., Any]) -> Callable[[Any], Any]:

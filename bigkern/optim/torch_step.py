@@ -16,11 +16,14 @@ def needs_torch(group: Group) -> str | None:
     """Why a group cannot be given to bigkern's op at all."""
     if group["differentiable"]:
         return "differentiable=True: autograd must see every operation"
-    for name in ("betas", "eps", "weight_decay"):
-        values = group[name] if name == "betas" else (group[name],)
-        if any(isinstance(value, Tensor) for value in values):
-            return f"{name} is a Tensor"
-    return None
+    beta1, beta2 = group["betas"]
+    numbers = (
+        ("betas", beta1),
+        ("betas", beta2),
+        ("eps", group["eps"]),
+        ("weight_decay", group["weight_decay"]),
+    )
+    return next((f"{name} is a Tensor" for name, value in numbers if isinstance(value, Tensor)), None)
 
 
 def torch_step(optimizer: Any, group: Group) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import cast
 
 import torch
@@ -29,6 +30,10 @@ _kept = getter([name for name in Lists.names if name != "grads"])
 _hyper = getter(tuple(HYPER))
 
 
+def _in_one(lists: Lists) -> list[Tensor]:
+    return list(itertools.chain.from_iterable(_kept(lists)))
+
+
 class Packed:
     """Parameters and their states as the table of addresses that the compiled kernels read.
 
@@ -42,17 +47,17 @@ class Packed:
         self._table = _native.adam_pack.default(*_kept(lists))
         master = lists.masters[0] if lists.masters else None
         self._like = (lists.params[0], lists.exp_avgs[0], master)
-        self._addresses = list(map(info.addresses, _kept(lists)))
-        self._layouts = info.layouts(lists.params)
+        self._addresses = info.addresses(_in_one(lists))
+        self._layouts = info.layouts([*lists.params, *lists.params])
 
     def find(self, lists: Lists) -> Tensor | None:
         """The gradients' addresses, for :meth:`update`; None unless each is stored as its parameter was and
         is, and the others lie where they lay when they were packed. None may be lazily negated."""
         try:
             found = info.addresses(lists.grads)
-            if not info.layouts(lists.params) == info.layouts(lists.grads) == self._layouts:
+            if info.layouts([*lists.params, *lists.grads]) != self._layouts:
                 return None
-            if list(map(info.addresses, _kept(lists))) != self._addresses:
+            if info.addresses(_in_one(lists)) != self._addresses:
                 return None
         except RuntimeError:  # one has no address
             return None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bigkern.ops.attention.backends import run
-from bigkern.ops.attention.call import Causal, Window, bind
+from bigkern.ops.attention.backends import ATTENTION, run
+from bigkern.ops.attention.call import Causal, Window
 
 
 def attention(
@@ -78,8 +78,8 @@ def attention(
         >>> bigkern.attention(q, k, k, causal="bottom_right", window=(8, 0)).shape
         torch.Size([2, 8, 16, 64])
     """
-    call = bind(
-        q, k, v, causal=causal, mask=mask, bias=bias, scale=scale, window=window, softcap=softcap,
-        alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p, seed=seed, offset=offset,
+    decided = ATTENTION.decided(
+        q, k, v, None, None, None, None, causal, mask, bias, scale, window, softcap, alibi_slopes, sinks,
+        dropout_p, seed, offset, return_lse,
     )  # fmt: skip
-    return run(call, return_lse)
+    return run(*decided, return_lse)

@@ -91,6 +91,7 @@ ATTENTION = Op(
     reference=Backend("reference", _reference, _reference_backward),
     outputs=2,
     draw=draw,
+    remembers=("q", "k", "v"),
     autograd=Autograd(
         AttentionBackward,
         Gradients,
@@ -107,17 +108,18 @@ ATTENTION = Op(
 # ---- the ways a call runs --------------------------------------------------------------------------
 
 
-def run(call: Attention, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention by the candidate that the call resolves to; by the reference where torch's has no way."""
-    candidate = ATTENTION.resolve(call)
+def run(
+    candidate: Backend, call: Attention, needs_grad: bool | None, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention by the candidate; by the reference where torch's has no way."""
     untraceable = call.cu_seqlens_q is not None and torch.compiler.is_compiling()  # only data know lengths
     if candidate.by_torch and not return_lse and not untraceable:
         return candidate.forward(call)  # type: ignore[no-any-return]
-    if in_functorch() or traced():
+    if needs_grad is None and (in_functorch() or traced()):
         draw(call)
         o, lse = reference.attention(call) if candidate.by_torch else _Transformed.apply(*call.flat())
     else:
-        o, lse = ATTENTION.run(ATTENTION.reference if candidate.by_torch else candidate, call)
+        o, lse = ATTENTION.run(ATTENTION.reference if candidate.by_torch else candidate, call, needs_grad)
     return (o, lse) if return_lse else o
 
 

@@ -95,7 +95,6 @@ def bind(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
-    *,
     causal: Causal = False,
     mask: Tensor | None = None,
     bias: Tensor | None = None,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigkern.ops.attention.backends import run
+from bigkern.ops.attention.backends import ATTENTION, run
 from bigkern.ops.attention.call import Causal, Window, bind
 
 
@@ -77,7 +77,7 @@ def varlen_attention(
         if ends is None:
             raise TypeError(f"{name} must be an int32 Tensor [sequences + 1] unless q, k and v are nested")
     call = bind(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
-    results = run(call, return_lse)
+    results = run(ATTENTION.resolve(call), call, None, return_lse)
     if isinstance(results, Tensor):
         return results.squeeze(0).transpose(0, 1)
     o, lse = results

@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor
 
 from bigkern.ops.layernorm_ffn.backends import LAYERNORM_FFN, summing
-from bigkern.ops.layernorm_ffn.call import Activation, Norm, Placement, Save, bind, check_sums
+from bigkern.ops.layernorm_ffn.call import Activation, Norm, Placement, Save, check_sums
 
 
 def layernorm_ffn(
@@ -83,27 +83,11 @@ def layernorm_ffn(
         >>> bigkern.layernorm_ffn(x, w1, None, w2, None, torch.ones(64), activation="silu").shape
         torch.Size([2, 16, 64])
     """
-    call = bind(
-        x,
-        w1,
-        b1,
-        w2,
-        b2,
-        norm_weight,
-        norm_bias,
-        norm=norm,
-        activation=activation,
-        placement=placement,
-        residual=residual,
-        eps=eps,
-        dropout_p=dropout_p,
-        hidden_dropout_p=hidden_dropout_p,
-        seed=seed,
-        offset=offset,
-        save=save,
-    )
-    if weight_grads is None:
-        return cast(Tensor, LAYERNORM_FFN(call))
-    check_sums(weight_grads, call)
-    candidate = summing(LAYERNORM_FFN.resolve(call), *weight_grads)
-    return cast(Tensor, LAYERNORM_FFN.run(candidate, call))
+    candidate, call, needs_grad = LAYERNORM_FFN.decided(
+        x, w1, b1, w2, b2, norm_weight, norm_bias, norm, activation, placement, residual, eps, dropout_p,
+        hidden_dropout_p, seed, offset, save,
+    )  # fmt: skip
+    if weight_grads is not None:
+        check_sums(weight_grads, call)
+        candidate = summing(candidate, *weight_grads)
+    return cast(Tensor, LAYERNORM_FFN.run(candidate, call, needs_grad))

@@ -68,6 +68,7 @@ LAYERNORM_FFN = Op(
     fake=_fake,
     reference=Backend("reference", reference.layernorm_ffn, reference.layernorm_ffn_backward),
     draw=draw,
+    remembers=OPERANDS,
     autograd=Autograd(
         LayernormFfnBackward,
         Gradients,

@@ -108,7 +108,6 @@ def bind(
     b2: Tensor | None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
-    *,
     norm: str = "layer",
     activation: str = "gelu",
     placement: str = "pre",

@@ -35,5 +35,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> bigkern.linear(torch.randn(2, 16, 64), torch.randn(256, 64)).shape
         torch.Size([2, 16, 256])
     """
-    call = Linear(x, weight, bias)
-    return stock.linear(call) if left_to_stock(x, weight, bias) else cast(Tensor, LINEAR(call))
+    if left_to_stock(x, weight, bias):
+        return stock.linear(x, weight, bias)
+    return cast(Tensor, LINEAR(Linear(x, weight, bias)))

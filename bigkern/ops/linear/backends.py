@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bigkern.core import registry
 from bigkern.core.library import KERNEL_DTYPES, autocast, foreign, ordinary, unavailable
-from bigkern.core.op import Autograd, Op, native
+from bigkern.core.op import Autograd, Op, native, of_fields
 from bigkern.core.registry import Backend, Reason
 from bigkern.ops.linear import reference, stock
 from bigkern.ops.linear.call import Gradients, Linear, LinearBackward, Result, bind
@@ -83,9 +83,11 @@ def left_to_stock(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return True  # to be refused in torch's words
     if registry.forced():
         return False
+    if type(x) is Tensor and not x.is_nested and x.dim() > 0 and x.numel() < FASTER_FROM * x.shape[-1]:
+        return True
     if not ordinary(x, weight, bias) or x.is_nested or x.dim() == 0:
         return True
-    return not x.is_cpu or x.dtype not in FASTER_IN or x.numel() < FASTER_FROM * x.shape[-1]
+    return not x.is_cpu or x.dtype not in FASTER_IN
 
 
 def _cpu_refuses(call: Linear) -> Reason:
@@ -120,4 +122,4 @@ def _cpu_declines(call: Linear) -> Reason:
 
 
 LINEAR.register(Backend("cpu", native("linear"), native("linear_backward"), _cpu_refuses, _cpu_declines))
-LINEAR.register(Backend("torch", stock.linear, by_torch=True))
+LINEAR.register(Backend("torch", of_fields(stock.linear), by_torch=True))

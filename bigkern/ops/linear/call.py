@@ -42,19 +42,15 @@ def bind(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Linear:
     return Linear(x, weight, bias)
 
 
-def misfit(call: Linear) -> str | None:
+def misfit(x: Any, weight: Any, bias: Any) -> str | None:
     """Which argument torch cannot mean, what it was and what it must be."""
-    x: Any = call.x
-    given: list[tuple[str, Any]] = [("x", x), ("weight", call.weight)]
-    given += [] if call.bias is None else [("bias", call.bias)]
-    for name, tensor in given:
+    for name, tensor in [("x", x), ("weight", weight), *([] if bias is None else [("bias", bias)])]:
         if (wrong := misfit_beside(name, tensor, x, "x")) is not None:
             return wrong
-    weight = call.weight
     if x.dim() == 0:
         return "x must be [..., K], not a scalar"
     if weight.dim() not in (1, 2) or weight.shape[-1] != x.shape[-1]:
         return f"weight must be [N, {x.shape[-1]}] to match x {tuple(x.shape)}, not {tuple(weight.shape)}"
-    if call.bias is not None:
-        return f"bias must be [{weight.shape[0]}] to match weight, not {tuple(call.bias.shape)}"
+    if bias is not None:
+        return f"bias must be [{weight.shape[0]}] to match weight, not {tuple(bias.shape)}"
     return None

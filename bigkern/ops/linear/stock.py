@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigkern.core.checks import TORCHS, named
-from bigkern.ops.linear.call import Linear, misfit
+from bigkern.ops.linear.call import misfit
 
 
-def linear(call: Linear) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     try:
-        return F.linear(call.x, call.weight, call.bias)
+        return F.linear(x, weight, bias)
     except TORCHS as error:
-        raise named(error, misfit(call)) from error
+        raise named(error, misfit(x, weight, bias)) from error

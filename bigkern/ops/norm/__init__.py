@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from bigkern.ops.norm.backends import NORM, left_to_stock
-from bigkern.ops.norm.call import Norm, bind
 
 
 def layer_norm(
@@ -60,11 +58,12 @@ def layer_norm(
         torch.Size([2, 16, 64])
     """
     if residual is None and dropout_p == 0.0 and left_to_stock(x, eps):
-        with suppress(RuntimeError, TypeError):  # torch refused: bind says why in the op's own words
-            shape = [normalized_shape] if isinstance(normalized_shape, int) else normalized_shape
-            return F.layer_norm(x, shape, weight, bias, eps)
-    drop: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "offset": offset}
-    return _norm(x, bind(x, normalized_shape, weight, bias, eps, residual, **drop))
+        shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
+        try:
+            return torch.layer_norm(x, shape, weight, bias, eps)
+        except (RuntimeError, TypeError):
+            pass  # torch refused: bind says why in the op's own words
+    return _norm(x, normalized_shape, weight, bias, eps, residual, "layer", dropout_p, seed, offset)
 
 
 def rms_norm(
@@ -107,13 +106,12 @@ def rms_norm(
         >>> bigkern.rms_norm(torch.randn(2, 16, 64), (64,), torch.ones(64)).shape
         torch.Size([2, 16, 64])
     """
-    drop: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "offset": offset}
-    return _norm(x, bind(x, normalized_shape, weight, None, eps, residual, kind="rms", **drop))
+    return _norm(x, normalized_shape, weight, None, eps, residual, "rms", dropout_p, seed, offset)
 
 
-def _norm(x: Tensor, call: Norm) -> Tensor | tuple[Tensor, Tensor]:
+def _norm(x: Tensor, *others: Any) -> Tensor | tuple[Tensor, Tensor]:
     """In x's shape: where several dimensions are normalized the call's x has fewer."""
-    y, total = NORM(call)
+    y, total = NORM.run(*NORM.decided(x, *others))
     if y.dim() != x.dim():
         y, total = y.view(x.shape), None if total is None else total.view(x.shape)
     return y if total is None else (y, total)

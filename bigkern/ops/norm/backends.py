@@ -118,6 +118,7 @@ NORM = Op(
         kept=_kept,
     ),
     draw=_draw,
+    remembers=("x", "weight", "bias", "residual"),
 )
 
 

@@ -65,7 +65,6 @@ def bind(
     bias: Tensor | None = None,
     eps: float | None = 1e-5,
     residual: Tensor | None = None,
-    *,
     kind: str = "layer",
     dropout_p: float = 0.0,
     seed: int | None = None,

@@ -1,0 +1,182 @@
+"""What is remembered of calls: that calls like others skip checks and choice, and that no others do."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bigkern
+from bigkern.core import memory, registry
+from bigkern.ops.attention.backends import ATTENTION
+from bigkern.ops.norm.backends import NORM
+
+OPS = (ATTENTION, NORM)
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> None:
+    for op in OPS:
+        op.memory._decisions.clear()
+
+
+def q(**options: Any) -> Tensor:
+    return torch.randn(1, 2, 5, 8, **options)
+
+
+def checked(monkeypatch: pytest.MonkeyPatch, op: Any) -> list[str]:
+    """A name for each time that the op's arguments are checked."""
+    calls: list[str] = []
+    bind = op.bind
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        calls.append("checked")
+        return bind(*arguments, **options)
+
+    monkeypatch.setattr(op, "bind", watched)
+    return calls
+
+
+def test_a_call_like_another_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = checked(monkeypatch, ATTENTION)
+    first, second = q(), q()
+    bigkern.attention(first, first, first, causal=True)
+    ours = bigkern.attention(second, second, second, causal=True)
+    assert len(calls) == 1
+    with bigkern.use("torch"):
+        torch.testing.assert_close(ours, bigkern.attention(second, second, second, causal=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": True},
+        {"window": (2, 2)},
+        {"scale": 0.3},
+        {"softcap": 2.0},
+        {"dropout_p": 0.5},
+        {"return_lse": True},
+    ],
+    ids=str,
+)
+def test_every_number_counts(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    x = q()
+    bigkern.attention(x, x, x)
+    calls = checked(monkeypatch, ATTENTION)
+    bigkern.attention(x, x, x, **options)
+    bigkern.attention(x, x, x, **options)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: torch.randn(1, 2, 6, 8),
+        lambda x: x.bfloat16(),
+        lambda x: x.detach().requires_grad_(),
+        lambda x: torch.nn.Parameter(x),
+        lambda x: x.to("meta"),
+        lambda x: x.to_sparse(),
+    ],
+)
+def test_everything_of_a_tensor_counts(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    x = q()
+    bigkern.attention(x, x, x)
+    calls = checked(monkeypatch, ATTENTION)
+    changed = change(x)
+    try:
+        bigkern.attention(changed, changed, changed)
+    except (TypeError, NotImplementedError):
+        assert changed.is_sparse or changed.is_meta
+    assert calls == ["checked"]
+
+
+def test_what_is_in_force_decides_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = q()
+    bigkern.attention(x, x, x)
+    calls = checked(monkeypatch, ATTENTION)
+    with bigkern.use("torch"):
+        bigkern.attention(x, x, x)
+    with torch.autocast("cpu"):
+        assert bigkern.attention(x, x, x).dtype == torch.bfloat16
+    torch.func.vmap(lambda t: bigkern.attention(t, t, t))(x[None])
+    assert len(calls) == 3
+    bigkern.attention(x, x, x)
+    assert len(calls) == 3
+
+
+def test_an_error_is_no_decision(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = q()
+    bigkern.attention(x, x, x)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="k must be"):
+            bigkern.attention(x, x[..., :4], x)
+        with pytest.raises(TypeError, match="v must be a Tensor"):
+            bigkern.attention(x, x, [1.0])  # type: ignore[arg-type]
+
+
+def test_new_backends_and_new_evidence_decide_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = q()
+    bigkern.attention(x, x, x)
+    calls = checked(monkeypatch, ATTENTION)
+    ATTENTION.register(ATTENTION.backends["cpu"])
+    bigkern.attention(x, x, x)
+    assert len(calls) == 1
+    monkeypatch.setattr("bigkern.core.evidence.proven", frozenset())
+    bigkern.attention(x, x, x)
+    assert len(calls) == 2
+
+
+def test_masks_and_lengths_are_looked_at_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, mask = q(), torch.ones(5, 5, dtype=torch.bool)
+    bigkern.attention(x, x, x, mask=mask)
+    calls = checked(monkeypatch, ATTENTION)
+    bigkern.attention(x, x, x, mask=mask)
+    assert len(calls) == 1
+
+
+def test_several_normalized_dimensions_are_checked_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The op's call holds other tensors than those that were given."""
+    x, weight = torch.randn(3, 4, 8, requires_grad=True), torch.randn(4, 8)
+    first = bigkern.rms_norm(x, (4, 8), weight)
+    calls = checked(monkeypatch, NORM)
+    torch.testing.assert_close(bigkern.rms_norm(x, (4, 8), weight), first)
+    assert len(calls) == 1
+    bigkern.rms_norm(x, [8], weight[0])  # a list has no hash
+    bigkern.rms_norm(x, [8], weight[0])
+    assert len(calls) == 3
+
+
+def test_no_tensor_is_kept() -> None:
+    x = q()
+    bigkern.attention(x, x, x)
+    assert len(ATTENTION.memory._decisions) == 1
+    gone = weakref.ref(x)
+    del x
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "MOST", 3)
+    for S in range(2, 9):
+        x = torch.randn(1, 1, S, 8)
+        bigkern.attention(x, x, x)
+    assert len(ATTENTION.memory._decisions) <= 3
+
+
+def test_gradients_are_those_of_a_call_that_was_checked() -> None:
+    grads = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        x = q(requires_grad=True)
+        (dx,) = torch.autograd.grad(bigkern.attention(x, x, x).sum(), x)
+        with torch.no_grad():
+            assert not bigkern.attention(x, x, x).requires_grad
+        grads.append(dx)
+    assert torch.equal(*grads)
+    assert registry.get("attention").memory is ATTENTION.memory
