@@ -127,12 +127,12 @@ class _Disturbance:
 
     def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.room = torch.empty(1 << 24, device=device) if self.stream else None
+        self.scratch = torch.empty(1 << 24, device=device) if self.stream else None
 
     def __call__(self, i: int) -> None:
-        if self.stream is not None and self.room is not None:
+        if self.stream is not None and self.scratch is not None:
             with torch.cuda.stream(self.stream):
-                self.room[: 1 << (10 + i % 15)].add_(1.0)
+                self.scratch[: 1 << (10 + i % 15)].add_(1.0)
 
 
 def main(iterations: int, backends: tuple[str, ...], device: torch.device) -> list[str]:

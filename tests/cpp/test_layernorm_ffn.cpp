@@ -136,10 +136,10 @@ void check_sums(FfnBackwardParams p, Doubles dw1, Doubles dw2, double tol,
                 const Parallel& parallel) {
   std::vector<float> w1_sum(dw1.size(), 1.0f), w2_sum(dw2.size(), 1.0f);
   p.dw1 = p.dw2 = nullptr, p.w1_sum = w1_sum.data(), p.w2_sum = w2_sum.data();
-  auto room = poisoned_workspace(cpu::ffn_backward_workspace(p, parallel.threads));
-  p.workspace = room.data();
+  auto workspace = poisoned_workspace(cpu::ffn_backward_workspace(p, parallel.threads));
+  p.workspace = workspace.data();
   cpu::ffn_backward(p, parallel);
-  CHECK_EQ(room.back(), kGuard);
+  CHECK_EQ(workspace.back(), kGuard);
   const auto check = [&](const char* what, const std::vector<float>& sum, Doubles& want) {
     Tensor got = Tensor::poisoned(Dtype::f32, int64_t(sum.size()));
     for (size_t i = 0; i < sum.size(); ++i) got.store(i, sum[i]), want[i] += 1;
@@ -209,10 +209,10 @@ void check_ffn(const FfnCase& c) {
     b.preactivation = h.data(), b.s = s.data();
     b.dropout = c.dropout, b.hidden_dropout = c.hidden_dropout;
     const auto run_and_check = [&](FfnBackwardParams q) {
-      auto room = poisoned_workspace(cpu::ffn_backward_workspace(q, parallel.threads));
-      q.workspace = room.data();
+      auto workspace = poisoned_workspace(cpu::ffn_backward_workspace(q, parallel.threads));
+      q.workspace = workspace.data();
       cpu::ffn_backward(q, parallel);
-      CHECK_EQ(room.back(), kGuard);
+      CHECK_EQ(workspace.back(), kGuard);
       for (const Wanted& w : all) {
         if (q.*w.at) check_close(w.name, *w.got, *w.want, tol);
       }

@@ -128,18 +128,18 @@ struct PanelGroup {
   const B* at(int64_t j) const { return data + (j - first) / NR * each; }
 };
 
-// Packed here and now, in `room`,
+// Packed here and now, in `memory`,
 template <class T, class PackB>
 PanelGroup<float> panel_group(const PackB& pack_b, Slice columns, int64_t k, int64_t end,
-                              float* room) {
+                              float* memory) {
   const int64_t each = words_of<T>(end - k) * NR;
   for (int64_t slab = k; slab < end; slab += kSlab) {
-    float* panel = room + words_of<T>(slab - k) * NR;
+    float* panel = memory + words_of<T>(slab - k) * NR;
     for (int64_t j = columns.begin; j < columns.end; j += NR, panel += each) {
       pack_b(j, at_most(columns.end - j, NR), slab, at_most(end, slab + kSlab), panel);
     }
   }
-  return {room, columns.begin, each};
+  return {memory, columns.begin, each};
 }
 // or long before.
 template <class T, class B>

@@ -37,18 +37,18 @@ struct LayerSpace {
         chunk_panels(at_least(kRowPanels, (p.of.B + MR - 1) / MR)),
         threads(threads) {
     const int64_t D = p.of.D, chains = D * at_most(threads, p.of.B);
-    Room room(workspace);
-    input_weights = room.take(D * layout.panels(input_words));
-    weights = room.take(D * layout.panels(layout.words));
-    bias = room.take(D * (layout.G + 1) * layout.width());
-    inputs = room.take(chains * inputs_each());
-    input_tiles = room.take(chains * input_tiles_each());
-    states = room.take(2 * row_panels * layout.words * MR);
-    h = room.take(D * p.of.B * layout.width());
-    c = room.take(D * p.of.B * layout.width());
-    tiles = room.take(threads * tiles_each());
-    sources = reinterpret_cast<int64_t*>(room.take(2 * threads * chunk_panels * MR));
-    bytes = room.bytes();
+    Workspace parts(workspace);
+    input_weights = parts.take(D * layout.panels(input_words));
+    weights = parts.take(D * layout.panels(layout.words));
+    bias = parts.take(D * (layout.G + 1) * layout.width());
+    inputs = parts.take(chains * inputs_each());
+    input_tiles = parts.take(chains * input_tiles_each());
+    states = parts.take(2 * row_panels * layout.words * MR);
+    h = parts.take(D * p.of.B * layout.width());
+    c = parts.take(D * p.of.B * layout.width());
+    tiles = parts.take(threads * tiles_each());
+    sources = reinterpret_cast<int64_t*>(parts.take(2 * threads * chunk_panels * MR));
+    bytes = parts.bytes();
   }
   int64_t inputs_each() const { return chunk_panels * input_words * MR; }
   int64_t input_tiles_each() const { return layout.blocks * layout.G * chunk_panels * kTile; }
@@ -115,7 +115,7 @@ struct Forward : Places<T> {
     }
   }
 
-  // The input's tiles of as many steps from `now` on as have room; returns the step after them.
+  // The input's tiles of as many steps from `now` on as fit; returns the step after them.
   Step project(const Step& now) const {
     const int64_t words = space.input_words, columns = member.sharing.columns;
     int64_t rows = 0;

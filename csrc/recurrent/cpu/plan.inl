@@ -57,9 +57,9 @@ inline Sharing share(const Sizes& of, int threads) {
 }
 
 // A workspace, handed out in parts that begin on cache lines.
-class Room {
+class Workspace {
  public:
-  explicit Room(void* workspace) : base_(static_cast<float*>(workspace)) {}
+  explicit Workspace(void* workspace) : base_(static_cast<float*>(workspace)) {}
   float* take(int64_t floats) {
     float* part = base_ + used_;
     used_ += round_up(size_t(floats), kAlign / sizeof(float));

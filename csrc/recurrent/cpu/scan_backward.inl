@@ -25,13 +25,13 @@ struct BackwardSpace {
 
   BackwardSpace(const ScanBackward& p, int threads, void* workspace)
       : layout(p.of), row_panels(most_row_panels(p.of, threads)) {
-    Room room(workspace);
-    weights = room.take(p.of.D * layout.panels(layout.words));
-    operands = room.take(2 * row_panels * panel_each());
-    dh = room.take(p.of.D * p.of.B * layout.width());
-    dc = room.take(p.of.D * p.of.B * layout.width());
-    tiles = room.take(threads * tiles_each());
-    bytes = room.bytes();
+    Workspace parts(workspace);
+    weights = parts.take(p.of.D * layout.panels(layout.words));
+    operands = parts.take(2 * row_panels * panel_each());
+    dh = parts.take(p.of.D * p.of.B * layout.width());
+    dc = parts.take(p.of.D * p.of.B * layout.width());
+    tiles = parts.take(threads * tiles_each());
+    bytes = parts.bytes();
   }
   int64_t panel_each() const { return layout.G * layout.words * MR; }
   int64_t tiles_each() const { return (kPanels * kRowPanels + layout.G) * kTile; }
