@@ -16,11 +16,10 @@ from source import DTYPES, Call, Source
 from torch import Tensor
 
 from bigkern.core import registry
-from bigkern.core.op import Op
 from bigkern.ops.adam import call as adam_arguments
 from bigkern.ops.adam import reference as reference_adam
 from bigkern.ops.attention import call as attention_calls
-from bigkern.ops.attention import decode as decode_op
+from bigkern.ops.attention import decode_call as decode_op
 from bigkern.ops.attention.backends import ATTENTION
 from bigkern.ops.attention.call import Attention, AttentionBackward
 from bigkern.ops.batch_norm import call as batch_norm_arguments
@@ -35,10 +34,6 @@ from bigkern.ops.recurrent.backends import RECURRENT
 from bigkern.ops.recurrent.reference import scan_backward
 
 Arguments = list[Any]
-
-
-def _stock(op: str) -> registry.Backend:
-    return registry.get(op).backends["torch"]
 
 
 def _like(source: Source, x: Tensor) -> Tensor:
@@ -71,7 +66,7 @@ def decode_attention(source: Source) -> Arguments:
     given = public.decode_arguments(source)
     for name in ("k", "v"):
         given.pop(name, None)
-    return list(decode_op.bind(**given))
+    return list(decode_op.bind(**given).flat())
 
 
 def norm(source: Source) -> Arguments:
@@ -246,25 +241,15 @@ def _exact(name: str) -> Callable[..., Any] | None:
     op = name.removesuffix("_backward")
     if op not in registry.ops():
         return None
-    declared = registry.get(op)
-    if isinstance(declared, Op):
-        return partial(_by_call, declared, name)
-    backend = _stock(op)
-    function = backend.backward if name.endswith("_backward") else backend.forward
-    return None if function is None else partial(_extended, function, name)
+    return partial(_by_call, registry.get(op), name)
 
 
-def _by_call(op: Op, name: str, **arguments: Any) -> Any:
-    """The reference of an op that is declared by its call."""
+def _by_call(op: Any, name: str, **arguments: Any) -> Any:
+    """The op's reference."""
     reference = op.reference or op.backends["torch"]
     if name == op.name:
         return reference.forward(op.call(**arguments))
     return reference.backward(op.gradient.autograd.call(**arguments))
-
-
-def _extended(function: Callable[..., Any], name: str, **arguments: Any) -> Any:
-    """The reference's function on an op's arguments."""
-    return function(*arguments.values())
 
 
 def _named(namespace: str, name: str, arguments: Arguments) -> Call:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 import bigkern
 from bigkern.core.parity import Yardstick
-from bigkern.ops.attention import decode as op
+from bigkern.ops.attention import decode_call as op
 from bigkern.ops.attention import decode_reference as reference
+from bigkern.ops.attention import stock
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EVERY = pytest.mark.parametrize("backend", BACKENDS)
@@ -102,14 +103,14 @@ def check(case: Case, backend: str) -> None:
         mine = bigkern.decode_attention(*tensors, **options, return_lse=True)
     q, k_cache, v_cache, lengths = tensors
     wide = (q.double(), k_cache.double(), v_cache.double(), lengths)
-    right = reference.decode_attention(*op.bind(*wide, **options))
+    right = reference.decode_attention(op.bind(*wide, **options))
     bound = op.bind(*tensors, **options)
 
     def by_reference() -> dict[str, Tensor]:
-        return named(reference.decode_attention(*bound))
+        return named(reference.decode_attention(bound))
 
     def by_stock() -> dict[str, Tensor]:
-        return by_reference() | {"o": op._stock(*bound)}
+        return by_reference() | {"o": stock.decode_attention(bound)}
 
     yardstick = Yardstick(named(right), by_stock, by_reference)
     assert_parity("decode_attention", backend, named(mine), yardstick, case)
@@ -220,7 +221,8 @@ def test_generation_appends(page_size: int, backend: str) -> None:
 
 def test_opcheck_and_compile() -> None:
     tensors, options = Case(page_size=8, sinks=True).arguments(torch.device("cpu"))
-    torch.library.opcheck(torch.ops.bigkern.decode_attention.default, op.bind(*tensors, **options))
+    call = op.bind(*tensors, **options)
+    torch.library.opcheck(torch.ops.bigkern.decode_attention.default, call.public())
     torch.compiler.reset()
 
     @torch.no_grad()

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bigkern.core import registry
-from bigkern.core.checks import check_dense, check_written, kind
-from bigkern.core.library import LIBRARY, define, in_functorch, plain, triton_kernel, unavailable, unproven
+from bigkern.core.library import in_functorch, triton_kernel, unavailable, unproven
+from bigkern.core.op import Op, native, of_fields
+from bigkern.core.registry import Backend, Reason
 from bigkern.ops.attention import decode_reference as reference
 from bigkern.ops.attention import stock
-from bigkern.ops.attention.backends import kernel_refuses
-from bigkern.ops.attention.call import (
-    Window,
-    check_scale,
-    check_slopes,
-    check_softcap,
-    check_tensors,
-    corner_and_window,
-    may_look,
-    per_head,
-)
-
-define(
-    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? page_table,"
-    " Tensor? alibi_slopes, Tensor? sinks, float scale, str causal, int window_left, int window_right,"
-    " float softcap) -> (Tensor o, Tensor lse)"
-)
-
+from bigkern.ops.attention.backends import fake, kernel_refuses
+from bigkern.ops.attention.call import Result, Window
+from bigkern.ops.attention.decode_call import Decode, bind
 
 # ---- the public function ---------------------------------------------------------------------------
 
@@ -91,7 +77,7 @@ def decode_attention(
         >>> bigkern.decode_attention(q, k_cache, v_cache, lengths, k=k, v=v).shape
         torch.Size([2, 4, 1, 64])
     """
-    arguments = bind(
+    call = bind(
         q, k_cache, v_cache, cache_seqlens, k=k, v=v, page_table=page_table, causal=causal, scale=scale,
         window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
     )  # fmt: skip
@@ -101,11 +87,10 @@ def decode_attention(
         raise RuntimeError("decode_attention has no backward: call it under torch.no_grad()")
     if k is not None and v is not None:
         _append(k, v, k_cache, v_cache, cache_seqlens, page_table)
-    backend = DECODE.resolve(*arguments)
-    if backend.name == "torch" and not return_lse:
-        return _stock(*arguments)
-    forward = backend.forward if plain(q, k_cache, v_cache) else torch.ops.bigkern.decode_attention
-    o, lse = forward(*arguments)
+    candidate = DECODE.resolve(call)
+    if candidate.by_torch and not return_lse:
+        return candidate.forward(call)  # type: ignore[no-any-return]
+    o, lse = DECODE.run(DECODE.reference if candidate.by_torch else candidate, call)
     return (o, lse) if return_lse else o
 
 
@@ -122,170 +107,38 @@ def _append(
     v_cache[batch, :, at] = v.transpose(1, 2)
 
 
-# ---- checks ----------------------------------------------------------------------------------------
+# ---- the op and its candidates ---------------------------------------------------------------------
+
+DECODE = Op(
+    "decode_attention",
+    Decode,
+    Result,
+    bind=bind,
+    fake=lambda call: fake(call.q, call.v_cache),
+    reference=Backend("reference", reference.decode_attention),
+    outputs=2,
+)
 
 
-def bind(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_seqlens: Tensor,
-    *,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    page_table: Tensor | None = None,
-    causal: bool = True,
-    scale: float | None = None,
-    window: Window | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    return_lse: bool = False,
-) -> tuple[Any, ...]:
-    """Check a public call and turn it into the op's arguments."""
-    check_tensors(q, k_cache, v_cache, names=("q", "k_cache", "v_cache"))
-    B, Hq, Sq, D = q.shape
-    first, Hkv, S, Dv = *k_cache.shape[:3], v_cache.shape[3]
-    if k_cache.shape[3] != D or (page_table is None and first != B):
-        rows = f"[{B}, Hkv, S, {D}]" if page_table is None else f"[pages, Hkv, page_size, {D}]"
-        paged = "without" if page_table is None else "with"
-        found = f"to match q {tuple(q.shape)} {paged} a page_table, not {tuple(k_cache.shape)}"
-        raise ValueError(f"k_cache must be {rows} {found}")
-    if v_cache.shape[:3] != k_cache.shape[:3]:
-        raise ValueError(
-            f"v_cache must be {[first, Hkv, S]} + [Dv] to match k_cache, not {tuple(v_cache.shape)}"
-        )
-    if Hkv == 0 or Hq % Hkv != 0:
-        raise ValueError(f"q's head count {Hq} must be a multiple of k_cache's and v_cache's, {Hkv}")
-    if (k is None) != (v is None):
-        raise ValueError(f"{'k' if k is None else 'v'} must be given with {'v' if k is None else 'k'}")
-    if k is not None and v is not None:
-        _check_new("k", k, (B, Hkv, Sq, D), q)
-        _check_new("v", v, (B, Hkv, Sq, Dv), q)
-        check_written("k_cache", k_cache)
-        check_written("v_cache", v_cache)
-    _check_int32("cache_seqlens", cache_seqlens, (B,), "[B]", q)
-    capacity = S
-    if page_table is not None:
-        check_dense("page_table", page_table)
-        width = page_table.shape[-1] if page_table.dim() == 2 else 0
-        _check_int32("page_table", page_table, (B, width), "[B, pages of a sequence]", q)
-        capacity = S * width
-    added = 0 if k is None else Sq
-    _check_values(cache_seqlens, added, capacity, page_table, first, S)
-    if alibi_slopes is not None:
-        alibi_slopes = check_slopes(alibi_slopes, B, q)
-    if sinks is not None:
-        sinks = per_head("sinks", sinks, [(Hq,)], q)
-    if not isinstance(causal, bool):
-        raise ValueError(f"causal must be True or False, not {causal!r}: queries are the last of a sequence")
-    rule, left, right = corner_and_window("bottom_right" if causal else False, window)
-    lengths = cache_seqlens + added if added else cache_seqlens.contiguous()
-    page_table = None if page_table is None else page_table.contiguous()
-    return (
-        q, k_cache, v_cache, lengths, page_table, alibi_slopes, sinks, check_scale(scale, D), rule, left,
-        right, check_softcap(softcap),
-    )  # fmt: skip
-
-
-def _check_new(name: str, x: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
-    if not isinstance(x, Tensor) or x.dtype != q.dtype:
-        raise TypeError(f"{name} must be a Tensor of q's dtype {q.dtype}, not {kind(x)}")
-    check_dense(name, x)
-    if tuple(x.shape) != shape or x.device != q.device:
-        wanted = f"{list(shape)} on {q.device}, as q and {name}_cache are"
-        raise ValueError(f"{name} must be {wanted}, not {list(x.shape)} on {x.device}")
-
-
-def _check_int32(name: str, x: Tensor, shape: tuple[int, ...], wanted: str, q: Tensor) -> None:
-    if not isinstance(x, Tensor) or x.dtype != torch.int32:
-        raise TypeError(f"{name} must be an int32 Tensor {wanted}, not {kind(x)}")
-    check_dense(name, x)
-    if tuple(x.shape) != shape or x.device != q.device:
-        found = f"{list(x.shape)} on {x.device}"
-        raise ValueError(f"{name} must have shape {wanted} = {list(shape)} on {q.device}, not {found}")
-
-
-def _check_values(
-    lengths: Tensor, added: int, capacity: int, page_table: Tensor | None, pages: int, page_size: int
-) -> None:
-    """Lengths within the cache, and page numbers within the pages, where looking costs nothing."""
-    if not may_look(lengths) or lengths.numel() == 0:
-        return
-    least, most = int(lengths.min()), int(lengths.max()) + added
-    if least < 0 or most > capacity:
-        new = f" with the {added} new keys" if added else ""
-        raise ValueError(
-            f"cache_seqlens must be within 0 and the {capacity} keys{new} that k_cache and page_table hold,"
-            f" not {least}..{most}"
-        )
-    if page_table is None:
-        return
-    used = torch.arange(page_table.shape[1], device=lengths.device) * page_size < lengths[:, None] + added
-    numbers = page_table[used]
-    if numbers.numel() > 0 and (int(numbers.min()) < 0 or int(numbers.max()) >= pages):
-        found = f"{int(numbers.min())}..{int(numbers.max())}"
-        raise ValueError(f"page_table must hold page numbers below {pages}, not {found}")
-
-
-# ---- the op and its backends -----------------------------------------------------------------------
-
-
-@torch.library.register_fake("bigkern::decode_attention", lib=LIBRARY)
-def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    B, Hq, Sq, _D = q.shape
-    o = q.new_empty(B, Sq, Hq, v_cache.shape[3]).transpose(1, 2)
-    return o, q.new_empty(B, Hq, Sq, dtype=torch.promote_types(q.dtype, torch.float32))
-
-
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return cast(tuple[Tensor, Tensor], DECODE.resolve(*arguments).forward(*arguments))
-
-
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("decode_attention", _forward, _key)
-
-DECODE = registry.declare("decode_attention", bind)
-
-
-def _stock(*arguments: Any) -> Tensor:
-    call = reference.as_attention(*arguments)
-    call.bias = None if call.bias is None else call.bias.to(call.q.dtype)
-    return stock.attention(call)
-
-
-def _stock_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    o, lse = reference.decode_attention(*arguments)
-    return o.transpose(1, 2).contiguous().transpose(1, 2), lse
-
-
-def _refuses(backend: str) -> Any:
-    def refuses(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) -> registry.Reason:
+def _refuses(backend: str) -> Callable[[Decode], Reason]:
+    def refuses(call: Decode) -> Reason:
         transformed = "inside a torch.func transform" if in_functorch() else None
-        return unavailable(backend, q) or kernel_refuses(q, v_cache) or transformed
+        return unavailable(backend, call.q) or kernel_refuses(call.q, call.v_cache) or transformed
 
     return refuses
 
 
-def cuda_backend(native: Any, *, emulated: bool = False) -> registry.Backend:
-    """The CUDA kernels in ``native``: the compiled ones, or, in the tests, those that the emulator runs."""
-    refuses = _refuses("cpu" if emulated else "cuda")
-    return registry.Backend(
-        "cuda", native.decode_attention, None, refuses, unproven("decode_attention", "cuda")
-    )
+def cuda_backend(kernels: Any, *, emulated: bool = False) -> Backend:
+    """The CUDA kernels in ``kernels``: the compiled ones, or, in the tests, those that the emulator runs."""
+    refuses, declines = _refuses("cpu" if emulated else "cuda"), unproven("decode_attention", "cuda")
+    return Backend("cuda", native("decode_attention", kernels), None, refuses, declines)
 
 
-_native = torch.ops.bigkern_native
+_by_triton = of_fields(triton_kernel("attention.decode", "decode_attention"))
 
-DECODE.register(cuda_backend(_native))
+DECODE.register(cuda_backend(torch.ops.bigkern_native))
 DECODE.register(
-    registry.Backend(
-        "triton",
-        triton_kernel("attention.decode", "decode_attention"),
-        None,
-        _refuses("triton"),
-        unproven("decode_attention", "triton"),
-    )
+    Backend("triton", _by_triton, None, _refuses("triton"), unproven("decode_attention", "triton"))
 )
-DECODE.register(registry.Backend("cpu", _native.decode_attention, None, _refuses("cpu")))
-DECODE.register(registry.Backend("torch", _stock_forward))
+DECODE.register(Backend("cpu", native("decode_attention"), None, _refuses("cpu")))
+DECODE.register(Backend("torch", stock.decode_attention, by_torch=True))

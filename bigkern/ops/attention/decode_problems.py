@@ -11,6 +11,7 @@ from torch import Tensor
 from bigkern.core.problem import Call, Inputs, Problem
 from bigkern.ops.attention import decode as op
 from bigkern.ops.attention import decode_reference
+from bigkern.ops.attention.decode_call import bind
 from bigkern.ops.attention.problems import feature_words, slopes
 
 
@@ -55,7 +56,7 @@ def decode(
 
     def specified(inputs: Inputs) -> Tensor:
         arguments, options = call(inputs)
-        return decode_reference.decode_attention(*op.bind(*arguments, **options))[0]
+        return decode_reference.decode_attention(bind(*arguments, **options)).o
 
     words = [label or f"{B}x{H}x{queries}x{D} over {', '.join(str(n) for n in lengths)} keys"]
     words += [f"{kv} kv heads"] if kv != H else []

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bigkern.ops.attention import reference as dense
 from bigkern.ops.attention.call import Attention, Result
+from bigkern.ops.attention.decode_call import Decode
 
 
 def gathered(cache: Tensor, page_table: Tensor | None) -> Tensor:
@@ -22,43 +23,25 @@ def gathered(cache: Tensor, page_table: Tensor | None) -> Tensor:
     return pages.transpose(1, 2).flatten(2, 3)
 
 
-def as_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_seqlens: Tensor,
-    page_table: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    causal: str,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-) -> Attention:
+def as_attention(call: Decode) -> Attention:
     """The same call as one of attention's, whose mask and bias say what depends on a sequence's length."""
-    Sq = q.shape[2]
-    k, v = gathered(k_cache, page_table), gathered(v_cache, page_table)
+    q, slopes, Sq = call.q, call.alibi_slopes, call.q.shape[2]
+    k, v = gathered(call.k_cache, call.page_table), gathered(call.v_cache, call.page_table)
     Sk = k.shape[2]
     i, j = torch.arange(Sq, device=q.device)[:, None], torch.arange(Sk, device=q.device)
-    lengths = cache_seqlens.view(-1, 1, 1, 1)
+    lengths = call.cache_seqlens.view(-1, 1, 1, 1)
     back = lengths - Sq + i - j  # [B, 1, Sq, Sk]
     exists = j < lengths
-    seen = exists
-    if window_left >= 0:
-        seen = seen & (back <= window_left)
-    if window_right >= 0:
-        seen = seen & (-back <= window_right)
-    bias = None
-    if alibi_slopes is not None:
-        bias = -alibi_slopes.view(-1, alibi_slopes.shape[-1], 1, 1) * back.abs()
+    seen = exists & dense.within(back, call.window_left, call.window_right)
+    bias = None if slopes is None else dense.alibi(slopes, back)
     unused = ~exists.view(-1, 1, Sk, 1)  # may hold anything, NaN included
     k, v = k.masked_fill(unused, 0.0), v.masked_fill(unused, 0.0)
     return Attention(
-        q, k, v, seen, bias, None, sinks, None, None, None, scale, "none", -1, -1, softcap, 0.0, Sq, Sk
-    )
+        q, k, v, seen, bias, None, call.sinks, None, None, None, call.scale, "none", -1, -1, call.softcap,
+        0.0, Sq, Sk,
+    )  # fmt: skip
 
 
-def decode_attention(*arguments: object) -> Result:
+def decode_attention(call: Decode) -> Result:
     """``o [B, Hq, Sq, Dv]`` in q's dtype and ``lse [B, Hq, Sq]`` in fp32 (fp64 for fp64)."""
-    return dense.attention(as_attention(*arguments))  # type: ignore[arg-type]
+    return dense.attention(as_attention(call))

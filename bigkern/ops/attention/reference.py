@@ -42,19 +42,22 @@ def visible(Sq: int, Sk: int, call: Attention) -> Tensor | None:
     """[Sq, Sk] bool, what causal rule and window let a query see; None: everything."""
     if call.window_left < 0 and call.window_right < 0:
         return None
-    back = distance(Sq, Sk, call.causal, call.q.device)
+    return within(distance(Sq, Sk, call.causal, call.q.device), call.window_left, call.window_right)
+
+
+def within(back: Tensor, left: int, right: int) -> Tensor:
+    """Whether keys so many places before a query's lie in its window; -1: unlimited."""
     seen = torch.ones_like(back, dtype=torch.bool)
-    if call.window_left >= 0:
-        seen = seen & (back <= call.window_left)
-    if call.window_right >= 0:
-        seen = seen & (-back <= call.window_right)
+    if left >= 0:
+        seen = seen & (back <= left)
+    if right >= 0:
+        seen = seen & (-back <= right)
     return seen
 
 
-def alibi(slopes: Tensor, Sq: int, Sk: int, causal: str) -> Tensor:
+def alibi(slopes: Tensor, back: Tensor) -> Tensor:
     """[B or 1, Hq, Sq, Sk], the bias of attention with linear biases (Press et al., 2022)."""
-    slopes = slopes.view(-1, slopes.shape[-1], 1, 1)
-    return -slopes * distance(Sq, Sk, causal, slopes.device).abs()
+    return -slopes.view(-1, slopes.shape[-1], 1, 1) * back.abs()
 
 
 def capped(call: Attention) -> Tensor:
@@ -71,7 +74,7 @@ def restricted(x: Tensor, call: Attention) -> Tensor:
     if call.bias is not None:
         x = x + call.bias.to(x.dtype)
     if call.alibi_slopes is not None:
-        x = x + alibi(call.alibi_slopes, Sq, Sk, call.causal).to(x.dtype)
+        x = x + alibi(call.alibi_slopes, distance(Sq, Sk, call.causal, x.device)).to(x.dtype)
     for seen in (call.mask, visible(Sq, Sk, call)):
         if seen is not None:
             x = x.masked_fill(~seen, float("-inf"))

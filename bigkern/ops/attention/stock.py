@@ -8,6 +8,8 @@ from torch import Tensor
 
 from bigkern.ops.attention import reference
 from bigkern.ops.attention.call import Attention, draw
+from bigkern.ops.attention.decode_call import Decode
+from bigkern.ops.attention.decode_reference import as_attention
 
 
 def attention(call: Attention) -> Tensor:
@@ -20,6 +22,11 @@ def attention(call: Attention) -> Tensor:
     parts = [call.q[..., :0, :] @ call.v.new_empty(call.q.shape[3], call.v.shape[3])]
     parts += [_sdpa(own) for _rows, _keys, own in reference.sequences(call)]
     return torch.cat(parts, dim=2)
+
+
+def decode_attention(call: Decode) -> Tensor:
+    """The same over a cache."""
+    return attention(as_attention(call))
 
 
 def _sdpa(call: Attention) -> Tensor:
@@ -42,8 +49,10 @@ def _attn_mask(call: Attention) -> Tensor | None:
     if seen is not None:
         mask = seen if mask is None else mask & seen
     if call.alibi_slopes is not None:
-        slopes = reference.alibi(call.alibi_slopes, Sq, Sk, call.causal).to(call.q.dtype)
+        back = reference.distance(Sq, Sk, call.causal, call.q.device)
+        slopes = reference.alibi(call.alibi_slopes, back).to(call.q.dtype)
         bias = slopes if bias is None else bias + slopes
     if bias is None:
         return mask
+    bias = bias.to(call.q.dtype)
     return bias if mask is None else bias.masked_fill(~mask, float("-inf"))
