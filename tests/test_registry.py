@@ -15,7 +15,7 @@ from bigkern.core.registry import Backend, BackendRefused
 @pytest.fixture
 def op() -> Iterator[registry.Op]:
     """``double``: cuda refuses, triton declines, cpu runs numbers under 100, torch runs everything."""
-    declared = registry.declare("double", lambda x: (x,))
+    declared = registry.Op("double", bind=lambda x: x)
     declared.register(Backend("torch", lambda x: ("torch", 2 * x)))
     declared.register(
         Backend("cpu", lambda x: ("cpu", 2 * x), declines=lambda x: "x >= 100" if x >= 100 else None)
@@ -82,7 +82,7 @@ def test_forcing_an_absent_backend_says_what_was_built(op: registry.Op) -> None:
         (lambda: bigkern.explain("nonsense"), "no op named 'nonsense'; there are .*attention"),
         (lambda: bigkern.use("opencl").__enter__(), "'opencl' is not one of cuda, triton, cpu, torch"),
         (lambda: bigkern.use(nonsense="cpu").__enter__(), "no op named 'nonsense'"),
-        (lambda: registry.declare("attention", lambda: ()), "already declared"),
+        (lambda: registry.Op("attention", bind=lambda: None), "already declared"),
     ],
 )
 def test_bad_input(call, message) -> None:

@@ -28,14 +28,8 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_COLUMNS = 65536  # of GPU kernels with a norm: a row stays on one block
 
 
-def define(schema: str) -> None:
-    """Define ``name(args) -> results`` as a public op and, with the same schema, as a native one."""
-    LIBRARY.define(schema)
-    define_native(schema)
-
-
 def define_native(schema: str) -> None:
-    """Define an op that only compiled kernels implement: a piece that a backend composes."""
+    """Define ``name(args) -> results`` as an op that only compiled kernels implement."""
     schema = schema.replace("SymInt", "int")  # a kernel is given numbers
     NATIVE.define(schema)
     SCHEMAS.append(schema)
@@ -113,11 +107,11 @@ def unavailable(backend: str, tensor: Tensor) -> registry.Reason:
     return f"tensors are on {tensor.device.type}"
 
 
-def unproven(op: str, backend: str) -> Callable[..., registry.Reason]:
+def unproven(op: str, backend: str) -> Callable[[Any], registry.Reason]:
     """What a GPU backend declines by: nothing has shown that it is right on the tensors' GPU."""
 
-    def declines(first: Any, *_: Any) -> registry.Reason:
-        first = first if isinstance(first, Tensor | list) else first.flat()[0]  # of a call, of arguments
+    def declines(call: Any) -> registry.Reason:
+        first = call.flat()[0]
         tensor = first[0] if isinstance(first, list) else first
         if not tensor.is_cuda:
             return "off a GPU it is for tests"

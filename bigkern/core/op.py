@@ -181,7 +181,6 @@ class Op(registry.Op):
         remembers: Sequence[str] = (),
     ):
         super().__init__(name, bind)
-        registry.add(self)
         self.call, self.result, self.outputs = call, result, outputs
         self.reference: Any = reference
         self.draw, self.compiled, self._check_values = draw, compiled, check_values

@@ -34,7 +34,7 @@ class BackendRefused(RuntimeError):
     """The backend forced with :func:`use` cannot run this call; the message says why."""
 
 
-def _never(*args: Any, **kwargs: Any) -> Reason:
+def _never(call: Any) -> Reason:
     return None
 
 
@@ -43,14 +43,14 @@ class Backend:
     """One way to run an op: its kernels, and what it says of a call."""
 
     name: str
-    forward: Callable[..., Any]
-    backward: Callable[..., Any] | None = None
-    refuses: Callable[..., Reason] = _never
-    declines: Callable[..., Reason] = _never
+    forward: Callable[[Any], Any]  # of the op's call
+    backward: Callable[[Any], Any] | None = None  # of the backward's
+    refuses: Callable[[Any], Reason] = _never
+    declines: Callable[[Any], Reason] = _never
     by_torch: bool = False  # torch's own functions, differentiated by torch's autograd
 
-    def objection(self, *args: Any) -> Reason:
-        return self.refuses(*args) or self.declines(*args)
+    def objection(self, call: Any) -> Reason:
+        return self.refuses(call) or self.declines(call)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +83,19 @@ class Explanation(tuple[Choice, ...]):
     __repr__ = __str__
 
 
+_ops: dict[str, Op] = {}
+
+
 class Op:
     """An op's name and its backends, in the order in which they are asked."""
 
     def __init__(self, name: str, bind: Callable[..., Any]):
+        if name in _ops:
+            raise ValueError(f"op {name!r} is already declared")
         self.name = name
-        self.bind = bind  # the public call's arguments -> what the backends' questions receive
+        self.bind = bind  # the public function's arguments -> the call that the backends are asked about
         self.backends: dict[str, Backend] = {}
+        _ops[name] = self
 
     def register(self, backend: Backend) -> None:
         if backend.name not in ORDER:
@@ -97,63 +103,47 @@ class Op:
         self.backends[backend.name] = backend
         self.backends = {name: self.backends[name] for name in ORDER if name in self.backends}
 
-    def resolve(self, *args: Any) -> Backend:
-        """The backend that runs a call with these arguments."""
+    def resolve(self, call: Any) -> Backend:
+        """The backend that runs a call."""
         forced = _forced_backend(self.name)
         if forced is not None:
-            return self._forced(forced, *args)
+            return self._forced(forced, call)
         for backend in self.backends.values():
-            if backend.refuses(*args) is None and backend.declines(*args) is None:
+            if backend.refuses(call) is None and backend.declines(call) is None:
                 return backend
-        raise BackendRefused(str(self.explain(*args)))
+        raise BackendRefused(str(self.explain(call)))
 
-    def of_node(self, *args: Any) -> Backend:
+    def of_node(self, call: Any) -> Backend:
         """The same of an opaque node: what the CPU's kernels decline never became one."""
         cpu = self.backends["cpu"]
-        return cpu if not forced() and cpu.refuses(*args) is None else self.resolve(*args)
+        return cpu if not forced() and cpu.refuses(call) is None else self.resolve(call)
 
-    def _forced(self, name: str, *args: Any) -> Backend:
+    def _forced(self, name: str, call: Any) -> Backend:
         backend = self.backends.get(name)
         if backend is None:
             raise BackendRefused(f"{self.name}: there is no {name} backend here; {_built()}")
-        reason = backend.refuses(*args)
+        reason = backend.refuses(call)
         if reason is not None:
             raise BackendRefused(f"{self.name}: the {name} backend refuses this call: {reason}")
         return backend
 
-    def explain(self, *args: Any) -> Explanation:
+    def explain(self, call: Any) -> Explanation:
         forced = _forced_backend(self.name)
         choices: list[Choice] = []
         found = False
         for backend in self.backends.values():
             if forced is not None:
-                reason = backend.refuses(*args) or (
+                reason = backend.refuses(call) or (
                     None if backend.name == forced else f"use({forced!r}) is in force"
                 )
             else:
-                reason = backend.objection(*args)
+                reason = backend.objection(call)
             chosen = not found and reason is None
             if reason is None and not chosen:
                 reason = "could run, but an earlier backend does"
             found = found or chosen
             choices.append(Choice(backend.name, chosen, reason or "runs this call"))
         return Explanation(self.name, choices)
-
-
-_ops: dict[str, Op] = {}
-
-
-def declare(name: str, bind: Callable[..., tuple[Any, ...]]) -> Op:
-    """Declare the op ``name``; ``bind`` turns a public call's arguments into the backends' arguments."""
-    op = Op(name, bind)
-    add(op)
-    return op
-
-
-def add(op: Op) -> None:
-    if op.name in _ops:
-        raise ValueError(f"op {op.name!r} is already declared")
-    _ops[op.name] = op
 
 
 def get(name: str) -> Op:
@@ -187,8 +177,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         True
     """
     declared = get(op)
-    bound = declared.bind(*args, **kwargs)
-    return declared.explain(*(bound if isinstance(bound, tuple) else (bound,)))
+    return declared.explain(declared.bind(*args, **kwargs))
 
 
 # ---- the choice that is in force -------------------------------------------------------------------
