@@ -65,21 +65,6 @@ def _like_bshd(x: Tensor, H: int, S: int, D: int) -> Tensor:
     return x.new_empty(x.shape[0], S, H, D).transpose(1, 2)
 
 
-def stored_bshd(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _reference(call: Attention) -> Result:
-    o, lse = reference.attention(call)
-    return Result(stored_bshd(o), lse)
-
-
-def _reference_backward(call: AttentionBackward) -> Gradients:
-    *grads, dbias = reference.attention_backward(call)
-    dq, dk, dv = (stored_bshd(grad) for grad in grads)
-    return Gradients(dq, dk, dv, dbias)
-
-
 DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
 
 ATTENTION = Op(
@@ -88,7 +73,7 @@ ATTENTION = Op(
     Result,
     bind=bind,
     fake=lambda call: fake(call.q, call.v),
-    reference=Backend("reference", _reference, _reference_backward),
+    reference=Backend("reference", reference.attention, reference.attention_backward),
     outputs=2,
     draw=draw,
     remembers=("q", "k", "v"),

@@ -97,15 +97,22 @@ def drop(p: Tensor, call: Attention, first: int) -> Tensor:
 
 
 def attention(call: Attention) -> Result:
-    """``o`` in q's dtype, and ``lse`` in fp32 (fp64 for fp64).
+    """``o`` in q's dtype, stored as [B, Sq, Hq, Dv], and ``lse`` in fp32 (fp64 for fp64).
 
     Differentiable any number of times by torch's autograd.
     """
     if call.cu_seqlens_q is None:
-        return _attention(call, 0)
-    results = [_attention(_part(call, slice(0), slice(0), None), 0)]
-    results += [_attention(own, b) for b, (_rows, _keys, own) in enumerate(sequences(call))]
-    return Result(*(torch.cat(parts, dim=2) for parts in zip(*results, strict=True)))
+        o, lse = _attention(call, 0)
+    else:
+        results = [_attention(_part(call, slice(0), slice(0), None), 0)]
+        results += [_attention(own, b) for b, (_rows, _keys, own) in enumerate(sequences(call))]
+        o, lse = (torch.cat(parts, dim=2) for parts in zip(*results, strict=True))
+    return Result(stored_bshd(o), lse)
+
+
+def stored_bshd(x: Tensor) -> Tensor:
+    """The same ``[B, H, S, D]``, stored as ``[B, S, H, D]``: merging heads needs no copy."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _attention(call: Attention, first: int) -> Result:
@@ -157,8 +164,9 @@ def attention_backward(call: AttentionBackward) -> Gradients:
     dx = ds * (1 - (x / softcap)^2)          dq = scale * dx k          dk = scale * dx^T q
     """
     if call.cu_seqlens_q is None:
-        return _attention_backward(call, 0)
-    dq, dk, dv = torch.zeros_like(call.q), torch.zeros_like(call.k), torch.zeros_like(call.v)
+        dq, dk, dv, dbias = _attention_backward(call, 0)
+        return Gradients(stored_bshd(dq), stored_bshd(dk), stored_bshd(dv), dbias)
+    dq, dk, dv = (torch.zeros_like(stored_bshd(x)) for x in (call.q, call.k, call.v))
     for b, (rows, keys, own) in enumerate(sequences(call)):
         own.do, own.o, own.lse = own.do[..., rows, :], own.o[..., rows, :], own.lse[..., rows]
         own.dlse = None if own.dlse is None else own.dlse[..., rows]
