@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -17,14 +18,6 @@ from bigkern.core.op import Call, Size
 
 Causal = Literal[False, True, "none", "top_left", "bottom_right"]
 Window = tuple[int | None, int | None]
-
-_CAUSAL = {
-    False: "none",
-    True: "top_left",
-    "none": "none",
-    "top_left": "top_left",
-    "bottom_right": "bottom_right",
-}
 
 
 @dataclass(slots=True)
@@ -88,26 +81,13 @@ class Gradients(NamedTuple):
 
 
 def bind(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    causal: Causal = False,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    scale: float | None = None,
-    window: Window | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: int | None = None,
-    offset: int = 0,
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, causal: Causal = False,
+    mask: Tensor | None = None, bias: Tensor | None = None, scale: float | None = None,
+    window: Window | None = None, softcap: float = 0.0, alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None, dropout_p: float = 0.0, seed: int | None = None, offset: int = 0,
     return_lse: bool = False,
-) -> Attention:
+) -> Attention:  # fmt: skip
     """Check a public call.
 
     With cumulative lengths, q, k and v are packed, ``[total, H, D]``, and leave as ``[1, H, total, D]``.
@@ -117,20 +97,12 @@ def bind(
     if packed:
         q, k, v = (_unpacked(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     check_tensors(q, k, v)
-    B, Hq, Sq, D = q.shape
-    Bk, Hkv, Sk, Dk = k.shape
-    Bv, Hv, Sv, _Dv = v.shape
-    if Bk != B or Dk != D:
-        raise ValueError(f"k must be [{B}, Hkv, Sk, {D}] to match q {tuple(q.shape)}, not {tuple(k.shape)}")
-    if Bv != Bk or Hv != Hkv or Sv != Sk:
-        raise ValueError(f"v must be [{Bk}, {Hkv}, {Sk}, Dv] to match k, not {tuple(v.shape)}")
-    if Hkv == 0 or Hq % Hkv != 0:
-        raise ValueError(f"q's head count {Hq} must be a multiple of k's and v's, {Hkv}")
+    (B, Hq, Sq, D), Sk = q.shape, k.shape[2]
     if packed:
         if mask is not None or bias is not None:
             raise ValueError(f"{'bias' if mask is None else 'mask'} cannot be given for packed sequences")
-        cu_seqlens_q = cumulative("cu_seqlens_q", cu_seqlens_q, Sq, q.device)
-        cu_seqlens_k = cumulative("cu_seqlens_k", cu_seqlens_k, Sk, q.device)
+        cu_seqlens_q = cumulative("cu_seqlens_q", cu_seqlens_q, Sq, q)
+        cu_seqlens_k = cumulative("cu_seqlens_k", cu_seqlens_k, Sk, q)
         if cu_seqlens_k.shape != cu_seqlens_q.shape:
             wanted, have = cu_seqlens_q.shape[0], cu_seqlens_k.shape[0]
             raise ValueError(f"cu_seqlens_k must have as many entries as cu_seqlens_q, {wanted}, not {have}")
@@ -138,21 +110,16 @@ def bind(
         Sq = longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
         Sk = longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"mask must be a bool Tensor, not {kind(mask)}; an additive mask goes into bias")
-        mask = four_dimensional("mask", mask, (B, Hq, Sq, Sk), q.device)
+        check_beside("mask", mask, q, torch.bool, "a bool Tensor (an additive mask goes into bias)")
+        mask = four_dimensional("mask", mask, (B, Hq, Sq, Sk))
     if bias is not None:
-        if not isinstance(bias, Tensor) or bias.dtype != q.dtype:
-            raise TypeError(f"bias must be a Tensor of q's dtype {q.dtype}, not {kind(bias)}")
-        bias = four_dimensional("bias", bias, (B, Hq, Sq, Sk), q.device)
-    if alibi_slopes is not None:
-        alibi_slopes = check_slopes(alibi_slopes, B, q)
-    if sinks is not None:
-        sinks = per_head("sinks", sinks, [(Hq,)], q)
+        check_beside("bias", bias, q, q.dtype, f"a Tensor of q's dtype {q.dtype}")
+        bias = four_dimensional("bias", bias, (B, Hq, Sq, Sk))
+    slopes, sinks = check_slopes(alibi_slopes, B, q), check_sinks(sinks, q)
     causal_rule, left, right = corner_and_window(causal, window)
     key = None if seed is None else dropout_key(dropout_p, seed, offset)
     return Attention(
-        q, k, v, mask, bias, alibi_slopes, sinks, key, cu_seqlens_q, cu_seqlens_k, check_scale(scale, D),
+        q, k, v, mask, bias, slopes, sinks, key, cu_seqlens_q, cu_seqlens_k, check_scale(scale, D),
         causal_rule, left, right, check_softcap(softcap), check_dropout(dropout_p), Sq, Sk,
     )  # fmt: skip
 
@@ -176,7 +143,10 @@ def _unpacked(name: str, x: Tensor) -> Tensor:
     return x.transpose(0, 1).unsqueeze(0)
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = ("q", "k", "v")) -> None:
+def check_tensors(
+    q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = ("q", "k", "v"), paged: bool | None = None
+) -> None:
+    """Of one dtype on one device, with shapes that belong together; None: pages are out of the question."""
     for name, tensor in zip(names, (q, k, v), strict=True):
         check_dense(name, tensor)
         if tensor.dim() != 4:
@@ -189,60 +159,75 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] =
         raise TypeError(f"q must be floating point, not {q.dtype}")
     if q.shape[3] == 0:
         raise ValueError("q's head dimension must not be 0")
+    B, Hq, _Sq, D = q.shape
+    Bk, Hkv, Sk, Dk = k.shape
+    if Dk != D or (Bk != B and not paged):
+        wanted = f"[pages, Hkv, page_size, {D}]" if paged else f"[{B}, Hkv, Sk, {D}]"
+        table = "" if paged is None else f" {'with' if paged else 'without'} a page_table"
+        found = f"to match q {tuple(q.shape)}{table}, not {tuple(k.shape)}"
+        raise ValueError(f"{names[1]} must be {wanted} {found}")
+    if v.shape[:3] != k.shape[:3]:
+        wanted = f"[{Bk}, {Hkv}, {Sk}, Dv] to match {names[1]}"
+        raise ValueError(f"{names[2]} must be {wanted}, not {tuple(v.shape)}")
+    if Hkv == 0 or Hq % Hkv != 0:
+        raise ValueError(f"q's head count {Hq} must be a multiple of {names[1]}'s and {names[2]}'s, {Hkv}")
 
 
-def four_dimensional(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """A view with 4 dimensions, each 1 or that of ``shape`` = [B, Hq, Sq, Sk]."""
-    check_dense(name, x)
-    if x.device != device:
-        raise ValueError(f"{name} must be on q's device {device}, not {x.device}")
-    matches = all(have in (1, want) for have, want in zip(reversed(x.shape), reversed(shape), strict=False))
-    if x.dim() > 4 or not matches:
-        raise ValueError(
-            f"{name} of shape {tuple(x.shape)} does not broadcast to [B, Hq, Sq, Sk] = {list(shape)}"
-        )
-    return x if x.dim() == 4 else x[(None,) * (4 - x.dim())]
-
-
-def per_head(name: str, x: Tensor, shapes: list[tuple[int, ...]], q: Tensor) -> Tensor:
-    """Numbers of each query head, in float32 (float64 if q is)."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating point Tensor, not {kind(x)}")
+def check_beside(name: str, x: Any, q: Tensor, dtype: torch.dtype | None, what: str) -> None:
+    """A dense tensor of this dtype, or any floating point one, on q's device; ``what`` says so in words."""
+    if not isinstance(x, Tensor) or not (x.is_floating_point() if dtype is None else x.dtype == dtype):
+        raise TypeError(f"{name} must be {what}, not {kind(x)}")
     check_dense(name, x)
     if x.device != q.device:
         raise ValueError(f"{name} must be on q's device {q.device}, not {x.device}")
+
+
+def four_dimensional(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A view with 4 dimensions, each 1 or that of ``shape`` = [B, Hq, Sq, Sk]."""
+    matches = all(have in (1, want) for have, want in zip(reversed(x.shape), reversed(shape), strict=False))
+    if x.dim() > 4 or not matches:
+        wanted = f"does not broadcast to [B, Hq, Sq, Sk] = {list(shape)}"
+        raise ValueError(f"{name} of shape {tuple(x.shape)} {wanted}")
+    return x if x.dim() == 4 else x[(None,) * (4 - x.dim())]
+
+
+def check_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
+    return None if sinks is None else _per_head("sinks", sinks, [q.shape[1:2]], q)
+
+
+def check_slopes(alibi_slopes: Tensor | None, B: int, q: Tensor) -> Tensor | None:
+    if alibi_slopes is None:
+        return None
+    Hq = q.shape[1]
+    slopes = _per_head("alibi_slopes", alibi_slopes, [(Hq,), (B, Hq)], q)
+    if slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError("alibi_slopes has no gradient: detach it, or write the slopes as a bias")
+    return slopes
+
+
+def _per_head(name: str, x: Tensor, shapes: Sequence[tuple[int, ...]], q: Tensor) -> Tensor:
+    """Numbers of each query head, in float32 (float64 if q is)."""
+    check_beside(name, x, q, None, "a floating point Tensor")
     if tuple(x.shape) not in shapes:
         wanted = " or ".join(str(list(shape)) for shape in shapes)
         raise ValueError(f"{name} must have shape {wanted}, one number a query head, not {list(x.shape)}")
     return x.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
 
 
-def check_slopes(alibi_slopes: Tensor, B: int, q: Tensor) -> Tensor:
-    Hq = q.shape[1]
-    slopes = per_head("alibi_slopes", alibi_slopes, [(Hq,), (B, Hq)], q)
-    if slopes.requires_grad and torch.is_grad_enabled():
-        raise ValueError("alibi_slopes has no gradient: detach it, or write the slopes as a bias")
-    return slopes
-
-
 # ---- packed sequences ------------------------------------------------------------------------------
 
 
-def cumulative(name: str, x: Tensor | None, total: int, device: torch.device) -> Tensor:
+def cumulative(name: str, x: Tensor | None, total: int, q: Tensor) -> Tensor:
     """Cumulative lengths: from 0 to ``total``, never falling. On a GPU looked at only with BIGKERN_DEBUG."""
-    if not isinstance(x, Tensor) or x.dtype != torch.int32:
-        raise TypeError(f"{name} must be an int32 Tensor, not {kind(x)}")
-    check_dense(name, x)
+    check_beside(name, x, q, torch.int32, "an int32 Tensor")
+    assert x is not None
     if x.dim() != 1 or x.shape[0] == 0:
         raise ValueError(f"{name} must have shape [sequences + 1], not {list(x.shape)}")
-    if x.device != device:
-        raise ValueError(f"{name} must be on q's device {device}, not {x.device}")
     if may_look(x):
         ends = x.tolist()
         if ends[0] != 0 or ends[-1] != total:
-            raise ValueError(
-                f"{name} must run from 0 to {total}, the rows of {name[-1]}, not {ends[0]}..{ends[-1]}"
-            )
+            wanted = f"from 0 to {total}, the rows of {name[-1]}"
+            raise ValueError(f"{name} must run {wanted}, not {ends[0]}..{ends[-1]}")
         if any(b < a for a, b in pairwise(ends)):
             raise ValueError(f"{name} must not fall, but it is {ends}")
     return x.contiguous()
@@ -282,9 +267,9 @@ def check_softcap(softcap: float) -> float:
 
 def corner_and_window(causal: Causal, window: Window | None) -> tuple[str, int, int]:
     """The causal rule's name and the window (-1: unlimited); a causal window ends at the query's place."""
-    if not isinstance(causal, bool | str) or causal not in _CAUSAL:
+    rule = ("top_left" if causal else "none") if isinstance(causal, bool) else causal
+    if not isinstance(rule, str) or rule not in ("none", "top_left", "bottom_right"):
         raise ValueError(f'causal must be False, True, "top_left" or "bottom_right", not {causal!r}')
-    rule = _CAUSAL[causal]
     left, right = (None, None) if window is None else _window(window)
     if rule != "none":
         right = 0

@@ -42,55 +42,38 @@ def scaled_dot_product_attention(
         >>> bigkern.scaled_dot_product_attention(q, q, q, is_causal=True).shape
         torch.Size([1, 8, 128, 64])
     """
-    given = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    if not all(isinstance(x, Tensor) for x in given) or query.dim() != 4 or (len(given) == 4 and is_causal):
-        return _stock(*given[:3], attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    strided = not query.is_nested and not key.is_nested
-    ungrouped = strided and not enable_gqa and (key.dim() != 4 or query.shape[1] != key.shape[1])
-    nothing = dropout_p == 1.0 or (strided and 0 in (query.shape[1], query.shape[3]))
-    if ungrouped or nothing:
-        return _stock(*given[:3], attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if _is_torchs(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
+        try:
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        except TORCHS as error:
+            raise named(error, _misfit(query, key, value, attn_mask)) from error
+    options: dict[str, Any] = {"causal": is_causal, "scale": scale, "dropout_p": dropout_p}
     try:
-        return _attention(*given[:3], attn_mask, is_causal, scale, dropout_p)
+        if query.layout == torch.jagged and attn_mask is None:
+            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+            return cast(Tensor, varlen_attention(q, k, v, **options)).transpose(1, 2)
+        boolean = attn_mask is not None and attn_mask.dtype == torch.bool
+        mask, bias = (attn_mask, None) if boolean else (None, attn_mask)
+        return cast(Tensor, attention(query, key, value, mask=mask, bias=bias, **options))
     except (TypeError, ValueError) as error:
         raise type(error)(_in_torchs_words(str(error))) from error
 
 
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    causal: bool,
-    scale: Any,
-    dropout_p: float,
-) -> Tensor:
-    if query.layout == torch.jagged and attn_mask is None:
-        rows = [x.transpose(1, 2) for x in (query, key, value)]
-        o = varlen_attention(*rows, causal=causal, scale=scale, dropout_p=dropout_p)  # type: ignore[arg-type]
-        return cast(Tensor, o).transpose(1, 2)
-    boolean = attn_mask is not None and attn_mask.dtype == torch.bool
-    mask, bias = (attn_mask, None) if boolean else (None, attn_mask)
-    o = attention(query, key, value, causal=causal, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p)
-    return cast(Tensor, o)
-
-
-def _stock(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> Tensor:
-    try:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    except TORCHS as error:
-        raise named(error, _misfit(query, key, value, attn_mask)) from error
+def _is_torchs(
+    query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: float, is_causal: bool, enable_gqa: bool
+) -> bool:
+    """Whether a call is left to torch's own function, to run or to refuse."""
+    given = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    if not all(isinstance(x, Tensor) for x in given) or query.dim() != 4:
+        return True
+    if dropout_p == 1.0 or (attn_mask is not None and is_causal):
+        return True
+    if query.is_nested or key.is_nested:
+        return False
+    grouped = key.dim() != 4 or query.shape[1] != key.shape[1]
+    return 0 in (query.shape[1], query.shape[3]) or (grouped and not enable_gqa)
 
 
 # ---- errors ----------------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -67,35 +65,30 @@ def varlen_attention(
         >>> bigkern.varlen_attention(q, q, q, ends, ends, causal=True).shape
         torch.Size([7, 4, 32])
     """
-    options: dict[str, Any] = {
-        "causal": causal, "scale": scale, "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes,
-        "sinks": sinks, "dropout_p": dropout_p, "seed": seed, "offset": offset,
-    }  # fmt: skip
+    offsets = None
     if isinstance(q, Tensor) and q.is_nested:
-        return _nested(q, k, v, options, return_lse)
+        _check_nested(q, k, v)
+        offsets, k_offsets = (x.offsets() for x in (q, k))  # type: ignore[attr-defined]
+        cu_seqlens_q, cu_seqlens_k = offsets.to(torch.int32), k_offsets.to(torch.int32)
+        q, k, v, max_seqlen_q, max_seqlen_k = q.values(), k.values(), v.values(), None, None
     for name, ends in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if ends is None:
             raise TypeError(f"{name} must be an int32 Tensor [sequences + 1] unless q, k and v are nested")
-    call = bind(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
+    call = bind(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal, scale=scale,
+        window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p,
+        seed=seed, offset=offset,
+    )  # fmt: skip
     results = run(ATTENTION.resolve(call), call, None, return_lse)
-    if isinstance(results, Tensor):
-        return results.squeeze(0).transpose(0, 1)
-    o, lse = results
-    return o.squeeze(0).transpose(0, 1), lse.squeeze(0)
+    o, lse = (results, None) if isinstance(results, Tensor) else results
+    o = o.squeeze(0).transpose(0, 1)
+    o = o if offsets is None else torch.nested.nested_tensor_from_jagged(o, offsets)
+    return o if lse is None else (o, lse.squeeze(0))
 
 
-def _nested(
-    q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], return_lse: bool
-) -> Tensor | tuple[Tensor, Tensor]:
+def _check_nested(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or not x.is_nested or x.layout != torch.jagged:
             raise TypeError(f"{name} must be a nested Tensor of layout torch.jagged, as q")
         if x.dim() != 4 or not x.is_contiguous():
             raise ValueError(f"{name} must be contiguous [B, j, H, D] with jagged j, not {tuple(x.shape)}")
-    offsets = [x.offsets() for x in (q, k)]  # type: ignore[attr-defined]
-    q_ends, k_ends = (x.to(torch.int32) for x in offsets)
-    q, k, v = (x.values() for x in (q, k, v))
-    results = varlen_attention(q, k, v, q_ends, k_ends, **options, return_lse=return_lse)
-    o = results if isinstance(results, Tensor) else results[0]
-    nested = torch.nested.nested_tensor_from_jagged(o, offsets[0])
-    return nested if isinstance(results, Tensor) else (nested, results[1])
