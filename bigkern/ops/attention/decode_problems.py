@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,32 +11,21 @@ from bigkern.core.problem import Call, Inputs, Problem
 from bigkern.ops.attention import decode as op
 from bigkern.ops.attention import decode_reference
 from bigkern.ops.attention.decode_call import bind
-from bigkern.ops.attention.problems import feature_words, slopes
+from bigkern.ops.attention.problems import feature_words, options, present, slopes
 
 
 def decode(
-    lengths: Sequence[int],
-    H: int,
-    S: int,
-    D: int,
-    *,
-    kv_heads: int | None = None,
-    queries: int = 1,
-    page_size: int = 0,
-    label: str = "",
-    window: tuple[int, int] | None = None,
-    softcap: float = 0.0,
-    alibi: bool = False,
-    sinks: bool = False,
-) -> Problem:
+    lengths: Sequence[int], H: int, S: int, D: int, *, kv_heads: int | None = None, queries: int = 1,
+    page_size: int = 0, label: str = "", window: tuple[int, int] | None = None, softcap: float = 0.0,
+    alibi: bool = False, sinks: bool = False,
+) -> Problem:  # fmt: skip
     """The newest queries of each sequence over a cache with room for S keys of each, perhaps in pages."""
     B, kv = len(lengths), kv_heads or H
     width = -(-S // page_size) if page_size else 1
     cache = (B * width, page_size, kv, D) if page_size else (B, kv, S, D)
     shapes: dict[str, tuple[int, ...]] = {"q": (B, queries, H, D), "cache_k": cache, "cache_v": cache}
     shapes |= {"sinks": (H,)} if sinks else {}
-    given: dict[str, Any] = {"window": window} if window else {}
-    given |= {"softcap": softcap} if softcap else {}
+    given = options(True, 0.0, window=window, softcap=softcap)
 
     def constants(device: torch.device) -> Inputs:
         made = {"lengths": torch.tensor(lengths, dtype=torch.int32, device=device)}
@@ -50,8 +38,7 @@ def decode(
         keys, values = (inputs[name] for name in ("cache_k", "cache_v"))
         if page_size:
             keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-        names = ("page_table", "alibi_slopes", "sinks")
-        tensors = {name: inputs[name] for name in names if name in inputs}
+        tensors = present(inputs, "page_table", "alibi_slopes", "sinks")
         return (inputs["q"].transpose(1, 2), keys, values, inputs["lengths"]), tensors | given
 
     def specified(inputs: Inputs) -> Tensor:

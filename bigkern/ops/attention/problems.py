@@ -24,23 +24,10 @@ Bias = Literal["", "fixed", "learned"]
 
 
 def attention(
-    B: int,
-    H: int,
-    S: int,
-    D: int,
-    causal: Causal = False,
-    *,
-    kv_heads: int | None = None,
-    keys: int | None = None,
-    masked: bool = False,
-    bias: Bias = "",
-    window: tuple[int, int] | None = None,
-    softcap: float = 0.0,
-    alibi: bool = False,
-    sinks: bool = False,
-    dropout: float = 0.0,
-    lse: bool = False,
-) -> Problem:
+    B: int, H: int, S: int, D: int, causal: Causal = False, *, kv_heads: int | None = None,
+    keys: int | None = None, masked: bool = False, bias: Bias = "", window: tuple[int, int] | None = None,
+    softcap: float = 0.0, alibi: bool = False, sinks: bool = False, dropout: float = 0.0, lse: bool = False,
+) -> Problem:  # fmt: skip
     """``keys`` is the length of k and v where it is not S; ``masked`` hides every fifth key or so.
 
     A bias is one for all batches, ``[H, S, keys]``; a learned one has a gradient, and so has ``lse``.
@@ -50,11 +37,7 @@ def attention(
     shapes: dict[str, tuple[int, ...]] = {"q": (B, S, H, D), "k": (B, Sk, kv, D), "v": (B, Sk, kv, D)}
     shapes |= {"fixed_bias" if bias == "fixed" else "bias": (H, S, Sk)} if bias else {}
     shapes |= {"sinks": (H,)} if sinks else {}
-    given: dict[str, Any] = {"causal": causal}
-    given |= {"window": window} if window else {}
-    given |= {"softcap": softcap} if softcap else {}
-    given |= {"dropout_p": dropout, "seed": 5, "offset": 3} if dropout else {}
-    given |= {"return_lse": True} if lse else {}
+    given = options(causal, dropout, window=window, softcap=softcap, return_lse=lse)
     stock_can = not (softcap or alibi or sinks or dropout or lse)
     dense_mask = masked or window is not None or causal == "bottom_right" or (bool(bias) and causal)
 
@@ -68,8 +51,7 @@ def attention(
         return made | (slopes(H, device) if alibi else {})
 
     def call(inputs: Inputs) -> Call:
-        names = ("mask", "bias", "alibi_slopes", "sinks")
-        tensors = {name: inputs[name] for name in names if name in inputs}
+        tensors = present(inputs, "mask", "bias", "alibi_slopes", "sinks")
         tensors |= {"bias": inputs["fixed_bias"]} if bias == "fixed" else {}
         return heads_first(inputs), tensors | given
 
@@ -85,12 +67,9 @@ def attention(
     words = [f"{B}x{H}x{S}x{D}"]
     words += [f"{Sk} keys"] if keys else []
     words += [f"{kv} kv heads"] if kv != H else []
-    words += ["causal" if causal is True else str(causal)] if causal else []
-    words += ["mask"] if masked else []
-    words += [{"fixed": "bias", "learned": "bias with gradient"}[bias]] if bias else []
-    words += feature_words(window, softcap, alibi, sinks)
-    words += [f"dropout {dropout:g}"] if dropout else []
-    words += ["lse"] if lse else []
+    words += causal_words(causal) + ["mask"] * masked
+    words += {"": [], "fixed": ["bias"], "learned": ["bias with gradient"]}[bias]
+    words += feature_words(window, softcap, alibi, sinks, dropout) + ["lse"] * lse
     return Problem(
         "attention",
         ", ".join(words),
@@ -107,23 +86,15 @@ def attention(
 
 
 def varlen(
-    lengths: Sequence[int],
-    H: int,
-    D: int,
-    causal: Causal = False,
-    *,
-    kv_heads: int | None = None,
-    keys: Sequence[int] | None = None,
-    label: str = "",
-    window: tuple[int, int] | None = None,
+    lengths: Sequence[int], H: int, D: int, causal: Causal = False, *, kv_heads: int | None = None,
+    keys: Sequence[int] | None = None, label: str = "", window: tuple[int, int] | None = None,
     dropout: float = 0.0,
-) -> Problem:
+) -> Problem:  # fmt: skip
     """Packed sequences of so many queries, and of so many ``keys`` each where that is not the same."""
     kv, of_keys = kv_heads or H, list(keys or lengths)
     rows, columns = sum(lengths), sum(of_keys)
     shapes: dict[str, tuple[int, ...]] = {"q": (rows, H, D), "k": (columns, kv, D), "v": (columns, kv, D)}
-    given: dict[str, Any] = {"causal": causal, "window": window}
-    given |= {"dropout_p": dropout, "seed": 5} if dropout else {}
+    given = options(causal, dropout, window=window)
 
     def constants(device: torch.device) -> Inputs:
         def ends(each: Sequence[int]) -> Tensor:
@@ -150,8 +121,7 @@ def varlen(
     words = [label or f"varlen {'+'.join(str(n) for n in lengths)}, {H}x{D}"]
     words += [f"{'+'.join(str(n) for n in keys)} keys"] if keys else []
     words += [f"{kv} kv heads"] if kv != H else []
-    words += ["causal" if causal is True else str(causal)] if causal else []
-    words += feature_words(window) + ([f"dropout {dropout:g}"] if dropout else [])
+    words += causal_words(causal) + feature_words(window, dropout=dropout)
     return Problem(
         "attention",
         ", ".join(words),
@@ -167,6 +137,17 @@ def varlen(
 
 
 # ---- what they share -------------------------------------------------------------------------------
+
+
+def options(causal: Causal, dropout: float, **given: Any) -> dict[str, Any]:
+    """Keyword arguments of a call, without those that ask for nothing."""
+    given |= {"dropout_p": dropout, "seed": 5, "offset": 3} if dropout else {}
+    return {"causal": causal} | {name: value for name, value in given.items() if value}
+
+
+def present(inputs: Inputs, *names: str) -> Inputs:
+    """Those of these inputs that there are."""
+    return {name: inputs[name] for name in names if name in inputs}
 
 
 def heads_first(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -205,12 +186,18 @@ def pairs(S: int, Sk: int, causal: Causal, window: tuple[int, int] | None) -> fl
     return float(seen(S, Sk, causal, window, torch.device("cpu")).sum())
 
 
+def causal_words(causal: Causal) -> list[str]:
+    return ["causal" if causal is True else str(causal)] if causal else []
+
+
 def feature_words(
-    window: tuple[int, int] | None = None, softcap: float = 0.0, alibi: bool = False, sinks: bool = False
-) -> list[str]:
+    window: tuple[int, int] | None, softcap: float = 0.0, alibi: bool = False, sinks: bool = False,
+    dropout: float = 0.0,
+) -> list[str]:  # fmt: skip
     words = [f"window {window[0]},{window[1]}"] if window else []
     words += [f"softcap {softcap:g}"] if softcap else []
-    return words + ["ALiBi"] * alibi + ["sinks"] * sinks
+    words += ["ALiBi"] * alibi + ["sinks"] * sinks
+    return words + ([f"dropout {dropout:g}"] if dropout else [])
 
 
 # ---- feature by feature ------------------------------------------------------------------------------
