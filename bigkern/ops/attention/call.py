@@ -115,7 +115,8 @@ def bind(
     if bias is not None:
         check_beside("bias", bias, q, q.dtype, f"a Tensor of q's dtype {q.dtype}")
         bias = four_dimensional("bias", bias, (B, Hq, Sq, Sk))
-    slopes, sinks = check_slopes(alibi_slopes, B, q), check_sinks(sinks, q)
+    slopes = None if alibi_slopes is None else check_slopes(alibi_slopes, B, q)
+    sinks = None if sinks is None else check_sinks(sinks, q)
     causal_rule, left, right = corner_and_window(causal, window)
     key = None if seed is None else dropout_key(dropout_p, seed, offset)
     return Attention(
@@ -147,26 +148,27 @@ def check_tensors(
     q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = ("q", "k", "v"), paged: bool | None = None
 ) -> None:
     """Of one dtype on one device, with shapes that belong together; None: pages are out of the question."""
-    for name, tensor in zip(names, (q, k, v), strict=True):
-        check_dense(name, tensor)
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions [B, H, S, D], not shape {tuple(tensor.shape)}")
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"{name} must have q's dtype {q.dtype}, not {tensor.dtype}")
-        if tensor.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, not {tensor.device}")
-    if not q.is_floating_point():
-        raise TypeError(f"q must be floating point, not {q.dtype}")
-    if q.shape[3] == 0:
+    for name, x in zip(names, (q, k, v), strict=True):
+        check_dense(name, x)
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions [B, H, S, D], not shape {tuple(x.shape)}")
+    dtype, device = q.dtype, q.device
+    for name, x in zip(names[1:], (k, v), strict=True):
+        if x.dtype != dtype:
+            raise TypeError(f"{name} must have q's dtype {dtype}, not {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"{name} must be on q's device {device}, not {x.device}")
+    if not dtype.is_floating_point:
+        raise TypeError(f"q must be floating point, not {dtype}")
+    (B, Hq, _Sq, D), (Bk, Hkv, Sk, Dk), (Bv, Hv, Sv, _Dv) = q.shape, k.shape, v.shape
+    if D == 0:
         raise ValueError("q's head dimension must not be 0")
-    B, Hq, _Sq, D = q.shape
-    Bk, Hkv, Sk, Dk = k.shape
     if Dk != D or (Bk != B and not paged):
         wanted = f"[pages, Hkv, page_size, {D}]" if paged else f"[{B}, Hkv, Sk, {D}]"
         table = "" if paged is None else f" {'with' if paged else 'without'} a page_table"
         found = f"to match q {tuple(q.shape)}{table}, not {tuple(k.shape)}"
         raise ValueError(f"{names[1]} must be {wanted} {found}")
-    if v.shape[:3] != k.shape[:3]:
+    if Bv != Bk or Hv != Hkv or Sv != Sk:
         wanted = f"[{Bk}, {Hkv}, {Sk}, Dv] to match {names[1]}"
         raise ValueError(f"{names[2]} must be {wanted}, not {tuple(v.shape)}")
     if Hkv == 0 or Hq % Hkv != 0:
@@ -191,13 +193,11 @@ def four_dimensional(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x if x.dim() == 4 else x[(None,) * (4 - x.dim())]
 
 
-def check_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
-    return None if sinks is None else _per_head("sinks", sinks, [q.shape[1:2]], q)
+def check_sinks(sinks: Tensor, q: Tensor) -> Tensor:
+    return _per_head("sinks", sinks, [q.shape[1:2]], q)
 
 
-def check_slopes(alibi_slopes: Tensor | None, B: int, q: Tensor) -> Tensor | None:
-    if alibi_slopes is None:
-        return None
+def check_slopes(alibi_slopes: Tensor, B: int, q: Tensor) -> Tensor:
     Hq = q.shape[1]
     slopes = _per_head("alibi_slopes", alibi_slopes, [(Hq,), (B, Hq)], q)
     if slopes.requires_grad and torch.is_grad_enabled():

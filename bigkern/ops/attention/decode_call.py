@@ -49,7 +49,7 @@ def bind(
 ) -> Decode:  # fmt: skip
     """Check a public call."""
     check_tensors(q, k_cache, v_cache, ("q", "k_cache", "v_cache"), paged=page_table is not None)
-    (B, _Hq, Sq, D), (pages, Hkv, S, Dv) = q.shape, (*k_cache.shape[:3], v_cache.shape[3])
+    (B, _Hq, Sq, D), (pages, Hkv, S, _D), Dv = q.shape, k_cache.shape, v_cache.shape[3]
     if (k is None) != (v is None):
         raise ValueError(f"{'k' if k is None else 'v'} must be given with {'v' if k is None else 'k'}")
     if k is not None:
@@ -66,7 +66,8 @@ def bind(
         page_table, capacity = page_table.contiguous(), S * width
     added = 0 if k is None else Sq
     _check_values(cache_seqlens, added, capacity, page_table, pages, S)
-    slopes, sinks = check_slopes(alibi_slopes, B, q), check_sinks(sinks, q)
+    slopes = None if alibi_slopes is None else check_slopes(alibi_slopes, B, q)
+    sinks = None if sinks is None else check_sinks(sinks, q)
     if not isinstance(causal, bool):
         raise ValueError(f"causal must be True or False, not {causal!r}: queries are the last of a sequence")
     rule, left, right = corner_and_window("bottom_right" if causal else False, window)
