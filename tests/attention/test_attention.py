@@ -246,10 +246,9 @@ def stock(case: Case, tensors: dict[str, Any]) -> Results:
     beyond = case.softcap or case.sinks or case.dropout or case.lse_grad or case.lengths
     if beyond:
         return differentiate(case, tensors, lambda given: composed(case, given))
-    allowed = reference.visible(case.Sq, case.Sk, call)
+    allowed = reference.visible(call)
     if allowed is None:
         allowed = torch.ones(case.Sq, case.Sk, dtype=torch.bool, device=call.q.device)
-    allowed = allowed if call.mask is None else allowed & call.mask
     dead = ~allowed.any(-1, keepdim=True)
     if bool(dead.any()):
         alive = {"mask": allowed | dead, "do": tensors["do"].masked_fill(dead, 0.0)}

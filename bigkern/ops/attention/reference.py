@@ -31,18 +31,19 @@ Either = TypeVar("Either", bound=Attention)
 # ---- scores ----------------------------------------------------------------------------------------
 
 
-def distance(Sq: int, Sk: int, causal: str, device: torch.device) -> Tensor:
+def distance(call: Attention) -> Tensor:
     """[Sq, Sk], how many keys before its own place a query looks; negative: after it."""
-    offset = 0 if causal == "top_left" else Sk - Sq
-    i, j = torch.arange(Sq, device=device), torch.arange(Sk, device=device)
-    return i[:, None] + offset - j
+    Sq, Sk, device = call.q.shape[2], call.k.shape[2], call.q.device
+    offset = 0 if call.causal == "top_left" else Sk - Sq
+    return torch.arange(Sq, device=device)[:, None] + offset - torch.arange(Sk, device=device)
 
 
-def visible(Sq: int, Sk: int, call: Attention) -> Tensor | None:
-    """[Sq, Sk] bool, what causal rule and window let a query see; None: everything."""
+def visible(call: Attention) -> Tensor | None:
+    """[..., Sq, Sk] bool, what mask, causal rule and window let a query see; None: everything."""
     if call.window_left < 0 and call.window_right < 0:
-        return None
-    return within(distance(Sq, Sk, call.causal, call.q.device), call.window_left, call.window_right)
+        return call.mask
+    seen = within(distance(call), call.window_left, call.window_right)
+    return seen if call.mask is None else call.mask & seen
 
 
 def within(back: Tensor, left: int, right: int) -> Tensor:
@@ -70,15 +71,12 @@ def capped(call: Attention) -> Tensor:
 
 def restricted(x: Tensor, call: Attention) -> Tensor:
     """Scores from dot products: biases added, -inf where nothing may be seen."""
-    Sq, Sk = x.shape[-2:]
     if call.bias is not None:
         x = x + call.bias.to(x.dtype)
     if call.alibi_slopes is not None:
-        x = x + alibi(call.alibi_slopes, distance(Sq, Sk, call.causal, x.device)).to(x.dtype)
-    for seen in (call.mask, visible(Sq, Sk, call)):
-        if seen is not None:
-            x = x.masked_fill(~seen, float("-inf"))
-    return x
+        x = x + alibi(call.alibi_slopes, distance(call)).to(x.dtype)
+    seen = visible(call)
+    return x if seen is None else x.masked_fill(~seen, float("-inf"))
 
 
 # ---- dropout ---------------------------------------------------------------------------------------

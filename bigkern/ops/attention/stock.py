@@ -43,14 +43,9 @@ def _sdpa(call: Attention) -> Tensor:
 
 def _attn_mask(call: Attention) -> Tensor | None:
     """Mask, window, bias and slopes as the one ``attn_mask`` that torch's function takes."""
-    Sq, Sk = call.q.shape[2], call.k.shape[2]
-    mask, bias = call.mask, call.bias
-    seen = reference.visible(Sq, Sk, call)
-    if seen is not None:
-        mask = seen if mask is None else mask & seen
+    mask, bias = reference.visible(call), call.bias
     if call.alibi_slopes is not None:
-        back = reference.distance(Sq, Sk, call.causal, call.q.device)
-        slopes = reference.alibi(call.alibi_slopes, back).to(call.q.dtype)
+        slopes = reference.alibi(call.alibi_slopes, reference.distance(call)).to(call.q.dtype)
         bias = slopes if bias is None else bias + slopes
     if bias is None:
         return mask
