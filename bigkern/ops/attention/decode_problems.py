@@ -11,7 +11,7 @@ from bigkern.core.problem import Call, Inputs, Problem
 from bigkern.ops.attention import decode as op
 from bigkern.ops.attention import decode_reference
 from bigkern.ops.attention.decode_call import bind
-from bigkern.ops.attention.problems import feature_words, options, present, slopes
+from bigkern.ops.attention.problems import feature_words, keywords, present, slopes
 
 
 def decode(
@@ -25,7 +25,7 @@ def decode(
     cache = (B * width, page_size, kv, D) if page_size else (B, kv, S, D)
     shapes: dict[str, tuple[int, ...]] = {"q": (B, queries, H, D), "cache_k": cache, "cache_v": cache}
     shapes |= {"sinks": (H,)} if sinks else {}
-    given = options(True, 0.0, window=window, softcap=softcap)
+    given = keywords(True, 0.0, window=window, softcap=softcap)
 
     def constants(device: torch.device) -> Inputs:
         made = {"lengths": torch.tensor(lengths, dtype=torch.int32, device=device)}

@@ -37,7 +37,7 @@ def attention(
     shapes: dict[str, tuple[int, ...]] = {"q": (B, S, H, D), "k": (B, Sk, kv, D), "v": (B, Sk, kv, D)}
     shapes |= {"fixed_bias" if bias == "fixed" else "bias": (H, S, Sk)} if bias else {}
     shapes |= {"sinks": (H,)} if sinks else {}
-    given = options(causal, dropout, window=window, softcap=softcap, return_lse=lse)
+    given = keywords(causal, dropout, window=window, softcap=softcap, return_lse=lse)
     stock_can = not (softcap or alibi or sinks or dropout or lse)
     dense_mask = masked or window is not None or causal == "bottom_right" or (bool(bias) and causal)
 
@@ -94,7 +94,7 @@ def varlen(
     kv, of_keys = kv_heads or H, list(keys or lengths)
     rows, columns = sum(lengths), sum(of_keys)
     shapes: dict[str, tuple[int, ...]] = {"q": (rows, H, D), "k": (columns, kv, D), "v": (columns, kv, D)}
-    given = options(causal, dropout, window=window)
+    given = keywords(causal, dropout, window=window)
 
     def constants(device: torch.device) -> Inputs:
         def ends(each: Sequence[int]) -> Tensor:
@@ -139,7 +139,7 @@ def varlen(
 # ---- what they share -------------------------------------------------------------------------------
 
 
-def options(causal: Causal, dropout: float, **given: Any) -> dict[str, Any]:
+def keywords(causal: Causal, dropout: float, **given: Any) -> dict[str, Any]:
     """Keyword arguments of a call, without those that ask for nothing."""
     given |= {"dropout_p": dropout, "seed": 5, "offset": 3} if dropout else {}
     return {"causal": causal} | {name: value for name, value in given.items() if value}
