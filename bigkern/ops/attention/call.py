@@ -147,7 +147,7 @@ def _unpacked(name: str, x: Tensor) -> Tensor:
 def check_tensors(
     q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = ("q", "k", "v"), paged: bool | None = None
 ) -> None:
-    """Of one dtype on one device, with shapes that belong together; None: pages are out of the question."""
+    """One dtype, one device, and shapes that belong together; ``paged`` says it of a cache."""
     for name, x in zip(names, (q, k, v), strict=True):
         check_dense(name, x)
         if x.dim() != 4:
