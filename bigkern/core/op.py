@@ -186,7 +186,7 @@ class Op(registry.Op):
         self.draw, self.compiled, self._check_values = draw, compiled, check_values
         self.tensor_fields = [n for n, kind in call.kinds.items() if kind in TENSORS]
         self.tensors = getter(self.tensor_fields, call.kinds)
-        self.memory = Memory(self, remembers)
+        self.memory: Any = Memory(self, remembers) if remembers else None
         self.node = _define(name, call, result, fake, self._run_as_node, compiled)
         self.gradient: Any = None if autograd is None else _Gradient(self, autograd)
 
