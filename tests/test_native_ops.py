@@ -144,7 +144,7 @@ def attention_backward_call() -> dict[str, Any]:
     o, lse = torch.ops.bigkern_native.attention(*forward.values())
     q, k, v = (forward.pop(name) for name in "qkv")
     first = {"do": torch.randn(o.shape), "dlse": torch.randn(lse.shape), "q": q, "k": k, "v": v}
-    return {**first, "o": o, "lse": lse, "bias_grad": True, **forward}
+    return {**first, "o": o, "lse": lse, "want_bias": True, **forward}
 
 
 def decode_attention_call() -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,5 +42,5 @@ def dropped(x: Tensor, key: Tensor | None, p: float, head: int) -> Tensor:
     if key is None or p == 0.0:
         return x
     N = x.shape[-1]
-    keeps = kept(key, p, torch.tensor(head, device=x.device), x.shape[:-1].numel(), N)
+    keeps = kept(key, p, torch.tensor(head, device=x.device), math.prod(x.shape[:-1]), N)
     return torch.where(keeps.view(x.shape), x / (1.0 - p), 0.0)

@@ -10,8 +10,8 @@ An op is declared by its **call**, a slotted dataclass of the arguments as they 
 
 and by what its kernels return, a NamedTuple whose first fields are what the caller gets. From the types come
 the schemas of the public op ``bigkern::linear`` and of the native one that compiled kernels implement. A
-gradient is declared in the same way: the backward's call, what is kept for it by name, and the formula that
-turns upstream gradients into those of the call's fields (:class:`Autograd`).
+gradient is declared in the same way, by the backward's call and its result, whose names say what is kept and
+what becomes of it (:class:`Autograd`).
 
 A call takes one of three ways: a candidate that torch differentiates itself runs as it is; in eager mode a
 candidate's kernels run inside one autograd function; anything that traces, compiles or subclasses tensors
@@ -25,12 +25,13 @@ import string
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map_only
 
 from bigkern.core import registry
 from bigkern.core.library import LIBRARY, define_native, in_functorch, plain
@@ -78,8 +79,7 @@ class Call:
         cls.names = tuple(cls.kinds)
         cls.sums = tuple(name for name in names if name not in cls.kinds)
         cls.public, cls.flat = getter(cls.names), getter((*cls.names, *cls.sums))
-        by_name = ", ".join(f"{name}={name}" for name in cls.names)
-        cls.of_flat = staticmethod(eval(f"lambda {', '.join(cls.names)}: cls({by_name})", {"cls": cls}))
+        cls.of_flat = staticmethod(_maker(cls, ", ".join(cls.names), {name: name for name in cls.names}))
 
 
 def getter(names: Sequence[str], kinds: Mapping[str, Any] = types.MappingProxyType({})) -> Getter:
@@ -89,6 +89,13 @@ def getter(names: Sequence[str], kinds: Mapping[str, Any] = types.MappingProxyTy
     """
     parts = "".join(f"{'*' if kinds.get(name) in LISTS else ''}call.{name}, " for name in names)
     made: Getter = eval(f"lambda call: ({parts})")
+    return made
+
+
+def _maker(cls: type[Call], parameters: str, sources: Mapping[str, str]) -> Callable[..., Any]:
+    """Of parameters: a call whose fields are these expressions."""
+    by_name = ", ".join(f"{name}={source}" for name, source in sources.items())
+    made: Callable[..., Any] = eval(f"lambda {parameters}: cls({by_name})", {"cls": cls})
     return made
 
 
@@ -118,29 +125,44 @@ def listed(kinds: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Autograd:
-    """The gradient of an op.
+    """The gradient of an op, which the names in the backward's call and in its result say:
 
-    ``gradients(run, saved, grads, needed)`` gives those of the fields in ``of``, in their order, None where
-    one is not needed. ``run`` takes the backward's call and returns its result, a tuple unless it is one
-    tensor. ``saved`` has by name the tensors in ``saves`` and the numbers of the call. ``grads`` are those of
-    the outputs, None where there is none. ``needed`` says of each field in ``of`` whether it is asked for, of
-    a list for each of its tensors.
+    - ``d<field>`` of the result is the gradient of that field of the op's call;
+    - ``d<output>`` of the backward's call is the gradient of that field of the op's result, None where there
+      is none;
+    - ``want_<field>`` is whether a gradient of that field is asked for, of a list of any of its tensors, and
+      ``wanted: list[bool]`` says it of all;
+    - every other field is what the op's call, or else its result, has under that name. It is kept.
+
+    Args:
+        call, result: of the backward; a NamedTuple.
+        gradients: ``(run, call, needed)`` -> gradients of the fields in ``of``, in their order, where the
+            result is not all of them. ``run`` takes the backward's call and returns its result, a tuple
+            unless it is one tensor; ``needed`` says of each field whether it is asked for, of a list of each
+            tensor.
+        of: the fields that have gradients, where the result does not name them all.
+        kept: ``(call, result)`` -> the tensors that the backward's call has besides upstream gradients, in
+            its order, where they are not fields of those names.
+        twice: ``(call, needed)`` -> gradients that can be differentiated again; without it they cannot.
+        fake: of the backward, as the op's.
+        forward_of: the backward's call -> a call for which the same candidate is chosen; without it, the one
+            of the fields that both have, with None for the others.
+        differentiable: how many of the outputs; without it all.
+        compiled: whether compiled kernels implement all of the backward; else it has no native op.
+        contiguous: whether nodes make kernels' gradients contiguous, as ``fake`` has them.
     """
 
-    call: type[Call]  # of the backward
-    result: type  # a NamedTuple
-    of: tuple[str, ...]  # the call's fields that have gradients
-    saves: tuple[str, ...]  # fields of the call and of the result, or names of what ``kept`` gives
-    gradients: Callable[..., tuple[Any, ...]]
-    fake: Callable[[Any], Any]  # the backward's call -> its result, uninitialised
-    forward_of: Callable[[Any], Call]  # the backward's call -> a call for which the same candidate is chosen
-    # (saved, grads, needed) -> gradients that can be differentiated again; without it they cannot.
-    twice: Callable[..., tuple[Any, ...]] | None = None
-    # (call, result) -> the tensors in ``saves``; without it they are the fields of those names.
+    call: type[Call]
+    result: Any
+    gradients: Callable[..., tuple[Any, ...]] | None = None
+    of: tuple[str, ...] = ()
     kept: Callable[[Any, Any], tuple[Tensor | None, ...]] | None = None
-    differentiable: int | None = None  # how many of the outputs; without it all
-    compiled: bool = True  # whether compiled kernels implement all of the backward; else it has no native op
-    contiguous: bool = False  # whether nodes make kernels' gradients contiguous, as ``fake`` has them
+    twice: Callable[..., tuple[Any, ...]] | None = None
+    fake: Callable[[Any], Any] | None = None
+    forward_of: Callable[[Any], Call] | None = None
+    differentiable: int | None = None
+    compiled: bool = True
+    contiguous: bool = False
 
 
 class Op(registry.Op):
@@ -150,7 +172,8 @@ class Op(registry.Op):
         name: the op's name everywhere.
         call, result: what goes in, and a NamedTuple of what kernels return, or Tensor, or None.
         bind: the public function's arguments -> the call; raises where they do not fit.
-        fake: the call -> the result, uninitialised.
+        fake: the call -> the result, uninitialised; without it, contiguous tensors of the reference's shapes,
+            which may look at no number in a tensor.
         reference: the op in plain torch, forward and backward: what a node runs for torch's own functions,
             which return no more than the outputs. None where no candidate is differentiated by torch.
         outputs: how many fields of the result the caller gets: one tensor, or a tuple. The others are for
@@ -171,7 +194,7 @@ class Op(registry.Op):
         result: Any,
         *,
         bind: Callable[..., Call],
-        fake: Callable[[Any], Any],
+        fake: Callable[[Any], Any] | None = None,
         reference: Backend | None = None,
         outputs: int = 1,
         check_values: Callable[[Any], None] | None = None,
@@ -187,6 +210,7 @@ class Op(registry.Op):
         self.tensor_fields = [n for n, kind in call.kinds.items() if kind in TENSORS]
         self.tensors = getter(self.tensor_fields, call.kinds)
         self.memory: Any = Memory(self, remembers) if remembers else None
+        fake = fake or _shapes_of(typing.cast(Backend, reference).forward)
         self.node = _define(name, call, result, fake, self._run_as_node, compiled)
         self.gradient: Any = None if autograd is None else _Gradient(self, autograd)
 
@@ -261,6 +285,11 @@ def _define(name: str, call: type[Call], result: Any, fake: Any, run: Any, compi
     return getattr(torch.ops.bigkern, name).default
 
 
+def _shapes_of(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A fake: uninitialised, contiguous tensors of the shapes that the function's results have."""
+    return lambda call: tree_map_only(Tensor, lambda x: x.new_empty(x.shape), function(call))
+
+
 def native(name: str, namespace: Any = torch.ops.bigkern_native) -> Callable[[Any], Any]:
     """The compiled kernels' op of that name, as a candidate runs it, without the overload's own frame."""
     return of_fields(getattr(namespace, name).default._op)
@@ -285,60 +314,80 @@ class _Gradient:
         self.op, self.autograd = op, autograd
         base = _Once if autograd.twice is None else _Twice
         self.function: Any = type(f"_{op.call.__name__}", (base,), {})  # a profiler shows the name
-        kinds, fields = op.call.kinds, list(op.result._fields)
-        numbers = [name for name, kind in kinds.items() if kind not in TENSORS]
+        kinds, outputs, call = op.call.kinds, list(op.result._fields), autograd.call
+        self.fields = autograd.of or tuple(name.removeprefix("d") for name in autograd.result._fields)
+        self.inputs = getter(self.fields, kinds)
+        self.gradients = autograd.gradients or (lambda run, call, _needed: run(call))
+        kept, numbers = self._read_names(call, outputs)
+        self.numbers = getter(numbers)
         star = {name: "*" for name, kind in kinds.items() if kind in LISTS}
         if autograd.kept is None:
             places = (
-                f"{star.get(n, '')}call.{n}" if n in kinds else f"result[{fields.index(n)}]"
-                for n in autograd.saves
+                f"{star.get(n, '')}call.{n}" if n in kinds else f"result[{outputs.index(n)}]" for n in kept
             )
-            self._kept = eval(f"lambda call, result: ({', '.join(places)},)")
+            self.kept = eval(f"lambda call, result: ({', '.join(places)},)")
         else:
-            kept, named = autograd.kept, op.result._make
-            self._kept = lambda call, result: kept(call, named(result))
+            of_call, named = autograd.kept, op.result._make
+            self.kept = lambda call, result: of_call(call, named(result))
         self.differentiable = op.outputs if autograd.differentiable is None else autograd.differentiable
-        self._numbers = getter(numbers)
-        self._saved = make_dataclass("Saved", [*autograd.saves, *numbers], slots=True)
-        self.inputs = getter(autograd.of, kinds)
-        self.has_lists = not star.keys().isdisjoint((*autograd.of, *autograd.saves))
-        self.counts, self._lengths = (_lengths(names, kinds) for names in (autograd.of, autograd.saves))
-        name = f"{op.name}_backward"
-        parts = (autograd.call, autograd.result, autograd.fake, self._run_as_node)
-        self.node = _define(name, *parts, op.compiled and autograd.compiled)
+        self.has_lists = not star.keys().isdisjoint((*self.fields, *kept))
+        self.counts, self.lengths = (_lengths(names, kinds) for names in (self.fields, kept))
+        same = {name: f"call.{name}" if name in call.kinds else "None" for name in op.call.names}
+        self.forward_of = autograd.forward_of or _maker(op.call, "call", same)
+        fake = autograd.fake or _shapes_of(op.reference.backward)
+        compiled = op.compiled and autograd.compiled
+        self.node = _define(f"{op.name}_backward", call, autograd.result, fake, self._run_as_node, compiled)
         torch.library.register_autograd(
             f"bigkern::{op.name}", self.in_a_graph, setup_context=self.set_up_graph, lib=LIBRARY
         )
 
+    def _read_names(self, call: type[Call], outputs: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The tensors and the numbers that are kept for the backward's call, and how it is made of them."""
+        kept: list[str] = []
+        numbers: list[str] = []
+        sources: dict[str, str] = {}
+        for name, kind in call.kinds.items():
+            output, field = name.removeprefix("d"), name.removeprefix("want_")
+            if output != name and output in outputs:
+                sources[name] = f"grads[{outputs.index(output)}]"
+            elif name == "wanted":
+                sources[name] = "list(needed)"
+            elif field != name:
+                asked = f"needed[{self.fields.index(field)}]"
+                sources[name] = f"any({asked})" if self.op.call.kinds[field] in LISTS else asked
+            else:
+                of, group = ("kept", kept) if kind in TENSORS else ("numbers", numbers)
+                sources[name] = f"{of}[{len(group)}]"
+                group.append(name)
+        self.call = _maker(call, "grads, kept, numbers, needed", sources)
+        return kept, numbers
+
     def save(self, ctx: Any, call: Any, result: Any) -> None:
         """Keep what the backward reads: tensors as autograd wants them kept, numbers as they are."""
-        ctx.save_for_backward(*self._kept(call, (result,) if isinstance(result, Tensor) else result))
+        ctx.save_for_backward(*self.kept(call, (result,) if isinstance(result, Tensor) else result))
         if self.has_lists:
-            ctx.lengths = self._lengths(call)
-        ctx.numbers = self._numbers(call)
+            ctx.lengths = self.lengths(call)
+        ctx.numbers = self.numbers(call)
         ctx.set_materialize_grads(False)
 
     def mark(self, ctx: Any, outputs: Sequence[Tensor | None]) -> None:
         """Tell autograd which outputs have no gradients."""
         ctx.mark_non_differentiable(*(t for t in outputs[self.differentiable :] if t is not None))
 
-    def saved(self, ctx: Any) -> Any:
-        """What :meth:`save` kept, by name."""
-        kept = _gathered(ctx.saved_tensors, ctx.lengths) if self.has_lists else ctx.saved_tensors
-        return self._saved(*kept, *ctx.numbers)
-
     def of(self, run: Any, ctx: Any, grads: Sequence[Tensor | None], needed: Sequence[Any]) -> Sequence[Any]:
         """Gradients of the fields that have any, for those of the outputs."""
         grads = grads[: self.differentiable]
         if all(grad is None for grad in grads):
             return (None,) * len(needed)
+        kept = _gathered(ctx.saved_tensors, ctx.lengths) if self.has_lists else ctx.saved_tensors
+        call = self.call(grads, kept, ctx.numbers, needed)
         # torch.func has grad mode on whether or not it differentiates again.
         if torch.is_grad_enabled() and self.autograd.twice is not None and not in_functorch():
-            return self.autograd.twice(self.saved(ctx), grads, needed)
-        return self.autograd.gradients(run, self.saved(ctx), grads, needed)
+            return self.autograd.twice(call, needed)
+        return self.gradients(run, call, needed)
 
     def _run_as_node(self, call: Any) -> Any:
-        backward = self.op.of_node(self.autograd.forward_of(call)).backward
+        backward = self.op.of_node(self.forward_of(call)).backward
         assert backward is not None
         found = backward(call)
         return [g if g is None else g.contiguous() for g in found] if self.autograd.contiguous else found
@@ -350,9 +399,9 @@ class _Gradient:
 
     def in_a_graph(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         wanted = dict(zip(self.op.call.names, ctx.needs_input_grad, strict=True))
-        needed = [wanted[name] for name in self.autograd.of]
+        needed = [wanted[name] for name in self.fields]
         found = self.of(lambda call: self.node(*call.public()), ctx, grads, needed)
-        by_name = dict(zip(self.autograd.of, found, strict=True))
+        by_name = dict(zip(self.fields, found, strict=True))
         return tuple(_as_many(by_name.get(name), need) for name, need in wanted.items())
 
 

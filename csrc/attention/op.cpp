@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const BackwardCall
   check_f32(call.lse, "lse", first, {B, s.Hq, rows});
   check_f32(call.dlse, "dlse", first, {B, s.Hq, rows});
   const OptionalTensor& bias = call.rules.bias;
-  require(!call.bias_grad || bias.has_value(), "bias_grad needs a bias");
+  require(!call.want_bias || bias.has_value(), "want_bias needs a bias");
   const Tensor dout = with_dense_rows(call.do_), o = with_dense_rows(call.o);
   const Tensor q = with_dense_rows(call.q), k = with_dense_rows(call.k),
                v = with_dense_rows(call.v);
@@ -77,14 +77,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const BackwardCall
   Tensor dk = empty_bshd(q, s.Hkv, k.size(2), s.D);
   Tensor dv = empty_bshd(q, s.Hkv, k.size(2), s.Dv);
   Tensor dbias =
-      call.bias_grad ? empty(q, {bias->sizes().begin(), bias->sizes().end()}) : empty(q, {0});
+      call.want_bias ? empty(q, {bias->sizes().begin(), bias->sizes().end()}) : empty(q, {0});
   Tensor workspace = empty_bytes(q, Device::backward_workspace(s));
   Backward p = {};
   p.shape = s;
   p.q = in(q), p.k = in(k), p.v = in(v), p.o = in(o), p.dout = in(dout);
   p.lse = statistic(lse, data_of<float>(lse)), p.dlse = statistic(lse, data_of<float>(dlse));
   p.dq = out(dq), p.dk = out(dk), p.dv = out(dv);
-  if (call.bias_grad) p.dbias = broadcast(dbias, dbias.mutable_data_ptr());
+  if (call.want_bias) p.dbias = broadcast(dbias, dbias.mutable_data_ptr());
   p.workspace = workspace.mutable_data_ptr();
   Device::backward(p, q);
   return {dq, dk, dv, dbias};

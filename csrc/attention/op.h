@@ -47,7 +47,7 @@ struct BackwardCall {
   Tensor do_ = in.tensor();  // do is a keyword
   OptionalTensor dlse = in.optional();
   Tensor q = in.tensor(), k = in.tensor(), v = in.tensor(), o = in.tensor(), lse = in.tensor();
-  bool bias_grad = in.flag();
+  bool want_bias = in.flag();
   Rules rules{in};
 };
 

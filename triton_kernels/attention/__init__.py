@@ -119,14 +119,14 @@ def attention_backward(
     v: Tensor,
     o: Tensor,
     lse: Tensor,
-    bias_grad: bool,
+    want_bias: bool,
     *rules: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk and dv, each stored as ``[B, S, H, D]``, and dbias, empty unless ``bias_grad``."""
+    """dq, dk and dv, each stored as ``[B, S, H, D]``, and dbias, empty unless ``want_bias``."""
     call = Rules(*rules)  # type: ignore[arg-type]
     B, Hq, packed = batches(q, call), q.shape[1], call.cu_seqlens_q is not None
     dq, dk, dv = (empty_bshd(x, *x.shape[1:]) for x in (q, k, v))
-    dbias = q.new_empty(call.bias.shape if bias_grad and call.bias is not None else 0)
+    dbias = q.new_empty(call.bias.shape if want_bias and call.bias is not None else 0)
     shape, terms = shape_of(q, k, call), terms_in(call)
     statistics = statistics_of(do, dlse, o, lse, shape, packed)
     factor, constants = factor_of(call.scale, call.softcap, shape), sizes(q, v)

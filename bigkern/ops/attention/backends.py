@@ -17,7 +17,7 @@ from bigkern.core.library import (
     unavailable,
     unproven,
 )
-from bigkern.core.op import TENSORS, Autograd, Op, native, of_fields
+from bigkern.core.op import Autograd, Op, native, of_fields
 from bigkern.core.registry import Backend, Reason
 from bigkern.ops.attention import reference, stock, transforms
 from bigkern.ops.attention.call import Attention, AttentionBackward, Gradients, Result, bind, draw
@@ -28,21 +28,19 @@ MAX_HEAD_DIM = 256
 # ---- gradients and fakes ---------------------------------------------------------------------------
 
 
-def _gradients(run: Any, saved: Any, grads: Any, needed: Any) -> tuple[Tensor | None, ...]:
+def _gradients(run: Any, call: AttentionBackward, needed: Any) -> tuple[Tensor | None, ...]:
     """Of q, k, v, bias and sinks."""
-    (do, dlse), (*_qkv, bias, sinks) = grads, needed
-    do = torch.zeros_like(saved.o) if do is None else do
-    call = AttentionBackward.of(saved, do, dlse, saved.o, saved.lse, bias)
+    call.do = torch.zeros_like(call.o) if call.do is None else call.do
     dq, dk, dv, dbias = run(call)
+    *_, bias, sinks = needed
     return dq, dk, dv, dbias if bias else None, reference.sinks_gradient(call) if sinks else None
 
 
-def _twice(saved: Any, grads: Any, needed: Any) -> tuple[Tensor | None, ...]:
+def _twice(call: AttentionBackward, needed: Any) -> tuple[Tensor | None, ...]:
     """The same by autograd through the reference."""
-    results = reference.attention(Attention(*Attention.flat(saved)))
-    asked = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
-    outputs, upstream = zip(*asked, strict=True)
-    inputs = [getattr(saved, name) for name, need in zip(DIFFERENTIABLE, needed, strict=True) if need]
+    results = zip(reference.attention(Attention(*Attention.flat(call))), (call.do, call.dlse), strict=True)
+    outputs, upstream = zip(*((result, grad) for result, grad in results if grad is not None), strict=True)
+    inputs = [getattr(call, name) for name, need in zip(DIFFERENTIABLE, needed, strict=True) if need]
     found = iter(torch.autograd.grad(outputs, inputs, upstream, create_graph=True))
     return tuple(next(found) if need else None for need in needed)
 
@@ -56,7 +54,7 @@ def fake(q: Tensor, v: Tensor) -> Result:
 
 def _fake_backward(call: AttentionBackward) -> Gradients:
     dq, dk, dv = (_like_bshd(x, *x.shape[1:]) for x in (call.q, call.k, call.v))
-    bias = call.bias if call.bias_grad else None
+    bias = call.bias if call.want_bias else None
     return Gradients(dq, dk, dv, call.q.new_empty(0 if bias is None else bias.shape))
 
 
@@ -80,12 +78,10 @@ ATTENTION = Op(
     autograd=Autograd(
         AttentionBackward,
         Gradients,
-        of=DIFFERENTIABLE,
-        saves=(*(name for name, kind in Attention.kinds.items() if kind in TENSORS), "o", "lse"),
         gradients=_gradients,
-        fake=_fake_backward,
-        forward_of=lambda call: call,
+        of=DIFFERENTIABLE,
         twice=_twice,
+        fake=_fake_backward,
     ),
 )
 

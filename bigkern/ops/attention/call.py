@@ -63,21 +63,21 @@ class AttentionBackward(Attention):
     v: Tensor
     o: Tensor
     lse: Tensor
-    bias_grad: bool
+    want_bias: bool
 
     @classmethod
     def of(
-        cls, call: Any, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, bias_grad: bool
+        cls, call: Any, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, want_bias: bool
     ) -> AttentionBackward:
         """That of a forward's call, or of what was saved of it."""
-        return cls(*(*Attention.flat(call), do, dlse, o, lse, bias_grad))
+        return cls(*(*Attention.flat(call), do, dlse, o, lse, want_bias))
 
 
 class Gradients(NamedTuple):
     dq: Tensor
     dk: Tensor
     dv: Tensor
-    dbias: Tensor  # empty unless bias_grad
+    dbias: Tensor  # empty unless want_bias
 
 
 def bind(

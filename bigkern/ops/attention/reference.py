@@ -154,7 +154,7 @@ def _part(call: Either, rows: slice, keys: slice, slopes: Tensor | None) -> Eith
 
 
 def attention_backward(call: AttentionBackward) -> Gradients:
-    """Gradients of q, k, v and bias (empty unless ``bias_grad``) from the saved o and lse.
+    """Gradients of q, k, v and bias (empty unless ``want_bias``) from the saved o and lse.
 
     p  = exp(s - lse)             delta = rowsum(do * o) - dlse
     dv = dropout(p)^T do          ds    = p * (dropout(do v^T) - delta)
@@ -193,7 +193,7 @@ def _attention_backward(call: AttentionBackward, first: int) -> Gradients:
     dq = (call.scale * (dx @ k_)).to(q.dtype)
     dk = sum_group(call.scale * (dx.transpose(-1, -2) @ q_)).to(k.dtype)
     dv = sum_group(drop(p, call, first).transpose(-1, -2) @ do_).to(v.dtype)
-    bias = call.bias if call.bias_grad else None
+    bias = call.bias if call.want_bias else None
     dbias = q.new_empty(0) if bias is None else ds.sum_to_size(bias.shape).to(bias.dtype)
     return Gradients(dq, dk, dv, dbias)
 

@@ -21,18 +21,14 @@ def _kept(call: BatchNorm, result: Result) -> tuple[Tensor | None, ...]:
     y, bias = (None, call.bias) if call.residual is None else (result.y, None)
     if not call.relu:
         y, bias = None, None
-    return call.x, y, call.weight, bias, call.mean, call.var, result.mean, result.var
+    mean, var = (result.mean, result.var) if call.training else (call.mean, call.var)
+    return call.x, y, call.weight, bias, mean, var
 
 
-def _gradients(run: Any, saved: Any, grads: Any, needed: Any) -> tuple[Tensor | None, ...]:
+def _gradients(run: Any, call: BatchNormBackward, needed: Any) -> tuple[Tensor | None, ...]:
     """Of x, residual, weight and bias."""
-    (dy,), (_, residual, weight, bias) = grads, needed
-    training = saved.own_mean is not None
-    mean, var = (saved.own_mean, saved.own_var) if training else (saved.mean, saved.var)
-    tensors, wanted = (saved.x, saved.y, saved.weight, saved.bias, mean, var), (residual, weight, bias)
-    found = run(BatchNormBackward(dy, *tensors, saved.eps, saved.relu, training, *wanted))
-    dx, dresidual, dweight, dbias = found
-    return dx, dy if residual and not saved.relu else dresidual, dweight, dbias
+    dx, dresidual, dweight, dbias = run(call)
+    return dx, dresidual if call.relu or not needed[1] else call.dy, dweight, dbias
 
 
 def _fake(call: BatchNorm) -> Result:
@@ -66,14 +62,9 @@ BATCH_NORM = Op(
     autograd=Autograd(
         BatchNormBackward,
         Gradients,
-        of=("x", "residual", "weight", "bias"),
-        saves=("x", "y", "weight", "bias", "mean", "var", "own_mean", "own_var"),
         gradients=_gradients,
-        fake=_fake_backward,
-        forward_of=lambda call: BatchNorm(
-            call.x, None, call.weight, call.bias, call.mean, call.var, call.eps, call.relu
-        ),
         kept=_kept,
+        fake=_fake_backward,
         differentiable=1,
     ),
     compiled=False,

@@ -36,6 +36,10 @@ class BatchNorm(Call):
     eps: float
     relu: bool
 
+    @property
+    def training(self) -> bool:
+        return self.mean is None
+
 
 @dataclass(slots=True)
 class Step(BatchNorm):
@@ -43,7 +47,6 @@ class Step(BatchNorm):
 
     running_mean: Tensor | None  # [C]
     running_var: Tensor | None  # [C]
-    training: bool
     momentum: float
 
 
@@ -119,8 +122,8 @@ def bind(
     if activation is not None and activation != "relu":
         raise ValueError(f"activation must be None or 'relu', not {activation!r}")
     mean, var = (None, None) if training else (running_mean, running_var)
-    running = running_mean, running_var, training, momentum
-    return Step(x, residual, weight, bias, mean, var, eps, activation == "relu", *running)
+    moved = running_mean, running_var, momentum
+    return Step(x, residual, weight, bias, mean, var, eps, activation == "relu", *moved)
 
 
 def _check_channels(name: str, tensor: Any, x: Tensor) -> None:

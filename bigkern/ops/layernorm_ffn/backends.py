@@ -25,57 +25,17 @@ from bigkern.ops.layernorm_ffn.call import (
 )
 from bigkern.ops.layernorm_ffn.pieces import TRITON_PIECES, block_of, native_pieces
 
-# ---- gradients and fakes ---------------------------------------------------------------------------
-
-
-def _gradients(run: Any, saved: Any, grads: Any, needed: Any) -> Any:
-    """Of the operands."""
-    return run(
-        LayernormFfnBackward(
-            grads[0], saved.x, saved.w1, saved.b1, saved.w2, saved.b2, saved.norm_weight, saved.norm_bias,
-            saved.dropout_key, saved.s, saved.mean, saved.rstd, saved.preactivation, saved.norm,
-            saved.activation, saved.placement, saved.residual, saved.eps, saved.dropout_p,
-            saved.hidden_dropout_p, list(needed),
-        )
-    )  # fmt: skip
-
-
-def _fake(call: LayernormFfn) -> Result:
-    x, norm = call.x, call.norm
-    y = x.new_empty(x.shape)
-    if call.save != "preactivation":
-        return Result(y, None, None, None, None)
-    M = math.prod(x.shape[:-1])
-    statistics = x.new_empty(M, dtype=torch.promote_types(x.dtype, torch.float32))
-    mean = torch.empty_like(statistics) if norm == "layer" else None
-    rstd = None if norm == "none" else statistics
-    s = x.new_empty(M, x.shape[-1]) if call.placement == "post" and norm != "none" else None
-    return Result(y, s, mean, rstd, x.new_empty(M, call.w1.shape[0]))
-
-
-def _fake_backward(call: LayernormFfnBackward) -> Gradients:
-    x, D, rows = call.x, call.x.shape[-1], call.w1.shape[0]
-    shapes = (x.shape, call.w1.shape, (rows,), call.w2.shape, (D,), (D,), (D,))
-    wanted = zip(shapes, call.wanted, strict=True)
-    return Gradients(*(x.new_empty(shape) if want else None for shape, want in wanted))
-
-
 LAYERNORM_FFN = Op(
     "layernorm_ffn",
     LayernormFfn,
     Result,
     bind=bind,
-    fake=_fake,
     reference=Backend("reference", reference.layernorm_ffn, reference.layernorm_ffn_backward),
     draw=draw,
     remembers=OPERANDS,
     autograd=Autograd(
         LayernormFfnBackward,
         Gradients,
-        of=OPERANDS,
-        saves=(*OPERANDS, "dropout_key", "s", "mean", "rstd", "preactivation"),
-        gradients=_gradients,
-        fake=_fake_backward,
         forward_of=LayernormFfnBackward.forward,
         contiguous=True,  # transposed weights have transposed gradients
     ),

@@ -78,13 +78,11 @@ class LayernormFfnBackward(Call):
     w1_sum: Sum = None  # fp32: dw1 is added to it, and not returned
     w2_sum: Sum = None
 
+    save = "preactivation"
+
     def forward(self) -> LayernormFfn:
         """The forward's call, which saves what a backward reads."""
-        return LayernormFfn(
-            self.x, self.w1, self.b1, self.w2, self.b2, self.norm_weight, self.norm_bias, self.dropout_key,
-            self.norm, self.activation, self.placement, self.residual, self.eps, self.dropout_p,
-            self.hidden_dropout_p, "preactivation",
-        )  # fmt: skip
+        return LayernormFfn(*LayernormFfn.flat(self))
 
 
 class Gradients(NamedTuple):

@@ -248,4 +248,4 @@ def _norms(call: LayernormFfn | LayernormFfnBackward) -> tuple[bool, bool]:
 
 
 def _rows(x: Any) -> Any:
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

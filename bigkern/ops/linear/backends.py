@@ -8,6 +8,7 @@ panels does not: :func:`_cpu_declines` says where.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,24 +27,13 @@ FASTER_FROM = 256  # rows
 LEAST = 1 << 23  # multiply-adds: below, a call costs more than is gained
 
 
-# ---- gradients and fakes ---------------------------------------------------------------------------
+# ---- gradients ---------------------------------------------------------------------------
 
 
-def _gradients(run: Any, saved: Any, grads: Any, needed: Any) -> tuple[Tensor | None, ...]:
+def _gradients(run: Any, call: LinearBackward, needed: Any) -> tuple[Tensor | None, ...]:
     """Of x, weight and bias."""
-    (dy,), (x, weight, bias) = grads, needed
-    call = LinearBackward(dy, saved.x, saved.weight, x, weight)
-    dx, dweight = run(call) if x or weight else (None, None)
-    return dx, dweight, dy.flatten(0, -2).sum(0) if bias else None
-
-
-def _twice(saved: Any, grads: Any, needed: Any) -> tuple[Tensor | None, ...]:
-    """The same by torch's own products."""
-    return _gradients(reference.linear_backward, saved, grads, needed)
-
-
-def _fake(call: Linear) -> Result:
-    return Result(call.x.new_empty(*call.x.shape[:-1], call.weight.shape[0]))
+    dx, dweight = run(call) if call.want_x or call.want_weight else (None, None)
+    return dx, dweight, call.dy.flatten(0, -2).sum(0) if needed[2] else None
 
 
 def _fake_backward(call: LinearBackward) -> Gradients:
@@ -59,17 +49,14 @@ LINEAR = Op(
     Linear,
     Result,
     bind=bind,
-    fake=_fake,
     reference=Backend("reference", reference.linear, reference.linear_backward),
     autograd=Autograd(
         LinearBackward,
         Gradients,
-        of=("x", "weight", "bias"),
-        saves=("x", "weight"),
         gradients=_gradients,
+        of=("x", "weight", "bias"),
+        twice=partial(_gradients, reference.linear_backward),
         fake=_fake_backward,
-        forward_of=lambda call: Linear(call.x, call.weight, None),
-        twice=_twice,
     ),
 )
 

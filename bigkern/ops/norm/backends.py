@@ -27,7 +27,7 @@ from bigkern.ops.norm import reference, stock
 from bigkern.ops.norm.call import Gradients, Norm, NormBackward, Result, bind
 from bigkern.ops.norm.reference import OUTPUT
 
-# ---- gradients and fakes ---------------------------------------------------------------------------
+# ---- gradients ---------------------------------------------------------------------------
 
 
 def _kept(call: Norm, result: Result) -> tuple[Tensor | None, ...]:
@@ -35,39 +35,12 @@ def _kept(call: Norm, result: Result) -> tuple[Tensor | None, ...]:
     return s, call.weight, result.mean, result.rstd, call.dropout_key
 
 
-def _gradients(run: Any, saved: Any, grads: Any, needed: Any) -> tuple[Tensor | None, ...]:
+def _gradients(run: Any, call: NormBackward, needed: Any) -> tuple[Tensor | None, ...]:
     """Of x, residual, weight and bias."""
-    dy, dsum = grads
-    p, key = saved.dropout_p, saved.dropout_key
-    if dy is None:  # only the sum was used
-        return dropped(dsum, key, p, OUTPUT), dsum, None, None
-    _, residual, weight, bias = needed
-    statistics = saved.mean, saved.rstd
-    ds, dx, dweight, dbias = run(
-        NormBackward(dy, dsum, saved.s, saved.weight, *statistics, saved.kind, weight, bias, p, key)
-    )
-    return ds if dx is None else dx, ds if residual else None, dweight, dbias
-
-
-def _fake(call: Norm) -> Result:
-    x = call.x
-    rstd = x.new_empty(math.prod(x.shape[:-1]), dtype=torch.promote_types(x.dtype, torch.float32))
-    return Result(
-        x.new_empty(x.shape),
-        None if call.residual is None else x.new_empty(x.shape),
-        torch.empty_like(rstd) if call.kind == "layer" else None,
-        rstd,
-    )
-
-
-def _fake_backward(call: NormBackward) -> Gradients:
-    s, like = call.s, call.s if call.weight is None else call.weight
-    return Gradients(
-        s.new_empty(s.shape),
-        s.new_empty(s.shape) if call.dropout_p > 0.0 else None,
-        like.new_empty(s.shape[-1:]) if call.want_weight else None,
-        like.new_empty(s.shape[-1:]) if call.want_bias else None,
-    )
+    if call.dy is None:  # only the sum was used
+        return dropped(call.dsum, call.dropout_key, call.dropout_p, OUTPUT), call.dsum, None, None
+    ds, dx, dweight, dbias = run(call)
+    return ds if dx is None else dx, ds if needed[1] else None, dweight, dbias
 
 
 def _draw(call: Norm) -> None:
@@ -104,18 +77,15 @@ NORM = Op(
     Norm,
     Result,
     bind=bind,
-    fake=_fake,
     reference=Backend("reference", *_on_rows(reference.norm, reference.norm_backward)),
     outputs=2,
     autograd=Autograd(
         NormBackward,
         Gradients,
-        of=("x", "residual", "weight", "bias"),
-        saves=("s", "weight", "mean", "rstd", "dropout_key"),
         gradients=_gradients,
-        fake=_fake_backward,
-        forward_of=lambda call: Norm(call.s, None, call.weight, None, 0.0, call.kind, 0.0, None),
+        of=("x", "residual", "weight", "bias"),
         kept=_kept,
+        forward_of=lambda call: Norm(call.s, None, call.weight, None, 0.0, call.kind, 0.0, None),
     ),
     draw=_draw,
     remembers=("x", "weight", "bias", "residual"),

@@ -52,27 +52,14 @@ define_native("recurrent_fits(Tensor h0, str mode) -> bool")
 # ---- gradients and fakes ---------------------------------------------------------------------------
 
 
-def _gradients(run: Any, saved: Any, grads: Any, needed: Any) -> tuple[Any, ...]:
-    """Of x, h0, c0 and, as a list, the weights."""
-    (dy, dhn, dcn), (x, h0, c0, weights) = grads, needed
-    s, wanted = saved, (x, h0 or c0, any(weights))
-    call = RecurrentBackward(
-        dy, dhn, dcn, s.x, s.h0, s.c0, s.weights, s.batch_sizes, s.zoneout, s.y, s.gates, s.reserve, s.mode,
-        *wanted,
-    )  # fmt: skip
-    gradients: tuple[Any, ...] = run(call)
-    return gradients
-
-
-def _twice(saved: Any, grads: Any, needed: Any) -> tuple[Any, ...]:
-    """The same by torch's autograd through the reference."""
-    x, h0, c0, weights = saved.x, saved.h0, saved.c0, saved.weights
-    call = Recurrent(x, h0, c0, weights, saved.batch_sizes, saved.zoneout, saved.mode, False)
-    results = stock.REFERENCE.forward(call)
-    asked = [(t, grad) for t, grad in zip(results, grads, strict=False) if grad is not None]
-    outputs, upstream = zip(*asked, strict=True)
+def _twice(call: RecurrentBackward, needed: Any) -> tuple[Any, ...]:
+    """Gradients of x, h0, c0 and, as a list, the weights, by torch's autograd through the reference."""
+    x, h0, c0, weights = call.x, call.h0, call.c0, call.weights
+    forward = Recurrent(x, h0, c0, weights, call.batch_sizes, call.zoneout, call.mode, False)
+    results = zip(stock.REFERENCE.forward(forward), (call.dy, call.dhn, call.dcn), strict=False)
+    outputs, upstream = zip(*((t, grad) for t, grad in results if grad is not None), strict=True)
     wanted = *needed[:3], *needed[3]
-    inputs = [t for t, want in zip((x, h0, c0, *weights), wanted, strict=True) if want]
+    inputs: Any = [t for t, want in zip((x, h0, c0, *weights), wanted, strict=True) if want]
     found = iter(torch.autograd.grad(outputs, inputs, upstream, create_graph=True, allow_unused=True))
     dx, dh0, dc0, *dweights = (next(found) if want else None for want in wanted)
     return dx, dh0, dc0, dweights
@@ -96,14 +83,10 @@ def _fake_backward(call: RecurrentBackward) -> Gradients:
     x, h0, c0 = call.x, call.h0, call.c0
     return Gradients(
         x.new_empty(x.shape) if call.want_x else None,
-        h0.new_empty(h0.shape) if call.want_state else None,
-        c0.new_empty(c0.shape) if call.want_state and c0 is not None else None,
+        h0.new_empty(h0.shape),
+        None if c0 is None else c0.new_empty(c0.shape),
         [w.new_empty(w.shape) for w in call.weights] if call.want_weights else [],
     )
-
-
-def _forward_of(call: RecurrentBackward) -> Recurrent:
-    return Recurrent(call.x, call.h0, call.c0, call.weights, call.batch_sizes, call.zoneout, call.mode, True)
 
 
 def _check_values(call: Recurrent) -> None:
@@ -123,12 +106,8 @@ RECURRENT = Op(
     autograd=Autograd(
         RecurrentBackward,
         Gradients,
-        of=("x", "h0", "c0", "weights"),
-        saves=("x", "h0", "c0", "weights", "batch_sizes", "zoneout", "y", "gates", "reserve"),
-        gradients=_gradients,
-        fake=_fake_backward,
-        forward_of=_forward_of,
         twice=_twice,
+        fake=_fake_backward,
         compiled=False,
     ),
 )

@@ -59,13 +59,12 @@ class RecurrentBackward(Call):
     reserve: Tensor | None
     mode: str
     want_x: bool
-    want_state: bool
     want_weights: bool
 
 
 class Gradients(NamedTuple):
     dx: Tensor | None
-    dh0: Tensor | None
+    dh0: Tensor
     dc0: Tensor | None
     dweights: list[Tensor]  # empty if not wanted
 

@@ -114,8 +114,7 @@ def composed_backward(
                     db_ih = own.sum(0)
                     of_n = [] if dhidden_n is None else [parts[1].sum(0)]
                     dweights += [db_ih, torch.cat([db_ih[: parts[0].shape[1]], *of_n])]
-        dx = None if dx is None else dx.view(call.x.shape)
-        return Gradients(dx, dh0, dc0, dweights) if call.want_state else Gradients(dx, None, None, dweights)
+        return Gradients(None if dx is None else dx.view(call.x.shape), dh0, dc0, dweights)
 
     return recurrent_backward
 
