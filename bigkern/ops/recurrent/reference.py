@@ -32,14 +32,10 @@ Function = Callable[[Tensor], Tensor]
 
 def scan(call: Scan) -> Scanned:
     """Without ``save`` it is differentiable by torch's autograd."""
-    gates, mode = call.gates, call.mode
-    products = [_product(weight, gates.dtype) for weight in _directions(call)]
-    y, hn, cn, active, reserve = _walks(
-        gates, call.h0, call.c0, products, call.bias_n, None, call.batch_sizes, call.zoneout, mode, call.save
-    )
-    if call.save:
-        gates.copy_(active)
-    return Scanned(y, hn, cn, reserve if call.save and not mode.startswith("RNN") else None)
+    result, active = _walks(call, [_product(weight, call.gates.dtype) for weight in _directions(call)])
+    if active is not None:
+        call.gates.copy_(active)
+    return result
 
 
 def layer_norm_scan(
@@ -74,7 +70,8 @@ def layer_norm_scan(
     of_cells = None
     if cell_weight is not None:
         of_cells = [_norm(*affine, eps) for affine in zip(cell_weight, cell_bias or nothing, strict=True)]
-    y, hn, cn, _, _ = _walks(gates, h0, c0, products, None, of_cells, batch_sizes, zoneout, mode, False)
+    call = Scan(gates, h0, c0, w_hh[0], None, None, batch_sizes, zoneout, mode, False)
+    y, hn, cn, _ = _walks(call, products, of_cells)[0]
     return y, hn, cn
 
 
@@ -82,51 +79,31 @@ def layer_norm_scan(
 
 
 def _walks(
-    gates: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    products: Sequence[Function],
-    bias_n: Tensor | None,
-    of_cells: Sequence[Function] | None,
-    batch_sizes: Tensor | None,
-    zoneout: Tensor | None,
-    mode: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Any, Any]:
-    """``(y, hn, cn, activated gates, reserve)`` of all directions, side by side; the last two wide."""
-    own = [
-        _walk(
-            _columns(gates, d, len(h0)).to(_wide(gates)), h0[d], None if c0 is None else c0[d], product,
-            None if bias_n is None else bias_n[d], None if of_cells is None else of_cells[d], batch_sizes,
-            None if zoneout is None else _columns(zoneout, d, len(h0)), mode, d == 1, save,
-        )
-        for d, product in enumerate(products)
-    ]  # fmt: skip
+    call: Scan, products: Sequence[Function], of_cells: Sequence[Function] | None = None
+) -> tuple[Scanned, Tensor | None]:
+    """All directions side by side; and, if they are saved, the activated gates."""
+    cells: Sequence[Any] = of_cells or [None] * len(products)
+    own = [_walk(call, d, *of) for d, of in enumerate(zip(products, cells, strict=True))]
     y, hn, cn, active, kept = zip(*own, strict=True)
-    return (
-        torch.cat(y, 1).to(gates.dtype),
-        torch.stack(hn).to(gates.dtype),
+    dtype, c0, save = call.gates.dtype, call.c0, call.save
+    result = Scanned(
+        torch.cat(y, 1).to(dtype),
+        torch.stack(hn).to(dtype),
         None if c0 is None else torch.stack(cn).to(c0.dtype),
-        torch.cat(active, 1) if save else None,
-        torch.cat(kept, 1) if save else None,
+        torch.cat(kept, 1) if save and not call.mode.startswith("RNN") else None,
     )
+    return result, torch.cat(active, 1) if save else None
 
 
 def _walk(
-    gates: Tensor,
-    h: Tensor,
-    c: Tensor | None,
-    product: Function,
-    bias_n: Tensor | None,
-    of_cell: Function | None,
-    batch_sizes: Tensor | None,
-    zoneout: Tensor | None,
-    mode: str,
-    reverse: bool,
-    save: bool,
+    call: Scan, d: int, product: Function, of_cell: Function | None
 ) -> tuple[Tensor, Tensor, Any, Any, Any]:
-    """The same of one direction, all wide, from wide gates ``[N, G*H]``."""
-    h, c = h.to(gates.dtype), None if c is None else c.to(gates.dtype)
+    """``(y, hn, cn, activated gates, reserve)`` of one direction, all wide."""
+    mode, save, reverse, batch_sizes = call.mode, call.save, d == 1, call.batch_sizes
+    wide, D = _wide(call.gates), len(call.h0)
+    gates, zoneout = _columns(call.gates, d, D).to(wide), _columns(call.zoneout, d, D)
+    h, c = call.h0[d].to(wide), None if call.c0 is None else call.c0[d].to(wide)
+    bias_n = None if call.bias_n is None else call.bias_n[d]
     found: list[tuple[Tensor, ...]] = []
     steps = list(_steps(batch_sizes, len(gates), len(h), reverse))
     in_order = steps[::-1] if reverse else steps
@@ -214,16 +191,8 @@ def scan_backward(call: ScanBackward) -> ScanGradients:
     dgates is of the projected input too; dhidden_n is where n's gradient meets r first. W_hh's gradient is a
     product of these with :func:`previous_states`.
     """
-    gates, h0, c0 = call.gates, call.h0, call.c0
-    wide, D = _wide(gates), len(h0)
-    own = []
-    for d, weight in enumerate(_directions(call)):
-        states = [None if t is None else t[d].to(wide) for t in (call.dhn, call.dcn, h0, c0)]
-        by_row = call.dy, gates, call.zoneout, call.y, call.reserve
-        rows = [None if t is None else _columns(t, d, D).to(wide) for t in by_row]
-        own.append(
-            _walk_backward(states, rows, weight.to(wide), call.batch_sizes, call.mode, d == 1, gates.dtype)
-        )
+    h0, c0 = call.h0, call.c0
+    own = [_walk_backward(call, d, weight) for d, weight in enumerate(_directions(call))]
     dgates, dhidden_n, dh0, dc0 = zip(*own, strict=True)
     return ScanGradients(
         torch.cat(dgates, 1),
@@ -233,17 +202,14 @@ def scan_backward(call: ScanBackward) -> ScanGradients:
     )
 
 
-def _walk_backward(
-    states: Sequence[Any],
-    rows_of: Sequence[Any],
-    weight: Tensor,
-    batch_sizes: Tensor | None,
-    mode: str,
-    reverse: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(dgates, dhidden_n, dh0, dc0)`` of one direction from wide tensors; the first two are rounded."""
-    (dh, dc, h0, c0), (dy, gates, zoneout, y, kept) = states, rows_of
+def _walk_backward(call: ScanBackward, d: int, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(dgates, dhidden_n, dh0, dc0)`` of one direction, wide but the first two, which are rounded."""
+    dtype, batch_sizes, reverse, D = call.gates.dtype, call.batch_sizes, d == 1, len(call.h0)
+    by_row = (_columns(t, d, D) for t in (call.dy, call.gates, call.zoneout, call.y, call.reserve))
+    states = (None if t is None else t[d] for t in (call.dhn, call.dcn, call.h0, call.c0))
+    parts: Any = [None if t is None else t.to(_wide(call.gates)) for t in (*by_row, *states)]
+    dy, gates, zoneout, y, kept, dh, dc, h0, c0 = parts
+    weight = weight.to(gates)
     dh, dc = (torch.zeros_like(h0) if t is None else t for t in (dh, dc))
     before = previous_states(*((y, h0) if c0 is None else (kept, c0)), batch_sizes, reverse)
     found = []
@@ -252,7 +218,7 @@ def _walk_backward(
         dnew = dh[:b] if dy is None else dh[:b] + dy[rows]
         past = 0.0 if zoneout is None else zoneout[rows] * dnew  # what reaches h' past the step
         dx, dn, direct, dc_before = _step_backward(
-            mode, dnew - past, dc[:b], gates[rows], before[rows], None if kept is None else kept[rows]
+            call.mode, dnew - past, dc[:b], gates[rows], before[rows], None if kept is None else kept[rows]
         )
         dx, dn = dx.to(dtype), dn.to(dtype)
         found.append((dx, dn))
@@ -313,10 +279,9 @@ def _directions(call: Scan | ScanBackward) -> list[Tensor]:
     return [call.w_hh] if call.w_hh_reverse is None else [call.w_hh, call.w_hh_reverse]
 
 
-def _columns(x: Tensor, d: int, D: int) -> Tensor:
+def _columns(x: Any, d: int, D: int) -> Any:
     """Direction d's part of the columns."""
-    width = x.shape[1] // D
-    return x[:, d * width : (d + 1) * width]
+    return None if x is None else x.chunk(D, 1)[d]
 
 
 def _wide(x: Tensor) -> torch.dtype:
