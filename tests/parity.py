@@ -1,8 +1,8 @@
 """How the tests hold an op's backends to parity, and how they remember what they saw.
 
-``run_backend(op, backend)`` forces a backend for a block; ``assert_parity`` judges results by the rule of
-``bigkern.core.parity`` and records the verdicts; ``RECORD.passed`` records which features a case has shown.
-At the end of the run conftest writes both down, for ``parity_table.py`` and ``feature_table.py``.
+``check(problem, backend, dtype)`` runs a problem and judges it. What is no problem is judged by
+``assert_parity``, by the rule of ``bigkern.core.parity``. ``RECORD`` has the verdicts and the features that
+passed; at the end of the run conftest writes both down, for ``parity_table.py`` and ``feature_table.py``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 
 import pytest
 import simt_library
@@ -20,7 +21,9 @@ from torch import Tensor
 import bigkern
 from bigkern.core import info, registry
 from bigkern.core.parity import Yardstick
+from bigkern.core.problem import Problem, expect, results
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GPU = torch.cuda.is_available()
 FUZZ_FROM = int(os.environ.get("BIGKERN_FUZZ_FROM", "0"))  # added to the seeds of all fuzzed cases
 
@@ -91,6 +94,20 @@ class Record:
 
 
 RECORD = Record()
+
+
+def check(problem: Problem, backend: str, dtype: torch.dtype, seed: int = 0) -> None:
+    """Hold a backend to the parity rule on one problem: every output and every gradient."""
+    inputs = problem.make(dtype, device_of(backend), seed)
+    poisoned_empty_memory()
+    with run_backend(problem.op, backend):
+        ours = results(problem.ours, inputs, problem.outputs)
+    yardstick = _expected(problem, dtype, device_of(backend), seed)
+    assert_parity(problem.op, backend, ours, yardstick, f"{problem.label}, seed {seed}:")
+    RECORD.passed(problem.op, backend, problem.features)
+
+
+_expected = lru_cache(maxsize=4)(expect)  # the next backend asks for the same
 
 
 def assert_parity(

@@ -15,17 +15,17 @@ import pytest
 import test_attention
 import test_batch_norm
 import test_layernorm_ffn
-import test_linear
-import test_norm
 import test_recurrent
 import torch
-import torch.nn.functional as F
 from parity import RECORD
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigkern.core.parity import Yardstick
+from bigkern.core.problem import Problem, results, widened
 from bigkern.core.random_rounding import COMPOUND, SUMS, aten, taken_apart
+from bigkern.ops.linear.problems import linear
+from bigkern.ops.norm.problems import norm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,13 +42,6 @@ def attention(dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
     return test_attention.exact(case, "cpu"), partial(test_attention.by_reference, case, tensors)
 
 
-def norm(dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
-    inputs = test_norm.tensors("torch", dtype, (12, 24), True, True, True)
-    grads = [torch.randn(12, 24).to(dtype) for _ in range(2)]
-    by_stock = partial(test_norm.with_gradients, test_norm.stock, "layer")
-    return by_stock(test_norm.widened(inputs), grads), partial(by_stock, inputs, grads)
-
-
 def layernorm_ffn(dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
     inputs = test_layernorm_ffn.inputs_of("torch", dtype, (12, 12), 8)
     options = {"norm": "layer", "activation": "gelu", "placement": "pre", "residual": False}
@@ -56,13 +49,6 @@ def layernorm_ffn(dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
     grad = torch.randn(12, 12).to(dtype)
     wide = [None if t is None else t.double() for t in inputs]
     return by_stock(wide, grad, options), partial(by_stock, inputs, grad, options)
-
-
-def linear(dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
-    inputs = {"x": torch.randn(12, 16), "weight": torch.randn(24, 16), "bias": torch.randn(24)}
-    inputs, dy = {name: t.to(dtype) for name, t in inputs.items()}, torch.randn(12, 24).to(dtype)
-    by_stock = partial(test_linear.results, inputs, dy, F.linear)
-    return by_stock(torch.float64), partial(by_stock, dtype)
 
 
 def batch_norm(dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
@@ -107,12 +93,27 @@ def grad_norm(dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
     return norm(torch.float64), partial(norm, torch.float32)
 
 
-OPS = [attention, norm, layernorm_ffn, linear, batch_norm, recurrent, adam, grad_norm]
+def of_problem(problem: Problem, dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
+    inputs = problem.make(dtype, torch.device("cpu"))
+    by_stock = partial(results, problem.stock, names=problem.outputs)
+    return by_stock(widened(inputs)), partial(by_stock, inputs)
+
+
+OPS: dict[str, Callable[[torch.dtype], tuple[Results, Callable[[], Results]]]] = {
+    "attention": attention,
+    "norm": partial(of_problem, norm(12, 24, residual=True, both=True)),
+    "layernorm_ffn": layernorm_ffn,
+    "linear": partial(of_problem, linear(12, 24, 16)),
+    "batch_norm": batch_norm,
+    "recurrent": recurrent,
+    "adam": adam,
+    "grad_norm": grad_norm,
+}
 
 
 @cache
-def stock_and_yardstick(op: Any, dtype: torch.dtype) -> tuple[Callable[[], Results], Yardstick]:
-    exact, stock = op(dtype)
+def stock_and_yardstick(op: str, dtype: torch.dtype) -> tuple[Callable[[], Results], Yardstick]:
+    exact, stock = OPS[op](dtype)
     return stock, Yardstick(exact, stock)
 
 
@@ -212,8 +213,8 @@ PLANTED = [
 
 
 @pytest.mark.parametrize(("mistake", "dtype"), PLANTED, ids=str)
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
-def test_mistakes_in_a_sum(mistake: str, op: Any, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("op", OPS)
+def test_mistakes_in_a_sum(mistake: str, op: str, dtype: torch.dtype) -> None:
     """In each sum in turn. Where it changes nothing by more roundings than ``SHOWN``, it counts as none."""
     stock, yardstick = stock_and_yardstick(op, dtype)
     with Mistaken(MISTAKES[mistake], -1) as counted:
@@ -225,7 +226,7 @@ def test_mistakes_in_a_sum(mistake: str, op: Any, dtype: torch.dtype) -> None:
             wrong = stock()
         if max(roundings(wrong[name], right[name]) for name in right) > SHOWN[dtype]:
             found.append(beyond(yardstick, wrong))
-    RECORD.planted(op.__name__, str(dtype).removeprefix("torch."), mistake, f"{len(found)}/{counted.sums}")
+    RECORD.planted(op, str(dtype).removeprefix("torch."), mistake, f"{len(found)}/{counted.sums}")
     assert found
     assert min(found) > 1.0
 
@@ -242,8 +243,8 @@ def test_long_sums_in_bfloat16(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
-def test_roundings_in_one_element(op: Any, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("op", OPS)
+def test_roundings_in_one_element(op: str, dtype: torch.dtype) -> None:
     """The largest element of a result is off by a few roundings more than stock's; in a gradient by 16.
 
     Of float32 sums such as these the last two or three roundings are nobody's fault.
@@ -261,4 +262,4 @@ def test_roundings_in_one_element(op: Any, dtype: torch.dtype) -> None:
                 missed += [] if beyond(yardstick, {name: wrong}) > 1.0 else [name]
         assert not missed, number
         of = "all results" if of_gradients else "outputs"
-        RECORD.planted(op.__name__, str(dtype).removeprefix("torch."), f"{number} roundings, {of}", "found")
+        RECORD.planted(op, str(dtype).removeprefix("torch."), f"{number} roundings, {of}", "found")

@@ -1,4 +1,4 @@
-"""One concrete call of an op, as bigkern writes it and as stock PyTorch does: for doctor and benchmarks.
+"""One concrete call of an op, as bigkern writes it and as stock PyTorch does: tests, doctor, benchmarks.
 
 A problem makes its inputs, calls the public function, calls the stock counterpart, and can be judged: the
 stock call in float64 is the reference, and the parity rule compares errors (``bigkern.core.parity``).
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -27,12 +27,19 @@ def _nothing(device: torch.device) -> Inputs:
     return {}
 
 
-@dataclass(frozen=True)
+def _as_drawn(inputs: Inputs) -> Inputs:
+    return inputs
+
+
+@dataclass(frozen=True, eq=False)
 class Problem:
     """A call of ``op``; ``label`` is its row's name in every table.
 
     ``shapes`` are inputs to be drawn, ``constants`` inputs that are what they are: lengths, masks, slopes.
+    ``values`` changes drawn numbers before they are rounded; ``views`` are how inputs lie, of what was drawn.
     ``outputs`` names what the public function and stock return; of a longer tuple only the first counts.
+    ``specification`` says what stock cannot, or not for every row: it is the reference then, and in low
+    precision another stock.
     ``flops`` and ``elements`` are of the forward pass: the useful arithmetic, and how many elements of the
     dtype must at least cross the memory bus. A backward pass takes ``backward_factor`` times as much.
     """
@@ -44,6 +51,10 @@ class Problem:
     arguments: Callable[[Inputs], Call]
     stock: Callable[[Inputs], Any]
     constants: Callable[[torch.device], Inputs] = _nothing
+    specification: Callable[[Inputs], Any] | None = None
+    values: Callable[[Inputs], Inputs] = _as_drawn
+    views: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    float32: tuple[str, ...] = ()  # the drawn inputs that have this dtype whatever the others have
     outputs: tuple[str, ...] = ("output",)
     flops: float = 0.0
     elements: float = 0.0
@@ -51,13 +62,15 @@ class Problem:
     differentiable: bool = True
     parameters: tuple[str, ...] = ()  # the inputs that a layer would own
     explain_options: dict[str, Any] = field(default_factory=dict)  # what explain must be told besides
+    features: tuple[str, ...] = ()  # in the words of the feature table
+    emulated: bool = True  # whether it is small enough for Triton's interpreter and the CUDA emulator
 
     def make(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
         """Inputs drawn in float32 from ``seed``, rounded to dtype; small ones are alike on all devices."""
-        drawn = sum(torch.Size(shape).numel() for shape in self.shapes.values())
-        source = device if drawn > ON_THE_CPU else torch.device("cpu")
+        count = sum(torch.Size(shape).numel() for shape in self.shapes.values())
+        source = device if count > ON_THE_CPU else torch.device("cpu")
         generator = torch.Generator(source).manual_seed(seed)
-        made: Inputs = {}
+        drawn: Inputs = {}
         for name, shape in self.shapes.items():
             value = torch.randn(shape, generator=generator, device=source)
             if name.startswith(("w1", "w2")):
@@ -68,8 +81,12 @@ class Problem:
                 value = 1 + 0.1 * value
             if name.startswith("v_"):
                 value = value.square()  # Adam's second moment
-            wanted = self.differentiable and not name.startswith("fixed_")
-            made[name] = value.to(device, dtype).requires_grad_(wanted)
+            drawn[name] = value
+        made: Inputs = {}
+        for name, value in self.values(drawn).items():
+            lies = self.views.get(name, Tensor.detach)
+            x = lies(value.to(device, torch.float32 if name in self.float32 else dtype))
+            made[name] = x.requires_grad_(self.differentiable and not name.startswith("fixed_"))
         return made | self.constants(device)
 
     def ours(self, inputs: Inputs) -> Any:
@@ -92,8 +109,9 @@ def results(
     found = {name: output.detach() for name, output in zip(names, outputs, strict=True)}
     wanted = {name: value for name, value in inputs.items() if value.requires_grad}
     if wanted and torch.is_grad_enabled():
-        upstream = [_drawn(output.shape, seed).to(output) for seed, output in enumerate(outputs)]
-        grads = torch.autograd.grad(outputs, list(wanted.values()), upstream)
+        differentiable = [output for output in outputs if output.requires_grad]
+        upstream = [_drawn(output.shape, seed).to(output) for seed, output in enumerate(differentiable)]
+        grads = torch.autograd.grad(differentiable, list(wanted.values()), upstream)
         found.update({f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)})
     return found
 
@@ -104,16 +122,20 @@ def _drawn(shape: torch.Size, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def expect(problem: Problem, dtype: torch.dtype, device: torch.device) -> Yardstick:
+def expect(problem: Problem, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Yardstick:
     """What float64 makes of the problem, and stock PyTorch."""
-    inputs = problem.make(dtype, device)
-    wide = {name: _widened(value) for name, value in inputs.items()}
-    exact = results(problem.stock, wide, problem.outputs)
-    return Yardstick(exact, lambda: results(problem.stock, inputs, problem.outputs))
+    inputs = problem.make(dtype, device, seed)
+    stocks = [problem.stock] if problem.specification is None else [problem.stock, problem.specification]
+    exact = results(stocks[-1], widened(inputs), problem.outputs)
+    return Yardstick(exact, *(partial(results, stock, inputs, problem.outputs) for stock in stocks))
 
 
-def _widened(x: Tensor) -> Tensor:
-    return x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+def widened(inputs: Inputs) -> Inputs:
+    """The same numbers in float64; integers as they are."""
+    return {
+        name: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+        for name, x in inputs.items()
+    }
 
 
 def judge(

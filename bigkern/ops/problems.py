@@ -1,7 +1,8 @@
-"""The problems of every op: what doctor examines, what env asks about, what the benchmarks measure."""
+"""The problems of every op: what tests and doctor examine, env asks about, and the benchmarks measure."""
 
 from __future__ import annotations
 
+import random
 from types import ModuleType
 
 from bigkern.core.problem import Problem
@@ -29,6 +30,17 @@ _MODULES: dict[str, ModuleType] = {
     "grad_norm": grad_norm_problems,
 }
 OPS = tuple(_MODULES)
+
+
+def forms(op: str) -> list[Problem]:
+    """Every form of the call at small odd sizes, for the tests: the product of its options."""
+    return list(_MODULES[op].forms())
+
+
+def drawn(op: str, draw: random.Random, largest: int) -> Problem:
+    """Any combination of what the op can do, at any size up to about ``largest``."""
+    found: Problem = _MODULES[op].drawn(draw, largest)
+    return found
 
 
 def small(op: str) -> list[Problem]:

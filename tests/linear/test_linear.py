@@ -1,81 +1,43 @@
-"""The linear layer on every backend against float64, and what surrounds the op."""
+"""The linear layer beyond test_parity.py: strides, extremes, and what surrounds the op."""
 
 from __future__ import annotations
 
-import itertools
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import BACKENDS, FUZZ_FROM, assert_parity, poisoned_empty_memory, run_backend
+from parity import check
 from torch import Tensor
 from torch.autograd.gradcheck import gradgradcheck
 
 import bigkern
 from bigkern.core import info
-from bigkern.core.parity import Yardstick
-
-RUN_HERE = [name for name in BACKENDS if name in ("cpu", "torch")]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SIZES = [(1, 1, 1), (3, 7, 5), (14, 32, 16), (33, 129, 63), (64, 100, 1023), (513, 65, 400)]  # M, N, K
+from bigkern.ops.linear.problems import linear
 
 needs_cpu_kernels = pytest.mark.skipif(info.import_error is not None, reason="no compiled kernels")
 
 
-def results(inputs: dict[str, Tensor], dy: Tensor, function: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """y and the gradients of all inputs."""
-    leaves = {name: t.to(dtype).detach().requires_grad_() for name, t in inputs.items()}
-    y = function(leaves["x"], leaves["weight"], leaves.get("bias"))
-    grads = torch.autograd.grad(y, list(leaves.values()), dy.to(dtype))
-    return {"y": y} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
-
-
-def judge(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    inputs = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
-    dy = torch.randn(*x.shape[:-1], weight.shape[0]).to(x.dtype)
-    by_stock = partial(results, inputs, dy, F.linear)
-    yardstick = Yardstick(by_stock(torch.float64), partial(by_stock, x.dtype))
-    poisoned_empty_memory()
-    with run_backend("linear", backend):
-        assert_parity("linear", backend, results(inputs, dy, bigkern.linear, x.dtype), yardstick)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", RUN_HERE)
-def test_parity(backend: str, dtype: torch.dtype) -> None:
-    for (M, N, K), bias, transposed in itertools.product(SIZES, (True, False), (True, False)):
-        weight = torch.randn(K, N).to(dtype).t() if transposed else torch.randn(N, K).to(dtype)
-        judge(backend, torch.randn(M, K).to(dtype), weight, torch.randn(N).to(dtype) if bias else None)
-
-
+@needs_cpu_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_a_vocabulary_of_outputs(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_vocabulary_of_outputs(dtype: torch.dtype, transposed: bool) -> None:
     """More outputs than the gradient of x sums at a time."""
-    for transposed in (False, True):
-        weight = torch.randn(24, 20011).to(dtype).t() if transposed else torch.randn(20011, 24).to(dtype)
-        judge(RUN_HERE[-1], torch.randn(17, 24).to(dtype), weight, None)
-
-
-@pytest.mark.parametrize("backend", RUN_HERE)
-def test_any_strides(backend: str) -> None:
-    x = torch.randn(9, 2, 40, 5)[..., 2].transpose(0, 1)  # [2, 9, 40]
-    judge(backend, x, torch.randn(24, 80)[:, ::2], torch.randn(48)[::2])
-    judge(backend, x, torch.randn(48, 40)[::2], None)
-    judge(backend, x, torch.randn(40, 1).t(), torch.randn(1))
-    judge(backend, torch.randn(7, 1), torch.randn(24, 1), None)
+    check(linear(17, 20011, 24, transposed, bias=False), "cpu", dtype)
 
 
 @needs_cpu_kernels
-def test_fuzz() -> None:
-    for seed in range(FUZZ_FROM, FUZZ_FROM + 40):
-        generator = torch.Generator().manual_seed(seed)
-        M, N, K = (int(torch.randint(1, top, (), generator=generator)) for top in (200, 300, 900))
-        flags = torch.randint(0, 2, (2,), generator=generator).tolist()
-        torch.manual_seed(seed)
-        weight = torch.randn(K, N).t() if flags[0] else torch.randn(N, K)
-        judge("cpu", torch.randn(M, K), weight, torch.randn(N) if flags[1] else None)
+def test_any_strides() -> None:
+    x = {"x": lambda t: t[..., 2].transpose(0, 1)}  # [2, 9, 40]
+    for w1, bias, views in (
+        ((24, 80), (48,), {"w1": lambda t: t[:, ::2], "bias": lambda t: t[::2]}),
+        ((48, 40), None, {"w1": lambda t: t[::2]}),
+        ((40, 1), (1,), {"w1": Tensor.t}),
+    ):
+        shapes = {"x": (9, 2, 40, 5), "w1": w1} | ({"bias": bias} if bias else {})
+        check(replace(linear(18, 24, 40), shapes=shapes, views=x | views), "cpu", torch.float32)
+    check(linear(7, 24, 1, bias=False), "cpu", torch.float32)
 
 
 @needs_cpu_kernels

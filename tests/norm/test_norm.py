@@ -1,79 +1,33 @@
-"""LayerNorm and RMSNorm on every backend against float64, and what surrounds the op."""
+"""LayerNorm and RMSNorm beyond test_parity.py: rows of any kind, layouts, and what surrounds the op."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import BACKENDS, KERNEL_BACKENDS, assert_parity, device_of, poisoned_empty_memory, run_backend
+from parity import BACKENDS, DTYPES, KERNEL_BACKENDS, check, device_of, run_backend
 from torch import Tensor
 
 import bigkern
-from bigkern.core.parity import Yardstick
+from bigkern.core.problem import Problem, results
 from bigkern.ops.norm import reference
 from bigkern.ops.norm.call import bind
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-KINDS = ["layer", "rms"]
-SHAPES = [(5, 1), (3, 7), (4, 63), (2, 3, 129), (9, 768), (3, 1023), (2, 4104), (1, 5000)]
+from bigkern.ops.norm.problems import KINDS, norm
 
 
-def call(
-    kind: str, x: Tensor, weight: Any, bias: Any, residual: Any, eps: float = 1e-5, **drop: Any
-) -> Sequence[Tensor]:
+def call(kind: str, x: Tensor, weight: Any, bias: Any, residual: Any) -> Sequence[Tensor]:
     """``(y,)`` or ``(y, sum)`` by the public functions."""
     if kind == "layer":
-        out = bigkern.layer_norm(x, x.shape[-1:], weight, bias, eps, residual, **drop)
+        out = bigkern.layer_norm(x, x.shape[-1:], weight, bias, residual=residual)
     else:
-        out = bigkern.rms_norm(x, x.shape[-1:], weight, eps, residual, **drop)
+        out = bigkern.rms_norm(x, x.shape[-1:], weight, 1e-5, residual)
     return out if isinstance(out, tuple) else (out,)
-
-
-def stock(kind: str, x: Tensor, weight: Any, bias: Any, residual: Any, eps: float = 1e-5) -> Sequence[Tensor]:
-    s = x if residual is None else x + residual
-    if kind == "layer":
-        y = F.layer_norm(s, s.shape[-1:], weight, bias, eps)
-    else:
-        y = F.rms_norm(s, s.shape[-1:], weight, eps)
-    return (y,) if residual is None else (y, s)
-
-
-def with_gradients(
-    function: Any, kind: str, inputs: Sequence[Any], grads: Sequence[Tensor]
-) -> dict[str, Tensor]:
-    """Outputs, then the gradients of those inputs that are tensors."""
-    inputs = [None if t is None else t.detach().requires_grad_() for t in inputs]
-    outputs = function(kind, *inputs)
-    wanted = {name: t for name, t in zip(INPUTS, inputs, strict=True) if t is not None}
-    found = torch.autograd.grad(outputs, list(wanted.values()), [g.to(outputs[0].dtype) for g in grads])
-    return {
-        **dict(zip(("y", "sum"), outputs, strict=False)),
-        **{f"d{name}": grad for name, grad in zip(wanted, found, strict=True)},
-    }
-
-
-INPUTS = ("x", "weight", "bias", "residual")
-
-
-def widened(inputs: Sequence[Any]) -> list[Any]:
-    return [None if t is None else t.double() for t in inputs]
-
-
-def judge(backend: str, kind: str, inputs: Sequence[Any]) -> None:
-    """Outputs and every gradient by the parity rule."""
-    x, _, _, residual = inputs
-    grads = [torch.randn_like(x) for _ in range(1 if residual is None else 2)]
-    yardstick = Yardstick(
-        with_gradients(stock, kind, widened(inputs), grads),
-        partial(with_gradients, stock, kind, inputs, grads),
-    )
-    with run_backend("norm", backend):
-        assert_parity("norm", backend, with_gradients(call, kind, inputs, grads), yardstick, kind)
 
 
 def tensors(
@@ -87,47 +41,7 @@ def tensors(
     return [make(True, *shape), make(weight, shape[-1]), make(bias, shape[-1]), make(residual, *shape)]
 
 
-# ---- parity ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_parity(backend: str, dtype: torch.dtype, kind: str) -> None:
-    poisoned_empty_memory()
-    for shape in SHAPES:
-        judge(backend, kind, tensors(backend, dtype, shape, True, kind == "layer", True))
-    for weight, bias, residual in itertools.product((True, False), repeat=3):
-        if kind == "layer" or not bias:
-            for N in (64, 100):
-                judge(backend, kind, tensors(backend, dtype, (6, N), weight, bias, residual))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_dropout(backend: str, dtype: torch.dtype, kind: str) -> None:
-    """Against torch's functions on what the reference keeps for the same seed."""
-    poisoned_empty_memory()
-    for seed, (shape, p) in enumerate(
-        [((5, 1), 0.5), ((2, 3, 129), 0.1), ((9, 768), 0.25), ((2, 5000), 0.9)]
-    ):
-        drop: dict[str, Any] = {"dropout_p": p, "seed": seed}
-        inputs = tensors(backend, dtype, shape, True, kind == "layer", True)
-        grads = [torch.randn(shape, device=device_of(backend)).to(dtype) for _ in range(2)]
-        by_stock = partial(with_gradients, partial(call, **drop), kind)
-
-        def low(inputs: Any = inputs, grads: Any = grads, by_stock: Any = by_stock) -> Any:
-            with bigkern.use("torch"):
-                return by_stock(inputs, grads)
-
-        with bigkern.use("torch"):
-            yardstick = Yardstick(by_stock(widened(inputs), grads), low)
-        with run_backend("norm", backend):
-            ours = with_gradients(partial(call, **drop), kind, inputs, grads)
-        assert_parity("norm", backend, ours, yardstick, f"{kind} dropout")
-        untouched = (inputs[3] == ours["sum"]).float().mean().item()
-        assert abs(untouched - p) < 5 * (p * (1 - p) / ours["sum"].numel()) ** 0.5 + 0.01
+# ---- parity beyond test_parity.py ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -142,41 +56,42 @@ def test_gradient_of_the_sum_alone(backend: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_many_rows(backend: str, kind: str) -> None:
     """More rows than one pass of persistent blocks takes."""
-    poisoned_empty_memory()
-    judge(backend, kind, tensors(backend, torch.float32, (201, 36), True, kind == "layer", False))
-    judge(backend, kind, tensors(backend, torch.bfloat16, (75, 1032), True, kind == "layer", False))
+    check(norm(201, 36, kind), backend, torch.float32)
+    check(norm(75, 1032, kind), backend, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
     ("N", "dtype", "kind"),
     [(8200, torch.float32, "rms"), (8200, torch.bfloat16, "layer"), (65536, torch.float32, "layer")],
 )
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_long_rows(backend: str, N: int, dtype: torch.dtype, kind: str) -> None:
     if backend == "triton" and device_of(backend).type == "cpu":
         N = min(N, 20000)  # the interpreter's time; still too long for one tile
-    judge(backend, kind, tensors(backend, dtype, (1, N), True, kind == "layer", N < 16384))
+    check(norm(1, N, kind, residual=N < 16384, both=N < 16384), backend, dtype)
+
+
+def of_rows(N: int, kind: str, change: Callable[[Tensor], Tensor]) -> Problem:
+    """Four rows, changed before they are rounded."""
+    return replace(norm(4, N, kind), values=lambda drawn: drawn | {"x": change(drawn["x"])})
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_large_mean_and_tiny_variance(backend: str, kind: str) -> None:
     for mean, deviation, N in ((1e4, 1e-1, 768), (1e4, 1e-1, 1023), (-3e3, 1e-2, 4100), (1e-20, 1e-22, 64)):
-        x, weight, bias, _ = tensors(backend, torch.float32, (4, N), True, kind == "layer", False)
-        judge(backend, kind, [mean + deviation * x, weight, bias, None])
+        check(of_rows(N, kind, lambda x, m=mean, d=deviation: m + d * x), backend, torch.float32)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_extreme_values(backend: str, kind: str) -> None:
-    x, weight, bias, _ = tensors(backend, torch.float16, (4, 256), True, kind == "layer", False)
-    assert x is not None
-    judge(backend, kind, [(x * 1e4).clamp(-6e4, 6e4), weight, bias, None])
-    judge(backend, kind, [torch.full_like(x, 0.0), weight, bias, None])
-    judge(backend, kind, [torch.full_like(x, 3.0), weight, bias, None])
+    large, zero, three = (lambda x: (x * 1e4).clamp(-6e4, 6e4), torch.zeros_like, lambda x: 3 + 0 * x)
+    for change in (large, zero, three):
+        check(of_rows(256, kind, change), backend, torch.float16)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -192,34 +107,42 @@ def test_not_a_number_stays_in_its_row(backend: str) -> None:
 # ---- layouts ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_strided_inputs(backend: str) -> None:
-    device = device_of(backend)
-    wide = torch.randn(6, 80, device=device)
-    for x in (
-        wide.t()[:64],
-        wide[:, 3:67],
-        wide[:, ::2],
-        wide[:1].expand(6, 80),
-        torch.randn(2, 5, 4, device=device).transpose(0, 1),
-        torch.randn(7, device=device),
-    ):
-        N = x.shape[-1]
-        judge(backend, "layer", [x, wide.flatten()[1 : N + 1], wide.flatten()[: 2 * N : 2], x.flip(0)])
+LAYOUTS: dict[tuple[int, ...], Callable[[Tensor], Tensor]] = {
+    (6, 80): lambda t: t.t()[:64],
+    (6, 81): lambda t: t[:, 3:67],
+    (6, 82): lambda t: t[:, ::2],
+    (1, 80): lambda t: t.expand(6, 80),
+    (2, 5, 4): lambda t: t.transpose(0, 1),
+    (7,): lambda t: t[:],
+}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", LAYOUTS, ids=str)
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+def test_strided_inputs(backend: str, shape: tuple[int, ...]) -> None:
+    lies = LAYOUTS[shape]
+    x = lies(torch.empty(shape)).shape
+    shapes = {"x": shape, "weight": (x[-1] + 1,), "bias": (2 * x[-1],), "residual": x}
+    views = {
+        "x": lies,
+        "weight": lambda t: t[1:],
+        "bias": lambda t: t[::2],
+        "residual": lambda t: t.mT.contiguous().mT,
+    }
+    if len(x) == 1:
+        del views["residual"]
+    problem = norm(1, x[-1], residual=True, both=True)
+    check(replace(problem, shapes=shapes, views=views), backend, torch.float32)
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_gradient_of_a_sum_is_a_broadcast(backend: str) -> None:
-    x = torch.randn(4, 32, device=device_of(backend), requires_grad=True)
-    weight = torch.randn(32, device=x.device)
-
-    def gradient(function: Any, x: Tensor) -> dict[str, Tensor]:
-        return {"dx": torch.autograd.grad(function(x, (32,), weight.to(x.dtype)).sum(), x)[0]}
-
-    wide = x.detach().double().requires_grad_()
-    yardstick = Yardstick(gradient(F.layer_norm, wide), partial(gradient, F.layer_norm, x))
-    with run_backend("norm", backend):
-        assert_parity("norm", backend, gradient(bigkern.layer_norm, x), yardstick, "of a sum")
+    problem = norm(4, 32)
+    summed = {
+        "public": lambda *a, **o: problem.public(*a, **o).sum(),
+        "stock": lambda i: problem.stock(i).sum(),
+    }
+    check(replace(problem, **summed), backend, torch.float32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -233,27 +156,29 @@ def test_only_the_sum_is_used(backend: str) -> None:
     assert torch.equal(dx, torch.ones_like(x))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_several_normalized_dimensions(backend: str) -> None:
-    x = torch.randn(3, 4, 5, 6, device=device_of(backend))
-    weight, bias = torch.randn(2, 5, 6, device=x.device)
-    with run_backend("norm", backend):
-        y, s = bigkern.layer_norm(x, (5, 6), weight, bias, residual=x)
-    assert s.shape == y.shape == x.shape
-    exact = F.layer_norm(2 * x.double(), (5, 6), weight.double(), bias.double())
-    yardstick = Yardstick({"y": exact}, lambda: {"y": F.layer_norm(2 * x, (5, 6), weight, bias)})
-    assert_parity("norm", backend, {"y": y}, yardstick)
+    problem = norm(12, 30, residual=True, both=True)
+
+    def unflattened(x: Tensor, _shape: Any, residual: Tensor, **affine: Any) -> Any:
+        images, residual = x.view(3, 4, 5, 6), residual.view(3, 4, 5, 6)
+        affine |= {name: affine[name].view(5, 6) for name in ("weight", "bias")}
+        y, s = bigkern.layer_norm(images, (5, 6), residual=residual, **affine)
+        assert y.shape == s.shape == images.shape
+        return y.view(x.shape), s.view(x.shape)
+
+    check(replace(problem, public=unflattened), backend, torch.float32)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_rows(backend: str, shape: tuple[int, ...], kind: str) -> None:
-    inputs = tensors(backend, torch.float32, shape, True, kind == "layer", True)
-    grads = [torch.zeros(shape, device=device_of(backend))] * 2
+    problem = norm(0, 8, kind, residual=True, both=True)
+    problem = replace(problem, shapes=problem.shapes | {"x": shape, "residual": shape})
     with run_backend("norm", backend):
-        found = with_gradients(call, kind, inputs, grads)
-    assert found["y"].shape == found["sum"].shape == found["dx"].shape == shape
+        found = results(problem.ours, problem.make(torch.float32, device_of(backend)), problem.outputs)
+    assert found["output"].shape == found["sum"].shape == found["dx"].shape == shape
     assert torch.equal(found["dweight"], torch.zeros_like(found["dweight"]))
 
 
@@ -288,10 +213,10 @@ def test_only_wanted_gradients(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_backward_is_deterministic(backend: str) -> None:
-    inputs = tensors(backend, torch.bfloat16, (37, 264), True, True, True)
-    grads = [torch.randn(37, 264, device=device_of(backend))] * 2
+    problem = norm(37, 264, residual=True, both=True)
+    inputs = problem.make(torch.bfloat16, device_of(backend))
     with run_backend("norm", backend):
-        first, second = (with_gradients(call, "layer", inputs, grads) for _ in range(2))
+        first, second = (results(problem.ours, inputs, problem.outputs) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -439,6 +364,10 @@ def test_bad_arguments(message: str, error: type[Exception], change: dict[str, A
         bigkern.layer_norm(**{**arguments, **change})
 
 
+def by_torch(kind: str, x: Tensor, weight: Tensor, _bias: None, _residual: None) -> Sequence[Tensor]:
+    return ((F.layer_norm if kind == "layer" else F.rms_norm)(x, x.shape[-1:], weight, eps=1e-5),)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_transforms_of_torch_func(kind: str) -> None:
     x, weight = torch.randn(3, 64, 512), torch.rand(512)
@@ -446,7 +375,7 @@ def test_transforms_of_torch_func(kind: str) -> None:
     def loss(function: Any, x: Tensor) -> Tensor:
         return function(kind, x, weight, None, None)[0].square().mul(x).sum()
 
-    slopes = [torch.func.vmap(torch.func.grad(partial(loss, f)))(x) for f in (call, stock)]
+    slopes = [torch.func.vmap(torch.func.grad(partial(loss, f)))(x) for f in (call, by_torch)]
     torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-4)
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+from typing import Any
+
 import torch.nn.functional as F
+from torch import Tensor
 
 from bigkern.core.problem import Inputs, Problem
 from bigkern.ops import linear as op
@@ -11,25 +16,35 @@ from bigkern.ops import linear as op
 def linear(M: int, N: int, K: int, transposed: bool = False, bias: bool = True, name: str = "") -> Problem:
     """A transposed weight lies as [K, N]."""
     shapes: dict[str, tuple[int, ...]] = {"x": (M, K), "w1": (K, N) if transposed else (N, K)}
-    if bias:
-        shapes["bias"] = (N,)
+    shapes |= {"bias": (N,)} if bias else {}
 
-    def operands(inputs: Inputs) -> tuple[object, ...]:
-        weight = inputs["w1"].t() if transposed else inputs["w1"]
-        return inputs["x"], weight, inputs.get("bias")
+    def operands(inputs: Inputs) -> tuple[Any, ...]:
+        return inputs["x"], inputs["w1"], inputs.get("bias")
 
-    words = [name, f"{M}x{N}x{K}", "transposed" if transposed else ""]
+    words = [name, f"{M}x{N}x{K}", "transposed" if transposed else "", "" if bias else "no bias"]
     return Problem(
         "linear",
         " ".join(filter(None, words)),
         shapes,
         op.linear,
         lambda inputs: (operands(inputs), {}),
-        lambda inputs: F.linear(*operands(inputs)),  # type: ignore[arg-type]
+        lambda inputs: F.linear(*operands(inputs)),
+        views={"w1": Tensor.t} if transposed else {},
         flops=2 * M * N * K,
         elements=M * K + N * K + M * N,
         parameters=("w1", "bias") if bias else ("w1",),
     )
+
+
+def forms() -> list[Problem]:
+    sizes = ((1, 1, 1), (3, 7, 5), (14, 32, 16), (33, 129, 63), (64, 100, 1023), (513, 65, 400))
+    either = (False, True)
+    return [linear(*size, t, bias) for size, t, bias in itertools.product(sizes, either, either)]
+
+
+def drawn(draw: random.Random, largest: int) -> Problem:
+    M, N, K = (draw.randint(1, most) for most in (largest, largest, 3 * largest))
+    return linear(M, N, K, draw.random() < 0.5, draw.random() < 0.5)
 
 
 def small() -> list[Problem]:

@@ -1,0 +1,103 @@
+"""Every op on every backend against float64, by its problems: each form of the call, and calls at random."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+from parity import DTYPES, FUZZ_FROM, GPU, KERNEL_BACKENDS, check, run_backend
+
+from bigkern.core.problem import Problem, results, widened
+from bigkern.ops import problems
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of saturated gates, in numpy
+FORMS = [problem for op in problems.OPS if op in ("linear", "norm") for problem in problems.forms(op)]
+BY_LABEL = {"ids": lambda problem: f"{problem.op} {problem.label}"}
+
+
+def emulated(backend: str) -> bool:
+    """Whether a backend takes a second where kernels take a millisecond."""
+    return backend == "simt" or (backend == "triton" and not GPU)
+
+
+HAVE_KERNELS = {"linear": ("cpu",), "batch_norm": ("triton",), "frozen_layernorm_ffn": ("cpu", "triton")}
+
+
+def candidates(op: str) -> list[str]:
+    """The op's kernels that can run here. What torch computes is no result of ours to be judged."""
+    return [name for name in KERNEL_BACKENDS if name in HAVE_KERNELS.get(op, KERNEL_BACKENDS)]
+
+
+# ---- every form ------------------------------------------------------------------------------------
+
+CASES = [
+    pytest.param(problem, dtype, backend, id=f"{problem.op} {problem.label}-{dtype}-{backend}")
+    for problem in FORMS
+    for dtype in DTYPES
+    for backend in candidates(problem.op)
+    if problem.emulated or not emulated(backend)
+]
+
+
+@pytest.mark.parametrize(("problem", "dtype", "backend"), CASES)
+def test_parity(problem: Problem, dtype: torch.dtype, backend: str) -> None:
+    check(problem, backend, dtype)
+
+
+@pytest.mark.parametrize("problem", FORMS, **BY_LABEL)
+def test_all_spellings_agree_in_float64(problem: Problem) -> None:
+    """Stock, the specification and the candidate torch are one function: else the rule measures nothing."""
+    inputs = widened(problem.make(torch.float32, torch.device("cpu")))
+    stock = results(problem.stock, inputs, problem.outputs)
+    with run_backend(problem.op, "torch"):
+        torch.testing.assert_close(results(problem.ours, inputs, problem.outputs), stock)
+    if problem.specification is not None:
+        torch.testing.assert_close(results(problem.specification, inputs, problem.outputs), stock)
+
+
+# ---- calls at random -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fuzz:
+    """How many seeds on each backend, and the largest size where kernels run and where they are emulated."""
+
+    cpu: int
+    cuda: int
+    triton: int
+    simt: int
+    largest: int
+    emulated: int
+
+    def sizes(self, backend: str) -> int:
+        return self.emulated if emulated(backend) else self.largest
+
+
+FUZZED = {
+    "linear": Fuzz(cpu=40, cuda=0, triton=0, simt=0, largest=300, emulated=40),
+    "norm": Fuzz(cpu=40, cuda=40, triton=4, simt=4, largest=100, emulated=10),
+}
+SEEDS = [
+    (op, backend, seed)
+    for op, fuzz in FUZZED.items()
+    for backend in candidates(op)
+    for seed in range(getattr(fuzz, backend))
+]
+
+
+@pytest.mark.parametrize(("op", "backend", "seed"), SEEDS)
+def test_fuzz(op: str, backend: str, seed: int) -> None:
+    fuzz(op, backend, seed + FUZZ_FROM)
+
+
+def fuzz(op: str, backend: str, seed: int) -> None:
+    """A call at random; where it fails it prints the line that repeats it."""
+    draw = random.Random(seed)
+    try:
+        problem = problems.drawn(op, draw, FUZZED[op].sizes(backend))
+        check(problem, backend, draw.choice(DTYPES), seed)
+    except BaseException:
+        print(f"to repeat, in tests: from test_parity import fuzz; fuzz({op!r}, {backend!r}, {seed})")
+        raise
