@@ -14,8 +14,8 @@ def cases(bench: Bench) -> list[Case]:
     sizes = [(64, 56, False), (256, 56, True)]
     if not bench.quick:
         sizes += [(64, 112, False), (512, 28, True), (1024, 14, True), (2048, 7, True)]
-    found = [_case(batch_norm(N, C, H, H, residual), bench) for C, H, residual in sizes]
-    return [*found, _case(batch_norm(N, 256, 56, 56, True, training=False), bench)]
+    found = [_case(batch_norm(N, C, H, H, residual=residual), bench) for C, H, residual in sizes]
+    return [*found, _case(batch_norm(N, 256, 56, 56, residual=True, training=False), bench)]
 
 
 def _case(problem: Problem, bench: Bench) -> Case:

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import test_attention
-import test_batch_norm
 import test_layernorm_ffn
 import test_recurrent
 import torch
@@ -24,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bigkern.core.parity import Yardstick
 from bigkern.core.problem import Problem, results, widened
 from bigkern.core.random_rounding import COMPOUND, SUMS, aten, taken_apart
+from bigkern.ops.batch_norm.problems import batch_norm
 from bigkern.ops.linear.problems import linear
 from bigkern.ops.norm.problems import norm
 
@@ -49,15 +49,6 @@ def layernorm_ffn(dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
     grad = torch.randn(12, 12).to(dtype)
     wide = [None if t is None else t.double() for t in inputs]
     return by_stock(wide, grad, options), partial(by_stock, inputs, grad, options)
-
-
-def batch_norm(dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
-    inputs = test_batch_norm.tensors("torch", dtype, (2, 6, 4, 4), True, True)
-    running, dy = [torch.randn(6), 0.5 + torch.rand(6)], torch.randn(2, 6, 4, 4).to(dtype)
-    by_stock = partial(test_batch_norm.results, test_batch_norm.stock)
-    wide = [None if t is None else t.double() for t in inputs]
-    exact = by_stock(wide, [t.double() for t in running], dy, True, False)
-    return exact, partial(by_stock, inputs, running, dy, True, False)
 
 
 def recurrent(dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
@@ -104,7 +95,7 @@ OPS: dict[str, Callable[[torch.dtype], tuple[Results, Callable[[], Results]]]] =
     "norm": partial(of_problem, norm(12, 24, residual=True, both=True)),
     "layernorm_ffn": layernorm_ffn,
     "linear": partial(of_problem, linear(12, 24, 16)),
-    "batch_norm": batch_norm,
+    "batch_norm": partial(of_problem, batch_norm(2, 6, 4, 4, residual=True, relu=False, statistics=True)),
     "recurrent": recurrent,
     "adam": adam,
     "grad_norm": grad_norm,

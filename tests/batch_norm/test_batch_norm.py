@@ -1,4 +1,4 @@
-"""BatchNorm with residual and ReLU on every backend against float64, and the layer against torch's."""
+"""BatchNorm beyond test_parity.py: numbers and layouts of any kind, and the layer against torch's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import copy
 import io
 import itertools
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,22 +15,18 @@ import parity
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import assert_parity, device_of, poisoned_empty_memory, run_backend
+from parity import check, device_of, run_backend
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import bigkern
-from bigkern.core.parity import Yardstick
-from bigkern.ops.batch_norm import batch_norm, reference
+from bigkern.core.problem import Inputs, Problem, results
+from bigkern.ops.batch_norm import batch_norm, problems, reference
 from bigkern.ops.batch_norm.call import BatchNorm
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = [name for name in parity.BACKENDS if name in ("torch", "triton")]  # there are no others
+KERNELS = [name for name in BACKENDS if name != "torch"]
 LAST = torch.channels_last
-SHAPES = [
-    (2, 3, 5, 7), (4, 64, 1, 1), (1, 1, 9, 9), (3, 129, 7, 3),
-    (2, 24, 8, 8), (5, 40), (2, 6, 11), (2, 3, 2, 3, 4),
-]  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,52 +36,8 @@ def last(x: Tensor) -> Tensor:
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def stock(
-    x: Tensor, weight: Any, bias: Any, residual: Any, running: Sequence[Tensor], training: bool, relu: bool
-) -> Tensor:
-    y = F.batch_norm(x, *running, weight, bias, training)
-    y = y if residual is None else y + residual
-    return y.relu() if relu else y
-
-
-def ours(
-    x: Tensor, weight: Any, bias: Any, residual: Any, running: Sequence[Tensor], training: bool, relu: bool
-) -> Tensor:
-    activation = "relu" if relu else None
-    return batch_norm(x, *running, weight, bias, training, residual=residual, activation=activation)
-
-
-def results(
-    function: Any, inputs: Sequence[Any], running: Sequence[Tensor], dy: Tensor, *options: bool
-) -> dict[str, Tensor]:
-    """Output, gradients of those inputs that are tensors, and running statistics."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
-    running = [t.clone() for t in running]
-    y = function(*leaves, running, *options)
-    wanted = {n: t for n, t in zip(NAMES, leaves, strict=True) if t is not None}
-    grads = torch.autograd.grad(y, list(wanted.values()), dy.to(y.dtype))
-    found = {"y": y, **{f"d{n}": g for n, g in zip(wanted, grads, strict=True)}}
-    return {**found, "running_mean": running[0], "running_var": running[1]}
-
-
-NAMES = ("x", "weight", "bias", "residual")
-
-
-def judge(backend: str, inputs: Sequence[Any], training: bool, relu: bool, running: Any = None) -> None:
-    """Output, every gradient and the running statistics by the parity rule; strides are x's."""
-    x = inputs[0]
-    if running is None:
-        dtype = next((t.dtype for t in inputs[1:3] if t is not None), x.dtype)
-        running = [v.to(x.device, dtype) for v in (torch.randn(x.shape[1]), 0.5 + torch.rand(x.shape[1]))]
-    dy = torch.randn(x.shape).to(x.device, x.dtype)
-    with run_backend("batch_norm", backend):
-        got = results(ours, inputs, running, dy, training, relu)
-    wide = [None if t is None else t.double() for t in inputs]
-    exact = results(stock, wide, [t.double() for t in running], dy, training, relu)
-    yardstick = Yardstick(exact, partial(results, stock, inputs, running, dy, training, relu))
-    if backend != "torch" or x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=LAST)):
-        assert got["y"].stride() == x.stride()  # torch's own know no other formats
-    assert_parity("batch_norm", backend, got, yardstick)
+def of(*shape: int, **options: bool) -> Problem:
+    return problems.batch_norm(*shape, **options, statistics=True)
 
 
 def tensors(
@@ -106,52 +59,52 @@ def tensors(
 # ---- parity ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_parity(backend: str, dtype: torch.dtype) -> None:
-    poisoned_empty_memory()
-    for i, shape in enumerate(SHAPES):
-        training, relu, residual = i % 3 != 2, i % 2 == 0, i % 4 < 2
-        judge(backend, tensors(backend, dtype, shape, True, residual), training, relu)
-    for training, relu, residual in itertools.product((True, False), repeat=3):
-        judge(backend, tensors(backend, dtype, (2, 24, 5, 4), True, residual), training, relu)
-        if residual == relu:
-            judge(backend, tensors(backend, dtype, (3, 17, 2, 2), False, residual), training, relu)
-    if dtype != torch.float32:
-        judge(backend, tensors(backend, dtype, (2, 16, 6, 6), True, True, dtype), True, True)
-
-
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KERNELS)
 def test_many_rows(backend: str, training: bool) -> None:
     """More rows than one pass of persistent programs takes, and several tiles of columns."""
-    poisoned_empty_memory()
-    judge(backend, tensors(backend, torch.float32, (3, 72, 17, 15), True, True), training, True)
-    judge(backend, tensors(backend, torch.bfloat16, (2, 8, 31, 17), True, False), training, True)
+    check(of(3, 72, 17, 15, residual=True, training=training), backend, torch.float32)
+    check(of(2, 8, 31, 17, training=training), backend, torch.bfloat16)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+def changed(problem: Problem, change: Callable[[Tensor], Tensor]) -> Problem:
+    """The problem with other numbers in x, which is drawn as [N, H, W, C]."""
+
+    def values(drawn: Inputs) -> Inputs:
+        drawn = problem.values(drawn)
+        return drawn | {"x": change(drawn["x"])}
+
+    return replace(problem, values=values)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
 def test_a_mean_far_from_zero(backend: str) -> None:
     for mean, deviation in ((1e3, 1.0), (-1e4, 1e-1), (1e-20, 1e-22)):
-        x, weight, bias, _ = tensors(backend, torch.float32, (4, 20, 9, 7), True, False)
-        judge(backend, [mean + deviation * x, weight, bias, None], True, False)
+        problem = changed(of(4, 20, 9, 7, relu=False), lambda x, m=mean, d=deviation: m + d * x)
+        check(problem, backend, torch.float32)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KERNELS)
 def test_a_first_row_that_is_like_no_other(backend: str) -> None:
-    x, weight, bias, _ = tensors(backend, torch.float32, (4, 20, 13, 11), True, False)
-    x[0, :, 0, 0] = 1e4
-    judge(backend, [x, weight, bias, None], True, False)
-    x[0] = 1e4
-    judge(backend, [x, weight, bias, None], True, False)
+    for row in ((0, 0, 0), (0,)):
+        at = tuple(torch.tensor(i) for i in row)
+        problem = changed(of(4, 20, 13, 11, relu=False), lambda x, at=at: x.index_put(at, torch.tensor(1e4)))
+        check(problem, backend, torch.float32)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KERNELS)
 def test_extreme_values(backend: str) -> None:
-    x, weight, bias, _ = tensors(backend, torch.float16, (4, 16, 5, 5), True, False)
-    judge(backend, [(x * 1e4).clamp(-6e4, 6e4), weight, bias, None], True, True)
-    judge(backend, [torch.full_like(x, 0.0), weight, bias, None], True, False)
-    judge(backend, [torch.full_like(x, 3.0), weight, bias, None], True, False)
+    large, three = (lambda x: (1e4 * x).clamp(-6e4, 6e4), lambda x: 3 + 0 * x)
+    for change, relu in ((large, True), (torch.zeros_like, False), (three, False)):
+        check(changed(of(4, 16, 5, 5, relu=relu), change), backend, torch.float16)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_outputs_lie_as_x_does(backend: str) -> None:
+    for problem in problems.forms()[:8]:
+        inputs = problem.make(torch.float32, device_of(backend))
+        with run_backend("batch_norm", backend):
+            assert problem.ours(inputs)[0].stride() == inputs["x"].stride()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -164,15 +117,26 @@ def test_not_a_number_stays_in_its_channel(backend: str) -> None:
     assert y[:, [0, 1, 2, 3, 4, 6, 7]].isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KERNELS)
 def test_layouts_beside_x(backend: str) -> None:
     """Residual, parameters, statistics and dy lie as they like; dy may be a broadcast one."""
-    x, _, _, residual = tensors(backend, torch.float32, (3, 12, 5, 4), True, True)
-    wide = (1 + torch.rand(60)).to(x.device)
-    running = [wide[20:32], wide[:24:2]]
-    for r in (residual.contiguous(), residual[:, :1].expand_as(x), residual.flip(2).transpose(2, 3).mT):
+    problem = of(3, 12, 5, 4, residual=True)
+    every = {"weight": (60,), "bias": (60,), "fixed_mean": (60,), "fixed_var": (24,)}
+    views = problem.views | {"weight": lambda t: t[::5], "bias": lambda t: t[3:15]}
+    views |= {"fixed_mean": lambda t: t[20:32], "fixed_var": lambda t: t[::2]}
+    for shape, lies in (
+        ((3, 12, 5, 4), torch.Tensor.detach),
+        ((3, 1, 5, 4), lambda r: r.expand(3, 12, 5, 4)),
+        ((3, 4, 5, 12), lambda r: r.movedim(-1, 1).flip(2).transpose(2, 3)),
+    ):
+        shapes = problem.shapes | every | {"residual": shape}
         for training in (True, False):
-            judge(backend, [x, wide[::5], wide[3:15], r], training, True, running)
+            other = of(3, 12, 5, 4, residual=True, training=training)
+            check(replace(other, shapes=shapes, views=views | {"residual": lies}), backend, torch.float32)
+    x, wide = (
+        problem.make(torch.float32, device_of(backend))["x"].detach(),
+        (1 + torch.rand(60)).to(device_of(backend)),
+    )
     mean, var = wide[20:32], wide[:24:2].contiguous()  # torch 2.13 mistakes a strided one in this backward
     with run_backend("batch_norm", backend):
         x.requires_grad_()
@@ -184,7 +148,8 @@ def test_layouts_beside_x(backend: str) -> None:
 def test_other_memory_formats_run_on_stock() -> None:
     x = torch.randn(2, 6, 5, 4)
     for case in (x, x.to(memory_format=LAST)[:, ::2], torch.randn(5, 4, 6, 2).permute(3, 2, 0, 1)):
-        judge("torch", [case, None, None, torch.randn(case.shape)], True, True)
+        y = batch_norm(case, None, None, training=True, residual=case)
+        torch.testing.assert_close(y, F.batch_norm(case, None, None, training=True) + case)
         if "triton" in BACKENDS and not torch.cuda.is_available():
             with (
                 bigkern.use(batch_norm="triton"),
@@ -207,7 +172,10 @@ def test_only_wanted_gradients(backend: str) -> None:
                 t.detach().requires_grad_(n) for t, n in zip(inputs, needed, strict=True) if t is not None
             ]
             with run_backend("batch_norm", backend):
-                ours(*leaves, [t.clone().to(grad.device) for t in running], training, relu).backward(grad)
+                x, weight, bias, residual = leaves
+                kept = [t.clone().to(grad.device) for t in running]
+                options = {"residual": residual, "activation": "relu" if relu else None}
+                batch_norm(x, *kept, weight, bias, training, **options).backward(grad)
             found = [t.grad for t in leaves]
             full = found if all(needed) else full
             for got, want, n in zip(found, full, needed, strict=True):
@@ -215,20 +183,19 @@ def test_only_wanted_gradients(backend: str) -> None:
                 assert got is None or torch.allclose(got, want, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "torch"])
+@pytest.mark.parametrize("backend", KERNELS)
 def test_the_same_bits_in_every_run(backend: str) -> None:
-    inputs = tensors(backend, torch.bfloat16, (2, 24, 13, 13), True, True)
-    running = [t.to(device_of(backend)) for t in (torch.zeros(24), torch.ones(24))]
-    dy = torch.randn(2, 24, 13, 13).to(device_of(backend))
+    problem = of(2, 24, 13, 13, residual=True)
+    inputs = problem.make(torch.bfloat16, device_of(backend))
     with run_backend("batch_norm", backend):
-        first, second = (results(ours, inputs, running, dy, True, True) for _ in range(2))
+        first, second = (results(problem.ours, inputs, problem.outputs) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 # ---- what is saved, autograd and compilation -------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "torch"])
+@pytest.mark.parametrize("backend", KERNELS)
 def test_what_is_saved(backend: str) -> None:
     """x, and y where there is a residual and a ReLU: nothing else of an image's size."""
     x, weight, bias, residual = tensors(backend, torch.float32, (4, 16, 8, 8), True, True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+import itertools
+import math
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,56 +14,79 @@ from bigkern.ops import batch_norm as op
 
 
 def batch_norm(
-    N: int, C: int, H: int, W: int, residual: bool = False, relu: bool = True, training: bool = True
+    N: int,
+    C: int,
+    *size: int,
+    residual: bool = False,
+    relu: bool = True,
+    training: bool = True,
+    affine: bool = True,
+    narrow: bool = False,
+    statistics: bool = False,
 ) -> Problem:
-    """An image is drawn as [N, H, W, C], and seen as [N, C, H, W]."""
-    words = [f"{N}x{C}x{H}x{W}", "" if training else "eval"]
-    words += ["+ residual" if residual else "", "relu" if relu else ""]
-    shapes: dict[str, tuple[int, ...]] = {"x": (N, H, W, C)}
-    if residual:
-        shapes["residual"] = (N, H, W, C)
+    """An image is drawn as [N, *size, C], and seen as [N, C, *size].
 
-    def images(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
-        x, r = (inputs[name].permute(0, 3, 1, 2) if name in inputs else None for name in ("x", "residual"))
-        assert x is not None
-        return x, r
-
-    def channels(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return inputs["running_mean"], inputs["running_var"], inputs["weight"], inputs["bias"]
+    ``narrow``: parameters and statistics have x's dtype. ``statistics``: where they moved to is an output.
+    """
+    words = ["x".join(map(str, (N, C, *size))), "" if training else "eval", "+ residual" if residual else ""]
+    words += ["relu" if relu else "", "" if affine else "not affine", "narrow" if narrow else ""]
+    channels = ("fixed_mean", "fixed_var", *(("weight", "bias") if affine else ()))
+    shapes = dict.fromkeys(channels, (C,))
+    images = dict.fromkeys(("x", "residual")[: 1 + residual], (N, *size, C))
 
     def call(inputs: Inputs) -> Call:
-        x, r = images(inputs)
-        return (x, *channels(inputs), training), {"residual": r, "activation": "relu" if relu else None}
+        moved = [inputs[n].clone() if statistics else inputs[n] for n in ("fixed_mean", "fixed_var")]
+        arguments = (inputs["x"], *moved, inputs.get("weight"), inputs.get("bias"), training)
+        return arguments, {"residual": inputs.get("residual"), "activation": "relu" if relu else None}
 
-    def stock(inputs: Inputs) -> Tensor:
-        x, r = images(inputs)
-        y = F.batch_norm(x, *channels(inputs), training)
-        y = y if r is None else y + r
-        return F.relu(y, inplace=True) if relu else y
+    def public(x: Tensor, mean: Tensor, var: Tensor, *rest: Any, **options: Any) -> Any:
+        y = op.batch_norm(x, mean, var, *rest, **options)
+        return (y, mean, var) if statistics else y
 
-    def constants(device: torch.device) -> Inputs:
-        generator = torch.Generator().manual_seed(C)
-        mean, weight, bias = torch.randn(3, C, generator=generator).mul_(0.1).unbind(0)
-        var = torch.rand(C, generator=generator) + 0.5
-        made = {"running_mean": mean, "running_var": var, "weight": 1 + weight, "bias": bias}
-        return {
-            name: value.clone().to(device).requires_grad_(not name.startswith("running"))
-            for name, value in made.items()
-        }
+    def stock(inputs: Inputs) -> Any:
+        (x, mean, var, *rest), options = call(inputs)
+        y = F.batch_norm(x, mean, var, *rest)
+        y = y + options["residual"] if residual else y
+        y = F.relu(y, inplace=True) if relu else y
+        return (y, mean, var) if statistics else y
+
+    def values(drawn: Inputs) -> Inputs:
+        return drawn | {"x": 2 * drawn["x"] + 0.5, "fixed_var": drawn["fixed_var"].abs() + 0.5}
 
     forward = 2 + training + residual  # x twice in training, residual, y
     return Problem(
         "batch_norm",
         " ".join(filter(None, words)),
-        shapes,
-        op.batch_norm,
+        images | shapes,
+        public if statistics else op.batch_norm,
         call,
         stock,
-        constants=constants,
-        elements=forward * N * C * H * W,
+        values=values,
+        views={name: lambda image: image.movedim(-1, 1) for name in images},
+        float32=() if narrow or not affine else channels,
+        outputs=("output", "running_mean", "running_var") if statistics else ("output",),
+        elements=forward * N * C * math.prod(size),
         backward_factor=(5 + 2 * (residual and relu)) / forward,  # g and x twice, dx; y, dresidual
         parameters=("weight", "bias"),
     )
+
+
+def forms() -> list[Problem]:
+    shapes = (
+        (2, 3, 5, 7), (4, 64, 1, 1), (1, 1, 9, 9), (3, 129, 7, 3),
+        (2, 24, 8, 8), (5, 40), (2, 6, 11), (2, 3, 2, 3, 4),
+    )  # fmt: skip
+    either = (True, False)
+    found = []
+    for i, shape in enumerate(shapes):
+        options = {"training": i % 3 != 2, "relu": i % 2 == 0, "residual": i % 4 < 2}
+        found.append(batch_norm(*shape, **options, statistics=True))
+    for training, relu, residual in itertools.product(either, either, either):
+        options = {"training": training, "relu": relu, "residual": residual}
+        found.append(batch_norm(2, 24, 5, 4, **options, statistics=True))
+        if residual == relu:
+            found.append(batch_norm(3, 17, 2, 2, **options, affine=False, statistics=True))
+    return [*found, batch_norm(2, 16, 6, 6, residual=True, narrow=True, statistics=True)]
 
 
 def small() -> list[Problem]:
