@@ -13,7 +13,7 @@ from bigkern.core.problem import Problem, results, widened
 from bigkern.ops import problems
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of saturated gates, in numpy
-FORMS = [problem for op in problems.OPS if op in ("linear", "norm") for problem in problems.forms(op)]
+FORMS = [p for op in problems.OPS if hasattr(problems._MODULES[op], "forms") for p in problems.forms(op)]
 BY_LABEL = {"ids": lambda problem: f"{problem.op} {problem.label}"}
 
 
@@ -77,6 +77,7 @@ class Fuzz:
 
 FUZZED = {
     "linear": Fuzz(cpu=40, cuda=0, triton=0, simt=0, largest=300, emulated=40),
+    "layernorm_ffn": Fuzz(cpu=400, cuda=100, triton=20, simt=30, largest=200, emulated=40),
     "norm": Fuzz(cpu=40, cuda=40, triton=4, simt=4, largest=100, emulated=10),
 }
 SEEDS = [

@@ -108,8 +108,8 @@ def results(
     outputs = returned if isinstance(returned, tuple) else (returned,)
     found = {name: output.detach() for name, output in zip(names, outputs, strict=True)}
     wanted = {name: value for name, value in inputs.items() if value.requires_grad}
-    if wanted and torch.is_grad_enabled():
-        differentiable = [output for output in outputs if output.requires_grad]
+    differentiable = [output for output in outputs if output.requires_grad]
+    if wanted and differentiable:
         upstream = [_drawn(output.shape, seed).to(output) for seed, output in enumerate(differentiable)]
         grads = torch.autograd.grad(differentiable, list(wanted.values()), upstream)
         found.update({f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)})

@@ -1,44 +1,40 @@
-"""The feed-forward block on every backend against float64, and what surrounds the op."""
+"""The feed-forward block beyond test_parity.py: extremes, layouts, and what surrounds the op."""
 
 from __future__ import annotations
 
 import importlib
 import itertools
-import random
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import simt_library
 import torch
-import torch.nn.functional as F
 from parity import (
     BACKENDS,
-    FUZZ_FROM,
+    DTYPES,
     KERNEL_BACKENDS,
     assert_parity,
+    check,
     device_of,
-    poisoned_empty_memory,
     run_backend,
 )
 from torch import Tensor, nn
 
 import bigkern
 from bigkern.core.parity import Yardstick
+from bigkern.core.problem import Inputs, Problem, results
 from bigkern.ops.layernorm_ffn import reference
 from bigkern.ops.layernorm_ffn.call import GATED, bind
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NORMS = ["layer", "rms", "none"]
-PLACEMENTS = ["pre", "post"]
-ACTIVATIONS = ["gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu"]
-NAMES = ("x", "w1", "b1", "w2", "b2", "norm_weight", "norm_bias")
+from bigkern.ops.layernorm_ffn.problems import ACTIVATIONS, NAMES, PLACEMENTS, layernorm_ffn
+from bigkern.ops.layernorm_ffn.stock import activate
 
 
 def inputs_of(
-    where: str | torch.device,
+    where: str,
     dtype: torch.dtype,
     shape: tuple[int, ...] = (5, 24),
     F_: int = 40,
@@ -46,163 +42,56 @@ def inputs_of(
     norm: str = "layer",
     bias: bool = True,
 ) -> list[Tensor | None]:
-    """x, w1, b1, w2, b2, norm_weight, norm_bias; products keep the size of their inputs."""
-    D, rows = shape[-1], 2 * F_ if activation in GATED else F_
-    device = device_of(where) if isinstance(where, str) else where
-
-    def make(*size: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(*size, device=device)).to(dtype)
-
-    return [
-        make(*shape),
-        make(rows, D, scale=D**-0.5),
-        make(rows) if bias else None,
-        make(D, F_, scale=F_**-0.5),
-        make(D) if bias else None,
-        make(D) if norm != "none" else None,
-        make(D) if bias and norm == "layer" else None,
-    ]
+    """x, w1, b1, w2, b2, norm_weight, norm_bias."""
+    problem = layernorm_ffn(math.prod(shape[:-1]), shape[-1], F_, activation, norm=norm, biases=bias)
+    made = problem.make(dtype, device_of(where))
+    x, *parameters = (made[name].detach() if name in made else None for name in NAMES)
+    return [x.view(shape), *parameters]
 
 
-def activate(p: Tensor, activation: str) -> Tensor:
-    if activation == "swiglu":
-        gate, up = p.chunk(2, -1)
-        return F.silu(gate) * up
-    if activation == "geglu":
-        gate, up = p.chunk(2, -1)
-        return F.gelu(gate) * up
-    return F.gelu(p, approximate="tanh") if activation == "gelu_tanh" else getattr(F, activation)(p)
+def stock(*tensors: Tensor | None, activation: str, placement: str = "pre", norm: str = "layer") -> Tensor:
+    x, _, _, w2, *_ = tensors
+    problem = layernorm_ffn(x.shape[0], *w2.shape, activation, placement, norm, biases=True)
+    return problem.stock({name: t for name, t in zip(NAMES, tensors, strict=True) if t is not None})
 
 
-def stock(*tensors: Any, norm: str, activation: str, placement: str, residual: bool = True) -> Tensor:
-    x, w1, b1, w2, b2, weight, bias = tensors
-
-    def normalise(s: Tensor) -> Tensor:
-        if norm == "none":
-            return s
-        if norm == "layer":
-            return F.layer_norm(s, s.shape[-1:], weight, bias, 1e-5)
-        return F.rms_norm(s, s.shape[-1:], weight, 1e-5)
-
-    n = normalise(x) if placement == "pre" else x
-    y = F.linear(activate(F.linear(n, w1, b1), activation), w2, b2)
-    y = x + y if residual else y
-    return y if placement == "pre" else normalise(y)
-
-
-def with_gradients(
-    function: Any, inputs: Sequence[Any], grad: Tensor, options: dict[str, Any]
-) -> dict[str, Tensor]:
+def with_gradients(inputs: Sequence[Any], grad: Tensor, **options: Any) -> dict[str, Tensor]:
     """y and the gradients of all inputs."""
     inputs = [None if t is None else t.detach().requires_grad_() for t in inputs]
-    y = function(*inputs, **options)
+    y = bigkern.layernorm_ffn(*inputs, **options)
     wanted = {f"d{name}": t for name, t in zip(NAMES, inputs, strict=True) if t is not None}
     grads = torch.autograd.grad(y, list(wanted.values()), grad.to(y.dtype))
     return {"y": y, **dict(zip(wanted, grads, strict=True))}
 
 
-def judge(backend: str, inputs: Sequence[Any], **options: Any) -> None:
-    """The output and every gradient by the parity rule."""
-    grad = torch.randn(inputs[0].shape, device=inputs[0].device).to(inputs[0].dtype)
-    compare(backend, inputs, grad, by_stock(inputs, grad, options), options)
-
-
-def by_stock(inputs: Sequence[Any], grad: Tensor, options: dict[str, Any]) -> Yardstick:
-    wide = [None if t is None else t.double() for t in inputs]
-    return Yardstick(
-        with_gradients(stock, wide, grad, options), partial(with_gradients, stock, inputs, grad, options)
-    )
-
-
-def by_the_torch_backend(inputs: Sequence[Any], grad: Tensor, options: dict[str, Any]) -> Yardstick:
-    """For what stock does not have: dropout by a seed."""
-    given = inputs, grad, options
-    return Yardstick(in_torch(torch.float64, *given), partial(in_torch, grad.dtype, *given))
-
-
-def in_torch(
-    dtype: torch.dtype, inputs: Sequence[Any], grad: Tensor, options: dict[str, Any]
-) -> dict[str, Tensor]:
-    with bigkern.use(layernorm_ffn="torch"):
-        converted = [None if t is None else t.detach().to(dtype) for t in inputs]
-        return with_gradients(bigkern.layernorm_ffn, converted, grad, options)
-
-
-def compare(
-    backend: str, inputs: Sequence[Any], grad: Tensor, yardstick: Yardstick, options: dict[str, Any]
-) -> None:
-    with run_backend("layernorm_ffn", backend):
-        ours = with_gradients(bigkern.layernorm_ffn, inputs, grad, options)
-    assert_parity("layernorm_ffn", backend, ours, yardstick, f"{options}:")
-
-
-@cache
-def small_case(device: torch.device, dtype: torch.dtype, bias: bool, **options: Any) -> tuple[Any, ...]:
-    """Inputs and what stock makes of them: the same for every backend."""
-    inputs = inputs_of(device, dtype, (9, 24), 40, options["activation"], options["norm"], bias)
-    grad = torch.randn(9, 24, device=device).to(dtype)
-    return inputs, grad, by_stock(inputs, grad, options)
-
-
-# ---- parity ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_parity(backend: str, dtype: torch.dtype, norm: str, placement: str) -> None:
-    poisoned_empty_memory()
-    for activation, bias, residual in itertools.product(ACTIVATIONS, (True, False), (True, False)):
-        options = {"norm": norm, "activation": activation, "placement": placement, "residual": residual}
-        compare(backend, *small_case(device_of(backend), dtype, bias, **options), options)
-
-
-@pytest.mark.parametrize(
-    ("shape", "F_"), [((1, 1), 1), ((7, 7), 63), ((3, 3, 63), 7), ((2, 129), 1023), ((64, 33), 129)]
-)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_odd_shapes(backend: str, shape: tuple[int, ...], F_: int) -> None:
-    for dtype, activation, placement in itertools.product(
-        (torch.float32, torch.bfloat16), ("gelu", "swiglu"), PLACEMENTS
-    ):
-        options = {"norm": "layer", "activation": activation, "placement": placement}
-        judge(backend, inputs_of(backend, dtype, shape, F_, activation), **options)
-
-
-@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_real_width(backend: str, activation: str) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        inputs = inputs_of(backend, dtype, (2, 20, 128), 512, activation)
-        judge(backend, inputs, norm="layer", activation=activation, placement="pre")
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_extreme_preactivations(backend: str, activation: str) -> None:
-    """Tails of the activations: nothing overflows, and nothing is lost where they vanish."""
-    inputs = inputs_of(backend, torch.float32, (6, 16), 32, activation)
-    assert inputs[2] is not None
-    inputs[2] = torch.linspace(-60, 60, inputs[2].numel(), device=inputs[2].device)
-    judge(backend, inputs, norm="layer", activation=activation, placement="pre")
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_large_mean_and_tiny_variance(backend: str, placement: str) -> None:
-    inputs = inputs_of(backend, torch.float32, (6, 32))
-    assert inputs[0] is not None
-    inputs[0] = 1e4 + 0.1 * inputs[0]
-    judge(backend, inputs, norm="layer", activation="gelu", placement=placement)
+# ---- numbers of any kind ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+def test_extreme_preactivations(backend: str, activation: str) -> None:
+    """Tails of the activations: nothing overflows, and nothing is lost where they vanish."""
+
+    def values(drawn: Inputs) -> Inputs:
+        return drawn | {"b1": torch.linspace(-60, 60, drawn["b1"].numel())}
+
+    check(replace(layernorm_ffn(6, 16, 32, activation), values=values), backend, torch.float32)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+def test_large_mean_and_tiny_variance(backend: str, placement: str) -> None:
+    def values(drawn: Inputs) -> Inputs:
+        return drawn | {"x": 1e4 + 0.1 * drawn["x"]}
+
+    problem = layernorm_ffn(6, 32, 40, placement=placement)
+    check(replace(problem, values=values), backend, torch.float32)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("backend", [name for name in KERNEL_BACKENDS if name != "cpu"])
 def test_bias_activation(backend: str, activation: str) -> None:
     """The pass with a bias of its own, as after a product that takes none."""
-    if backend == "cpu":
-        return
     module = triton_functions() if backend == "triton" else native_ops(backend)
     for dtype, F_ in itertools.product(DTYPES, (64, 63)):
         columns = 2 * F_ if activation in GATED else F_
@@ -249,84 +138,30 @@ def test_transposed_weights_are_read_where_they_lie(dtype: torch.dtype, activati
     assert dw1.t().is_contiguous() or activation == "swiglu"
 
 
-# ---- fuzzing ---------------------------------------------------------------------------------------
-
-SEEDS = {"cpu": 400, "torch": 50, "cuda": 100, "triton": 20, "simt": 30}
-FUZZ = [case for case in itertools.product(BACKENDS, range(max(SEEDS.values()))) if case[1] < SEEDS[case[0]]]
-
-
-@dataclass(frozen=True)
-class Call:
-    """Any combination of what the op can do, at any small size, some inputs not contiguous."""
-
-    sizes: tuple[int, int, int]
-    dtype: torch.dtype
-    without: tuple[int, ...]  # of the optional inputs
-    strided: tuple[int, ...]
-    options: dict[str, Any]
-
-    def inputs(self, backend: str, draw: int) -> tuple[list[Tensor | None], Tensor]:
-        torch.manual_seed(draw)
-        rows, D, F_ = self.sizes
-        activation, norm = self.options["activation"], self.options["norm"]
-        inputs = inputs_of(backend, self.dtype, (rows, D), F_, activation, norm)
-        for i, tensor in enumerate(inputs):
-            if i in self.without:
-                inputs[i] = None
-            elif i in self.strided and tensor is not None:
-                inputs[i] = tensor.repeat_interleave(2, -1)[..., ::2]
-        return inputs, torch.randn(rows, D).to(device_of(backend), self.dtype)
-
-
-def random_call(seed: int, largest: int) -> Call:
-    draw = random.Random(seed)
-    rows, D, F_ = (draw.choice((1, 7, draw.randint(1, largest))) for _ in range(3))
-    without = tuple(i for i in (2, 4, 5, 6) if draw.random() < 0.3)
-    strided = tuple(i for i in range(7) if draw.random() < 0.2)
-    options = {
-        "norm": draw.choice(NORMS),
-        "activation": draw.choice(ACTIVATIONS),
-        "placement": draw.choice(PLACEMENTS),
-        "residual": draw.random() < 0.7,
-        "dropout_p": draw.choice((0.0, 0.0, 0.1, 0.5)),
-        "hidden_dropout_p": draw.choice((0.0, 0.0, 0.2)),
-        "seed": seed,
-        "save": draw.choice(("preactivation", "input")),
-    }
-    return Call((rows, D, F_), draw.choice(DTYPES), without, strided, options)
-
-
-@pytest.mark.parametrize(("backend", "seed"), FUZZ)
-def test_fuzz(backend: str, seed: int) -> None:
-    poisoned_empty_memory()
-    seed += FUZZ_FROM
-    call = random_call(seed, 200 if backend in ("cpu", "torch", "cuda") else 40)
-    inputs, grad = call.inputs(backend, seed)
-    compare(backend, inputs, grad, by_the_torch_backend(inputs, grad, call.options), call.options)
-
-
 # ---- layouts ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_strided_inputs(backend: str, placement: str) -> None:
-    x, w1, b1, w2, _b2, weight, bias = inputs_of(backend, torch.float32, (2, 6, 24))
-    assert x is not None
-    assert w1 is not None
-    assert b1 is not None
-    assert w2 is not None
-    assert weight is not None
-    strided = [
-        x.transpose(0, 1),
-        w1.t().contiguous().t(),
-        b1.repeat_interleave(2)[::2],
-        torch.cat([w2, w2], 1)[:, :40],
-        weight[:1].expand(24),
-        torch.cat([weight, weight])[3:27],
-        bias,
-    ]
-    judge(backend, strided, norm="layer", activation="gelu", placement=placement)
+    problem = layernorm_ffn(12, 24, 40, placement=placement)
+    shapes = {
+        "x": (2, 6, 24),
+        "w1": (24, 40),
+        "b1": (80,),
+        "w2": (24, 80),
+        "norm_weight": (1,),
+        "norm_bias": (48,),
+    }
+    views = {
+        "x": lambda t: t.transpose(0, 1),
+        "w1": Tensor.t,
+        "b1": lambda t: t[::2],
+        "w2": lambda t: t[:, :40],
+        "norm_weight": lambda t: t.expand(24),
+        "norm_bias": lambda t: t[3:27],
+    }
+    check(replace(problem, shapes=problem.shapes | shapes, views=views), backend, torch.float32)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -334,7 +169,7 @@ def test_no_rows_run_on_stock(placement: str) -> None:
     inputs = inputs_of("cpu", torch.float32, (2, 0, 24))
     options = {"norm": "layer", "activation": "gelu", "placement": placement}
     assert "empty" in str(bigkern.explain("layernorm_ffn", *inputs, **options))
-    found = with_gradients(bigkern.layernorm_ffn, inputs, torch.zeros(2, 0, 24), options)
+    found = with_gradients(inputs, torch.zeros(2, 0, 24), **options)
     assert found.pop("y").shape == found.pop("dx").shape == (2, 0, 24)
     assert all(torch.equal(g, torch.zeros_like(g)) for g in found.values())
 
@@ -350,7 +185,7 @@ def test_frozen_parameters(backend: str, placement: str) -> None:
     options: dict[str, Any] = {"norm": "layer", "activation": "swiglu", "placement": placement}
     grad = torch.randn(5, 24, device=device_of(backend))
     with run_backend("layernorm_ffn", backend):
-        _, *full = with_gradients(bigkern.layernorm_ffn, inputs, grad, options).values()
+        _, *full = with_gradients(inputs, grad, **options).values()
         for alone, invert in itertools.product(range(7), (False, True)):
             needed = [(i == alone) != invert for i in range(7)]
             leaves = [
@@ -362,22 +197,22 @@ def test_frozen_parameters(backend: str, placement: str) -> None:
                 assert leaf.grad is None or torch.allclose(leaf.grad, want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_shared_weights(backend: str) -> None:
     """The same parameters used twice, and one tensor in two places, add up their gradients."""
-    x = torch.randn(4, 16, device=device_of(backend))
-    w = (torch.randn(16, 16, device=x.device) / 4).requires_grad_()
-    b = torch.randn(16, device=x.device, requires_grad=True)
+    block = layernorm_ffn(4, 16, 16, "silu")
 
-    def twice(block: Any, x: Tensor, w: Tensor, b: Tensor) -> dict[str, Tensor]:
-        options = {"norm": "layer", "activation": "silu", "placement": "pre"}
-        y = block(block(x, w, b, w, b, b, b, **options), w, b, w, b, b, b, **options)
-        return dict(zip(("dw", "db"), torch.autograd.grad(y.square().sum(), (w, b)), strict=True))
+    def twice(once: Any, inputs: Inputs) -> Tensor:
+        w, b = inputs["w1"], inputs["b1"]
+        shared = {"w1": w, "w2": w} | dict.fromkeys(("b1", "b2", "norm_weight", "norm_bias"), b)
+        return once(shared | {"x": once(shared | {"x": inputs["x"]})})
 
-    with run_backend("layernorm_ffn", backend):
-        ours = twice(bigkern.layernorm_ffn, x, w, b)
-    exact = twice(stock, x.double(), *(t.detach().double().requires_grad_() for t in (w, b)))
-    assert_parity("layernorm_ffn", backend, ours, Yardstick(exact, partial(twice, stock, x, w, b)))
+    ours, by_stock = (partial(twice, once) for once in (block.ours, block.stock))
+    shapes = {"x": (4, 16), "w1": (16, 16), "b1": (16,)}
+    problem = replace(
+        block, shapes=shapes, public=ours, arguments=lambda inputs: ((inputs,), {}), stock=by_stock
+    )
+    check(problem, backend, torch.float32)
 
 
 def op_options(activation: str, placement: str, save: str, norm: str = "layer", residual: bool = True) -> Any:
@@ -429,65 +264,47 @@ def test_saving_the_input_gives_the_same_bits(backend: str, placement: str) -> N
         drop = {"dropout_p": 0.1, "hidden_dropout_p": 0.2, "seed": 5}
         with run_backend("layernorm_ffn", backend):
             runs = [
-                with_gradients(
-                    bigkern.layernorm_ffn,
-                    inputs,
-                    grad,
-                    {"activation": activation, "placement": placement, "save": save, **drop},
-                )
+                with_gradients(inputs, grad, activation=activation, placement=placement, save=save, **drop)
                 for save in ("preactivation", "input")
             ]
         assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+def in_sums(problem: Problem) -> Problem:
+    """Three micro-batches, and what they add to sums of their weights' gradients."""
+
+    def batches(inputs: Inputs) -> list[Tensor]:
+        x = inputs["x"].detach()
+        return [x, x.flip(0), -x.roll(1, 1)]  # gradients of y
+
+    def ours(inputs: Inputs) -> tuple[Tensor, ...]:
+        arguments, options = problem.arguments(inputs)
+        sums = tuple(torch.ones_like(inputs[name], dtype=torch.float32) for name in ("w1", "w2"))
+        for dy in batches(inputs):
+            bigkern.layernorm_ffn(*arguments, **options, weight_grads=sums).backward(dy)
+        assert inputs["w1"].grad is None
+        assert inputs["w2"].grad is None
+        return tuple(t.detach() for t in sums)
+
+    def stock(inputs: Inputs) -> tuple[Tensor, ...]:
+        weights, found = (inputs["w1"], inputs["w2"]), []
+        for dy in batches(inputs):
+            found.append(torch.autograd.grad(problem.stock(inputs), weights, dy))
+        wide = torch.promote_types(inputs["x"].dtype, torch.float32)
+        return tuple(sum(grads, torch.ones_like(grads[0], dtype=wide)) for grads in zip(*found, strict=True))
+
+    given = {"public": ours, "arguments": lambda inputs: ((inputs,), {}), "stock": stock}
+    return replace(problem, **given, outputs=("dw1", "dw2"))
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_weight_gradients_are_added_to_sums(backend: str) -> None:
-    """Three micro-batches into fp32 sums; what is left of the gradients is as without them."""
+    """What is left of the gradients is as without them."""
     for dtype, activation in itertools.product(DTYPES, ("gelu", "geglu")):
-        inputs = inputs_of(backend, dtype, (6, 24), 40, activation)
-        leaves = [None if t is None else t.requires_grad_() for t in inputs]
-        sums = [torch.ones_like(t, dtype=torch.float32) for t in (leaves[1], leaves[3])]
-        options = {"activation": activation, "dropout_p": 0.2}
-        grads = [torch.randn(6, 24, device=device_of(backend)).to(dtype) for _ in range(3)]
-        with run_backend("layernorm_ffn", backend):
-            for seed, grad in enumerate(grads):
-                y = bigkern.layernorm_ffn(*leaves, **options, seed=seed, weight_grads=sums)
-                y.backward(grad)
-                assert leaves[1].grad is None
-                assert leaves[3].grad is None
-
-        def summed(dtype: torch.dtype, given: Any = (inputs, grads, options, sums)) -> dict[str, Tensor]:
-            inputs, grads, options, sums = given
-            steps = [in_torch(dtype, inputs, g, options | {"seed": i}) for i, g in enumerate(grads)]
-            starts = [torch.ones_like(t, dtype=torch.promote_types(dtype, torch.float32)) for t in sums]
-            return {
-                name: sum((step[name] for step in steps), start)
-                for name, start in zip(("dw1", "dw2"), starts, strict=True)
-            }
-
-        ours = dict(zip(("dw1", "dw2"), sums, strict=True))
-        yardstick = Yardstick(summed(torch.float64), partial(summed, dtype))
-        assert_parity("layernorm_ffn", backend, ours, yardstick, f"{activation} sum of")
+        check(in_sums(layernorm_ffn(6, 24, 40, activation, dropout=0.2)), backend, dtype)
 
 
 # ---- dropout ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_dropout(backend: str, dtype: torch.dtype, norm: str, placement: str) -> None:
-    poisoned_empty_memory()
-    cases = itertools.product(
-        ("gelu", "relu", "swiglu"), (True, False), ((0.3, 0.0), (0.0, 0.4), (0.25, 0.5))
-    )
-    for seed, (activation, residual, (p, hidden_p)) in enumerate(cases):
-        inputs = inputs_of(backend, dtype, (3, 5, 24), 40, activation, norm)
-        grad = torch.randn(3, 5, 24, device=device_of(backend)).to(dtype)
-        options = {"norm": norm, "activation": activation, "placement": placement, "residual": residual}
-        options |= {"dropout_p": p, "hidden_dropout_p": hidden_p, "seed": seed, "offset": 3}
-        compare(backend, inputs, grad, by_the_torch_backend(inputs, grad, options), options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -522,11 +339,10 @@ def test_what_dropout_keeps(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_backward_is_deterministic(backend: str) -> None:
-    inputs = inputs_of(backend, torch.bfloat16, (37, 64), 128)
-    grad = torch.randn(37, 64, device=device_of(backend))
-    options = {"norm": "layer", "activation": "gelu", "placement": "pre"}
+    problem = layernorm_ffn(37, 64, 128)
+    inputs = problem.make(torch.bfloat16, device_of(backend))
     with run_backend("layernorm_ffn", backend):
-        runs = [with_gradients(bigkern.layernorm_ffn, inputs, grad, options) for _ in range(2)]
+        runs = [results(problem.ours, inputs) for _ in range(2)]
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
@@ -614,7 +430,7 @@ def test_float64_and_autocast_run_on_stock() -> None:
     with torch.autocast("cpu"):
         assert "autocast" in str(bigkern.explain("layernorm_ffn", *inputs))
         y = bigkern.layernorm_ffn(*inputs)
-        expected = stock(*inputs, norm="layer", activation="gelu", placement="pre")
+        expected = stock(*inputs, activation="gelu")
     assert y.dtype == expected.dtype
     assert torch.equal(y, expected)
 
