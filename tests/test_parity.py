@@ -78,6 +78,7 @@ class Fuzz:
 FUZZED = {
     "linear": Fuzz(cpu=40, cuda=0, triton=0, simt=0, largest=300, emulated=40),
     "layernorm_ffn": Fuzz(cpu=400, cuda=100, triton=20, simt=30, largest=200, emulated=40),
+    "recurrent": Fuzz(cpu=300, cuda=60, triton=4, simt=4, largest=72, emulated=9),
     "norm": Fuzz(cpu=40, cuda=40, triton=4, simt=4, largest=100, emulated=10),
 }
 SEEDS = [

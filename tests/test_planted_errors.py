@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import test_attention
-import test_layernorm_ffn
-import test_recurrent
 import torch
 from parity import RECORD
 from torch import Tensor
@@ -24,8 +22,10 @@ from bigkern.core.parity import Yardstick
 from bigkern.core.problem import Problem, results, widened
 from bigkern.core.random_rounding import COMPOUND, SUMS, aten, taken_apart
 from bigkern.ops.batch_norm.problems import batch_norm
+from bigkern.ops.layernorm_ffn.problems import layernorm_ffn
 from bigkern.ops.linear.problems import linear
 from bigkern.ops.norm.problems import norm
+from bigkern.ops.recurrent.problems import recurrent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,22 +40,6 @@ def attention(dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
     case = test_attention.Case(dtype=dtype, Sq=20, Sk=20, D=4, Dv=4)
     tensors = case.tensors(torch.device("cpu"))
     return test_attention.exact(case, "cpu"), partial(test_attention.by_reference, case, tensors)
-
-
-def layernorm_ffn(dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
-    inputs = test_layernorm_ffn.inputs_of("torch", dtype, (12, 12), 8)
-    options = {"norm": "layer", "activation": "gelu", "placement": "pre", "residual": False}
-    by_stock = partial(test_layernorm_ffn.with_gradients, test_layernorm_ffn.stock)
-    grad = torch.randn(12, 12).to(dtype)
-    wide = [None if t is None else t.double() for t in inputs]
-    return by_stock(wide, grad, options), partial(by_stock, inputs, grad, options)
-
-
-def recurrent(dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
-    case = test_recurrent.Case("GRU", dtype, (1, 12, 8, 16))
-    inputs = case.inputs(torch.device("cpu"))
-    by_stock = partial(case.run, test_recurrent.by_stock, inputs)
-    return by_stock(torch.float64), partial(by_stock, dtype)
 
 
 def adam(dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
@@ -84,8 +68,8 @@ def grad_norm(dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
     return norm(torch.float64), partial(norm, torch.float32)
 
 
-def of_problem(problem: Problem, dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
-    inputs = problem.make(dtype, torch.device("cpu"))
+def of_problem(problem: Problem, dtype: torch.dtype, seed: int = 0) -> tuple[Results, Callable[[], Results]]:
+    inputs = problem.make(dtype, torch.device("cpu"), seed)
     by_stock = partial(results, problem.stock, names=problem.outputs)
     return by_stock(widened(inputs)), partial(by_stock, inputs)
 
@@ -93,10 +77,10 @@ def of_problem(problem: Problem, dtype: torch.dtype) -> tuple[Results, Callable[
 OPS: dict[str, Callable[[torch.dtype], tuple[Results, Callable[[], Results]]]] = {
     "attention": attention,
     "norm": partial(of_problem, norm(12, 24, residual=True, both=True)),
-    "layernorm_ffn": layernorm_ffn,
+    "layernorm_ffn": partial(of_problem, layernorm_ffn(12, 12, 8, residual=False), seed=1),
     "linear": partial(of_problem, linear(12, 24, 16)),
     "batch_norm": partial(of_problem, batch_norm(2, 6, 4, 4, residual=True, relu=False, statistics=True)),
-    "recurrent": recurrent,
+    "recurrent": partial(of_problem, recurrent("GRU", 1, 12, 8, 16), seed=3),
     "adam": adam,
     "grad_norm": grad_norm,
 }

@@ -1,30 +1,26 @@
-"""A layer of an LSTM, a GRU or an RNN on every backend against float64, and what surrounds the op."""
+"""A layer of an LSTM, a GRU or an RNN beyond test_parity.py: long ones, packs, and what surrounds the op."""
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import parity
 import pytest
 import torch
-from parity import FUZZ_FROM, RECORD, assert_parity, device_of, poisoned_empty_memory, run_backend
+from parity import BACKENDS, KERNEL_BACKENDS, check, device_of, run_backend
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 import bigkern
-from bigkern.core.parity import Yardstick
+from bigkern.core.problem import Problem, results
 from bigkern.ops.recurrent import recurrent, reference, stock
-from bigkern.ops.recurrent.call import GATES, RecurrentBackward, bind
-from bigkern.ops.recurrent.stock import REFERENCE
+from bigkern.ops.recurrent.call import GATES, bind
+from bigkern.ops.recurrent.problems import form
 
 MODES = list(GATES)
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BACKENDS = parity.BACKENDS
-KERNEL_BACKENDS = parity.KERNEL_BACKENDS
 SLOW = ("triton", "simt") if not parity.GPU else ()  # the interpreter and the emulator
+SMALL = (3, 2, 3, 4)
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -33,101 +29,12 @@ pytestmark = [
 ]
 
 
-@dataclass(frozen=True)
-class Case:
-    """A call of the op of any form; ``sizes`` are T, B, I and H."""
-
-    mode: str
-    dtype: torch.dtype = torch.float32
-    sizes: tuple[int, int, int, int] = (4, 3, 5, 6)
-    directions: int = 1
-    packed: bool = False
-    biases: bool = True
-    state: bool = True
-    zoneout: str = ""  # "", "mask" or "rate"
-    used: tuple[str, ...] = ("y", "hn", "cn")
-    strided: bool = False
-
-    def features(self) -> list[str]:
-        asked = {
-            self.mode: True,
-            "two directions": self.directions == 2,
-            "packed": self.packed,
-            "zoneout": bool(self.zoneout),
-            "no biases": not self.biases,
-        }
-        return [name for name, used in asked.items() if used]
-
-    def inputs(self, device: torch.device, seed: int = 0) -> dict[str, Any]:
-        draw = torch.Generator().manual_seed(seed)
-        T, B, I, H = self.sizes
-        D, rows = self.directions, GATES[self.mode] * H
-
-        def make(*shape: int, scale: float = 1.0) -> Tensor:
-            return (scale * torch.randn(shape, generator=draw)).to(device, self.dtype)
-
-        batch_sizes = None
-        if self.packed:
-            batch_sizes = torch.randint(1, B + 1, (T,), generator=draw).sort(descending=True).values
-            batch_sizes[0] = B
-        steps = (T, B) if batch_sizes is None else (int(batch_sizes.sum()),)
-        shapes = [(rows, I), (rows, H), *([(rows,), (rows,)] if self.biases else [])] * D
-        states = [make(D, B, H) for _ in range(1 + (self.mode == "LSTM"))] if self.state else []
-        m = None
-        if self.zoneout:
-            m = torch.rand(*steps, D * H, generator=draw)
-            m = (m < 0.3 if self.zoneout == "mask" else m.fill_(0.2)).to(device, self.dtype)
-        x = make(*steps, I)
-        weights = [make(*shape, scale=H**-0.5) for shape in shapes]
-        if self.strided:
-            x = x.transpose(0, 1).contiguous().transpose(0, 1)
-            states = [t.repeat_interleave(2, -1)[..., ::2] for t in states]
-            weights = [w.t().contiguous().t() for w in weights]
-        upstream = {"y": make(*steps, D * H), "hn": make(D, B, H), "cn": make(D, B, H)}
-        given = {"x": x, "states": states, "weights": weights, "batch_sizes": batch_sizes}
-        return given | {"zoneout": m, "upstream": upstream}
-
-    def hx(self, states: list[Tensor]) -> Any:
-        return None if not states else tuple(states) if self.mode == "LSTM" else states[0]
-
-    def by_reference(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """The specification in the inputs' dtype, which keeps gates and their gradients in it."""
-        hx, weights, m = self.hx(inputs["states"]), inputs["weights"], inputs["zoneout"]
-        call = bind(inputs["x"], hx, weights, self.mode, inputs["batch_sizes"], m)
-        call.save = True
-        y, hn, cn, gates, reserve = REFERENCE.forward(call)
-        upstream = [inputs["upstream"][name] if name in self.used else None for name in ("y", "hn", "cn")]
-        upstream[2] = None if cn is None else upstream[2]
-        *context, mode, _save = call.flat()
-        assert REFERENCE.backward is not None
-        dx, dh0, dc0, dweights = REFERENCE.backward(
-            RecurrentBackward(*upstream, *context, y, gates, reserve, mode, True, True)
-        )
-        outputs = {name: t for name, t in (("y", y), ("hn", hn), ("cn", cn)) if name in self.used}
-        states = dict(zip(("dh0", "dc0"), (dh0, dc0), strict=True)) if inputs["states"] else {}
-        found = {"dx": dx, **states, **{f"dweights[{i}]": w for i, w in enumerate(dweights)}}
-        return {name: t for name, t in (outputs | found).items() if t is not None}
-
-    def run(self, function: Any, inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-        """The outputs that are used, and what their random gradients make of every input."""
-
-        def leaf(t: Tensor) -> Tensor:
-            return (
-                torch.empty_strided(t.shape, t.stride(), dtype=dtype, device=t.device)
-                .copy_(t)
-                .requires_grad_()
-            )
-
-        x, states, weights = leaf(inputs["x"]), *([leaf(t) for t in inputs[k]] for k in ("states", "weights"))
-        m = None if inputs["zoneout"] is None else inputs["zoneout"].to(dtype)
-        hx = self.hx(states)
-        y, hidden = function(x, hx, weights, self.mode, inputs["batch_sizes"], m)
-        hidden = hidden if isinstance(hidden, tuple) else (hidden,)
-        outputs = {n: t for n, t in zip(("y", "hn", "cn"), (y, *hidden), strict=False) if n in self.used}
-        upstream = [inputs["upstream"][name].to(dtype) for name in outputs]
-        names = ["dx", *("dh0", "dc0")[: len(states)], *(f"dweights[{i}]" for i in range(len(weights)))]
-        found = torch.autograd.grad(list(outputs.values()), [x, *states, *weights], upstream)
-        return {**outputs, **dict(zip(names, found, strict=True))}
+def inputs_of(problem: Problem, backend: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """x, states, weights, batch_sizes and zoneout, and hx of the states."""
+    made = {name: t.detach() for name, t in problem.make(dtype, device_of(backend)).items()}
+    (x, hx, weights, _), options = problem.arguments(made)
+    states = [] if hx is None else list(hx) if isinstance(hx, tuple) else [hx]
+    return {"x": x, "hx": hx, "states": states, "weights": weights, **options}
 
 
 def by_stock(x: Tensor, hx: Any, weights: Any, *rest: Any) -> tuple[Tensor, Any]:
@@ -135,115 +42,19 @@ def by_stock(x: Tensor, hx: Any, weights: Any, *rest: Any) -> tuple[Tensor, Any]
     return (y, hn) if cn is None else (y, (hn, cn))
 
 
-def judge(backend: str, case: Case, seed: int = 0) -> None:
-    """Every output and gradient by the parity rule."""
-    inputs = case.inputs(device_of(backend), seed)
-    stocks = [partial(case.run, by_stock, inputs, case.dtype)]
-    if case.zoneout:  # which torch has not: stock is then the reference, all wide, by torch's autograd
-        stocks.append(partial(case.by_reference, inputs))
-    yardstick = Yardstick(case.run(by_stock, inputs, torch.float64), *stocks)
-    poisoned_empty_memory()
-    with run_backend("recurrent", backend):
-        ours = case.run(recurrent, inputs, case.dtype)
-    assert_parity("recurrent", backend, ours, yardstick, f"judge({backend!r}, {case}, {seed}):")
-    RECORD.passed("recurrent", backend, case.features())
-
-
-# ---- parity ----------------------------------------------------------------------------------------
-
-FORMS: list[dict[str, Any]] = [
-    {},
-    {"packed": True, "directions": 2, "zoneout": "mask"},
-    {"directions": 2, "biases": False, "state": False},
-    {"packed": True, "zoneout": "rate", "biases": False},
-    {"directions": 2, "zoneout": "rate", "strided": True},
-    {"packed": True, "state": False},
-]
-SMALL = (3, 2, 3, 4)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_parity(backend: str, dtype: torch.dtype) -> None:
-    for i, mode in enumerate(MODES):
-        if backend in SLOW:  # every form once
-            for form in FORMS[i % 3 :: 3]:
-                judge(backend, Case(mode, dtype, SMALL, **form))
-        else:
-            for form in FORMS:
-                judge(backend, Case(mode, dtype, (5, 4, 9, 12), **form))
-
-
-SIZES = [
-    (1, 1, 1, 1),
-    (1, 5, 3, 7),
-    (7, 1, 9, 33),
-    (3, 17, 2, 65),
-    (2, 70, 4, 8),
-    (9, 3, 1, 1),
-    (3, 9, 40, 130),
-]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_odd_sizes(backend: str) -> None:
-    """A single step, one sequence, one unit, and more than a tile of each."""
-    for i, sizes in enumerate(SIZES):
-        if backend in SLOW and i not in (0, 2, 5):
-            continue
-        form = {"packed": i % 2 == 1, "directions": 1 + (i % 3 == 1)}
-        for mode in MODES if backend not in SLOW else MODES[i % 2 : 3 : 2]:
-            judge(backend, Case(mode, DTYPES[i % 3], sizes, **form))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_only_some_outputs_are_used(backend: str) -> None:
-    for mode, used in (("LSTM", ("cn",)), ("GRU", ("hn",)), ("LSTM", ("hn",)), ("LSTM", ("cn", "y"))):
-        judge(backend, Case(mode, torch.float32, SMALL, directions=2, packed=True, used=used))
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("backend", [name for name in KERNEL_BACKENDS if name not in SLOW])
 def test_a_thousand_steps(backend: str, mode: str) -> None:
     """Errors do not add up to more than stock's. Of fewer columns torch would add a product in one sum."""
-    for dtype in DTYPES[:2]:
-        judge(backend, Case(mode, dtype, (1000, 2, 32, 32), state=False))
-
-
-SEEDS = {"cpu": 300, "torch": 15, "cuda": 60, "triton": 4, "simt": 4}
-
-
-def random_case(seed: int, small: bool) -> Case:
-    draw = random.Random(seed)
-    tops = (4, 3, 5, 9) if small else (12, 20, 30, 70)
-    sizes = tuple(draw.choice((1, 2, draw.randint(1, top))) for top in tops)
-    return Case(
-        draw.choice(MODES),
-        draw.choice(DTYPES),
-        sizes,  # type: ignore[arg-type]
-        directions=draw.choice((1, 2)),
-        packed=draw.random() < 0.5,
-        biases=draw.random() < 0.7,
-        state=draw.random() < 0.7,
-        zoneout=draw.choice(("", "", "mask", "rate")),
-        used=draw.choice((("y",), ("y", "hn"), ("y", "hn", "cn"))),
-        strided=draw.random() < 0.2,
-    )
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_fuzz(backend: str) -> None:
-    """A failing draw prints the line that judges it again."""
-    for seed in range(FUZZ_FROM, FUZZ_FROM + SEEDS[backend]):
-        judge(backend, random_case(seed, backend in SLOW), seed)
+    for dtype in (torch.float32, torch.bfloat16):
+        check(form(mode, 1000, 2, 32, 32, state=False), backend, dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packed_sequences_do_not_see_each_other(backend: str) -> None:
     """Every sequence alone gives what it gives in the pack, and equal lengths what no packing gives."""
     for mode, D in (("LSTM", 2), ("GRU", 1)):
-        case = Case(mode, torch.float32, (4, 3, 3, 4), directions=D, packed=True, state=False)
-        inputs = case.inputs(device_of(backend))
+        inputs = inputs_of(form(mode, 4, 3, 3, 4, packed=True, directions=D, state=False), backend)
         x, weights, sizes = inputs["x"], inputs["weights"], inputs["batch_sizes"]
         starts = sizes.cumsum(0) - sizes
         with run_backend("recurrent", backend):
@@ -257,11 +68,11 @@ def test_packed_sequences_do_not_see_each_other(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_saturated_gates(backend: str) -> None:
     for mode in ("LSTM", "GRU", "RNN_TANH"):
-        case = Case(mode, torch.float16, SMALL)
-        inputs = case.inputs(device_of(backend))
-        inputs["x"] = inputs["x"] * 1e3
+        problem = form(mode, *SMALL)
+        problem = replace(problem, values=lambda drawn: drawn | {"x": 1e3 * drawn["x"]})
+        inputs = problem.make(torch.float16, device_of(backend))
         with run_backend("recurrent", backend):
-            found = case.run(recurrent, inputs, case.dtype)
+            found = results(problem.ours, inputs, problem.outputs)
         assert all(t.isfinite().all() for t in found.values())
 
 
@@ -272,17 +83,15 @@ def test_saturated_gates(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backward_changes_nothing(backend: str, mode: str) -> None:
     """Twice through a retained graph gives the same bits, and what was saved stays as it was."""
-    case = Case(mode, torch.float32, SMALL, directions=2, zoneout="mask")
-    inputs, saved = case.inputs(device_of(backend)), []
+    inputs, saved = inputs_of(form(mode, *SMALL, directions=2, zoneout="mask"), backend), []
     x, weights = inputs["x"].requires_grad_(), [w.requires_grad_() for w in inputs["weights"]]
-    hx = tuple(inputs["states"]) if mode == "LSTM" else inputs["states"][0]
 
     def keep(t: Tensor) -> Tensor:
         saved.append((t, t.detach().clone()))
         return t
 
     with run_backend("recurrent", backend), saved_tensors_hooks(keep, lambda t: t):
-        y, _ = recurrent(x, hx, weights, mode, None, inputs["zoneout"])
+        y, _ = recurrent(x, inputs["hx"], weights, mode, None, inputs["zoneout"])
         first, second = (torch.autograd.grad(y.sum(), (x, *weights), retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(torch.equal(t, before) for t, before in saved)
@@ -292,8 +101,7 @@ def test_backward_changes_nothing(backend: str, mode: str) -> None:
 def test_what_is_saved(backend: str) -> None:
     """Beside inputs and y an LSTM keeps gates and cells, a GRU gates and b_hn's sum, an RNN its output."""
     for mode, extra in (("LSTM", 4 + 1), ("GRU", 3 + 1), ("RNN_TANH", 1)):
-        case = Case(mode, torch.float32, (3, 2, 3, 40), biases=False, state=False)
-        inputs, sizes = case.inputs(device_of(backend)), []
+        inputs, sizes = inputs_of(form(mode, 3, 2, 3, 40, biases=False, state=False), backend), []
 
         def keep(t: Tensor, sizes: list[int] = sizes) -> Tensor:
             sizes.append(t.numel())
@@ -308,8 +116,7 @@ def test_what_is_saved(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_wanted_gradients(backend: str) -> None:
-    case = Case("GRU", torch.float32, SMALL)
-    inputs = case.inputs(device_of(backend))
+    inputs = inputs_of(form("GRU", *SMALL), backend)
     given = [inputs["x"], *inputs["states"], *inputs["weights"]]
     full = None
     for wanted in ((0, 1, 2, 3, 4, 5), (0,), (1,), (3,), (5,)):
@@ -325,8 +132,7 @@ def test_only_wanted_gradients(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_gradients_of_gradients(backend: str) -> None:
-    case = Case("LSTM", torch.float32, SMALL, packed=True, state=False)
-    inputs = case.inputs(device_of(backend))
+    inputs = inputs_of(form("LSTM", *SMALL, packed=True, state=False), backend)
     results = []
     for function in (recurrent, by_stock):
         leaves = [t.detach().requires_grad_() for t in (inputs["x"], *inputs["weights"])]
@@ -341,8 +147,8 @@ def test_gradients_of_gradients(backend: str) -> None:
 def test_gradcheck_of_the_reference(mode: str) -> None:
     """The backward's formulas, in both directions of a pack, with zoneout and without."""
     for zoneout, directions in (("", 1), ("mask", 2)):
-        case = Case(mode, torch.float64, (3, 2, 2, 2), directions, packed=True, zoneout=zoneout)
-        inputs = case.inputs(torch.device("cpu"))
+        problem = form(mode, 3, 2, 2, 2, packed=True, directions=directions, zoneout=zoneout)
+        inputs = inputs_of(problem, "cpu", torch.float64)
         leaves = [t.requires_grad_() for t in (inputs["x"], *inputs["states"], *inputs["weights"])]
         count = len(inputs["states"])
         rest = inputs["batch_sizes"], inputs["zoneout"], mode, True
@@ -373,13 +179,13 @@ def test_states_before() -> None:
 
 @pytest.mark.parametrize("backend", [name for name in KERNEL_BACKENDS if name in ("cpu", "cuda")])
 def test_the_same_bits_on_any_number_of_threads(backend: str) -> None:
-    case = Case("LSTM", torch.float32, (5, 37, 16, 48), directions=2)
-    inputs, found = case.inputs(device_of(backend)), []
+    problem, found = form("LSTM", 5, 37, 16, 48, directions=2), []
+    inputs = problem.make(torch.float32, device_of(backend))
     for threads in (1, 2, 3, 1):
         torch.set_num_threads(threads)
         with run_backend("recurrent", backend):
-            found.append(case.run(recurrent, inputs, case.dtype))
-    scan = ("y", "hn", "cn", "dh0", "dc0")  # the others are products, torch's own
+            found.append(results(problem.ours, inputs, problem.outputs))
+    scan = ("output", "hn", "cn", "dh0", "dc0")  # the others are products, torch's own
     for other in found[1:]:
         assert all(torch.equal(found[0][name], other[name]) for name in scan)
 
@@ -391,12 +197,10 @@ def test_opcheck(backend: str) -> None:
         ("LSTM", {"biases": False}),
         ("RNN_TANH", {}),
     ]
-    for mode, form in forms[: 1 if backend in SLOW else 3]:
-        case = Case(mode, torch.float32, (2, 2, 2, 3), **form)
-        inputs = case.inputs(device_of(backend))
+    for mode, options in forms[: 1 if backend in SLOW else 3]:
+        inputs = inputs_of(form(mode, 2, 2, 2, 3, **options), backend)
         x, weights = inputs["x"].requires_grad_(), [w.requires_grad_() for w in inputs["weights"]]
-        hx = tuple(inputs["states"]) if mode == "LSTM" else inputs["states"][0]
-        arguments = bind(x, hx, weights, mode, inputs["batch_sizes"], inputs["zoneout"]).flat()
+        arguments = bind(x, inputs["hx"], weights, mode, inputs["batch_sizes"], inputs["zoneout"]).flat()
         with run_backend("recurrent", backend):
             torch.library.opcheck(torch.ops.bigkern.recurrent.default, arguments)
             given = x.detach(), *arguments[1:3], [w.detach() for w in weights], *arguments[4:6]
@@ -413,9 +217,7 @@ def test_opcheck(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compile_without_recompiles(backend: str) -> None:
     """A pack of any lengths, and any number of steps and sequences."""
-    weights = [
-        w.requires_grad_() for w in Case("GRU", torch.float32, SMALL).inputs(device_of(backend))["weights"]
-    ]
+    weights = [w.requires_grad_() for w in inputs_of(form("GRU", *SMALL), backend)["weights"]]
     torch._dynamo.reset()
 
     def function(x: Tensor, h0: Tensor, sizes: Tensor) -> Tensor:
@@ -452,21 +254,27 @@ def test_a_compiled_lstm_trains_where_stock_would_run() -> None:
 
 
 def test_which_calls_stock_runs() -> None:
-    def reasons(case: Case, **change: Any) -> str:
-        inputs = case.inputs(torch.device("cpu"))
-        hx = tuple(inputs["states"]) if case.mode == "LSTM" else inputs["states"][0]
-        arguments = {"x": inputs["x"], "hx": hx, "weights": inputs["weights"], "mode": case.mode, **change}
+    def reasons(problem: Problem, dtype: torch.dtype = torch.float32, **change: Any) -> str:
+        inputs = inputs_of(problem, "cpu", dtype)
+        mode = problem.label.split()[0]
+        arguments = {
+            "x": inputs["x"],
+            "hx": inputs["hx"],
+            "weights": inputs["weights"],
+            "mode": mode,
+            **change,
+        }
         return str(bigkern.explain("recurrent", *arguments.values()))
 
-    assert "below 4 steps" in reasons(Case("GRU", sizes=(1, 2, 3, 4)))
-    assert "float64" in reasons(Case("GRU", torch.float64))
-    assert "empty" in reasons(Case("GRU"), x=torch.randn(4, 0, 5), hx=torch.randn(1, 0, 6))
+    assert "below 4 steps" in reasons(form("GRU", 1, 2, 3, 4))
+    assert "float64" in reasons(form("GRU", 4, 3, 5, 6), torch.float64)
+    assert "empty" in reasons(form("GRU", 4, 3, 5, 6), x=torch.randn(4, 0, 5), hx=torch.randn(1, 0, 6))
     with torch.autocast("cpu"):
-        assert "autocast" in reasons(Case("LSTM"))
+        assert "autocast" in reasons(form("LSTM", 4, 3, 5, 6))
     layer = torch.nn.LSTM(5, 6, proj_size=2)
     states = torch.randn(1, 3, 2), torch.randn(1, 3, 6)
     x = torch.randn(4, 3, 5)
-    assert "w_hr" in reasons(Case("LSTM"), hx=states, weights=layer._flat_weights)
+    assert "w_hr" in reasons(form("LSTM", 4, 3, 5, 6), hx=states, weights=layer._flat_weights)
     for ours, theirs in zip(
         flat(recurrent(x, states, layer._flat_weights)), flat(layer(x, states)), strict=True
     ):
