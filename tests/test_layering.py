@@ -97,6 +97,21 @@ def test_imports_go_downward() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+# What an op may take from another: the public function, what it is called with, and the same in plain torch.
+OF_ANOTHER_OP = {"call", "reference", "stock", "product"}
+
+
+def test_ops_know_one_another_by_their_public_functions() -> None:
+    wrong = []
+    for file in sorted((ROOT / "bigkern" / "ops").glob("*/*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bigkern.ops."):
+                _, _, op, *module = (node.module or "").split(".")
+                if op != file.parent.name and not set(module) <= OF_ANOTHER_OP:
+                    wrong.append(f"{file.relative_to(ROOT)}:{node.lineno}: imports {node.module}")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_no_circles_between_modules() -> None:
     """Imports at the top of files; those within functions are there to be late."""
     modules = {module_of(file): file for file in python_files()}

@@ -85,6 +85,15 @@ def autocast(x: Tensor) -> registry.Reason:
     return None
 
 
+def narrowed(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """As torch's autocast does for its own attention: floating point, but not float64, becomes its dtype."""
+    device = x.device.type if isinstance(x, Tensor) else "none"
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return x, *others
+    dtype, kinds = torch.get_autocast_dtype(device), (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in kinds else t for t in (x, *others))
+
+
 # Read once: resolving a call must cost next to nothing, and be plain Python to torch.compile.
 _NOT_LOADED = None if info.import_error is None else info.summary()
 _NO_CUDA_KERNELS = None if info.has_cuda_kernels() else info.summary()

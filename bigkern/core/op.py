@@ -222,7 +222,8 @@ class Op(registry.Op):
 
     def decided(self, *arguments: Any) -> tuple[Backend, Any, bool | None]:
         """Of bind's arguments, one after the other: what :meth:`run` takes."""
-        return self.memory.decided(arguments)
+        found: tuple[Backend, Any, bool | None] = self.memory.decided(arguments)
+        return found
 
     def run(self, candidate: Backend, call: Any, needs_grad: bool | None = None) -> Any:
         """Run the candidate, in one of the three ways.

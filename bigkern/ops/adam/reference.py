@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bigkern.core.dropout_reference import GOLDEN, MASK32, mix
+from bigkern.core.dropout import GOLDEN, MASK32, mix
 from bigkern.ops.adam.call import Adam
 from bigkern.ops.adam.dynamic8 import dequantised, quantised
 

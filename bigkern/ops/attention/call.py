@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bigkern.core.checks import MOST, check_dense, check_number, kind
 from bigkern.core.dropout import check_dropout, drawn_key, dropout_key
-from bigkern.core.library import DEBUG
+from bigkern.core.library import DEBUG, narrowed
 from bigkern.core.op import Call, Size
 
 Causal = Literal[False, True, "none", "top_left", "bottom_right"]
@@ -92,7 +92,7 @@ def bind(
 
     With cumulative lengths, q, k and v are packed, ``[total, H, D]``, and leave as ``[1, H, total, D]``.
     """
-    q, k, v, bias = autocast(q, k, v, bias)
+    q, k, v, bias = narrowed(q, k, v, bias)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     if packed:
         q, k, v = (_unpacked(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
@@ -126,15 +126,6 @@ def bind(
 
 
 # ---- tensors ---------------------------------------------------------------------------------------
-
-
-def autocast(q: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """As torch's autocast does for its own attention: floating point, but not float64, becomes its dtype."""
-    device = q.device.type if isinstance(q, Tensor) else "none"
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-        return q, *others
-    dtype, narrowed = torch.get_autocast_dtype(device), (torch.float32, torch.bfloat16, torch.float16)
-    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in narrowed else x for x in (q, *others))
 
 
 def _unpacked(name: str, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from bigkern.core.dropout_reference import kept
+from bigkern.core.dropout import kept
 from bigkern.ops.attention.call import Attention, AttentionBackward, Gradients, Result
 
 Either = TypeVar("Either", bound=Attention)

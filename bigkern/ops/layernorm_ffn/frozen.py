@@ -34,7 +34,7 @@ from bigkern.ops.layernorm_ffn.frozen_call import (
 )
 from bigkern.ops.layernorm_ffn.frozen_reference import PIECES
 from bigkern.ops.layernorm_ffn.pieces import TRITON_PIECES
-from bigkern.ops.layernorm_ffn.reference import NO_DROPOUT, Pieces
+from bigkern.ops.layernorm_ffn.reference import Pieces, down_norm_by
 
 define_native("pack_ffn_weight(Tensor weight, bool gated) -> Tensor packed")
 
@@ -218,14 +218,8 @@ def triton_pieces() -> Pieces:
     def down(a: Tensor, w2: Any, b2: Any, residual: Tensor | None, dropout: Any) -> Tensor:
         return cast(Tensor, frozen_down(*operand(a, w2), *w2, b2, residual, a.dtype))
 
-    def down_norm(
-        a: Tensor, w2: Any, b2: Any, residual: Tensor | None, dropout: Any, *affine: Any
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        s = down(a, w2, b2, residual, dropout)
-        y, _, mean, rstd = TRITON_PIECES.norm(s, None, *affine, *NO_DROPOUT)
-        return y, s, mean, rstd
-
-    return PIECES._replace(norm=TRITON_PIECES.norm, up=up, down=down, down_norm=down_norm)
+    norm = TRITON_PIECES.norm
+    return PIECES._replace(norm=norm, up=up, down=down, down_norm=down_norm_by(down, norm))
 
 
 FROZEN.register(

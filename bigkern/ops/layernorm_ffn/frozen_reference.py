@@ -20,8 +20,7 @@ from torch import Tensor
 
 from bigkern.ops.layernorm_ffn.call import LayernormFfn
 from bigkern.ops.layernorm_ffn.frozen_call import FP8, FrozenLayernormFfn
-from bigkern.ops.layernorm_ffn.reference import PLAIN, Dropout, Pieces, activate, layernorm_ffn
-from bigkern.ops.norm.reference import norm as plain_norm
+from bigkern.ops.layernorm_ffn.reference import PLAIN, Dropout, Pieces, activate, down_norm_by, layernorm_ffn
 
 LARGEST = {torch.int8: 127.0, FP8: 448.0}
 
@@ -69,15 +68,7 @@ def _down(a: Tensor, w2: Weight, b2: Tensor | None, residual: Tensor | None, dro
     return y if residual is None else residual + y
 
 
-def _down_norm(
-    a: Tensor, w2: Weight, b2: Tensor | None, residual: Tensor | None, dropout: Dropout, *affine: Any
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    s = _down(a, w2, b2, residual, dropout)
-    y, _, mean, rstd = plain_norm(s, None, *affine)
-    return y, s, mean, rstd
-
-
-PIECES = PLAIN._replace(up=_up, down=_down, down_norm=_down_norm)
+PIECES = PLAIN._replace(up=_up, down=_down, down_norm=down_norm_by(_down, PLAIN.norm))
 
 
 def frozen_layernorm_ffn(call: FrozenLayernormFfn, pieces: Pieces = PIECES) -> Tensor:

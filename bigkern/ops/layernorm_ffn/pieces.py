@@ -30,10 +30,8 @@ def block_of(
     pieces: Pieces,
 ) -> tuple[Callable[[LayernormFfn], Result], Callable[[LayernormFfnBackward], Gradients]]:
     """The op's two functions."""
-    return (
-        partial(reference.layernorm_ffn, pieces=pieces),
-        partial(reference.layernorm_ffn_backward, pieces=pieces),
-    )
+    forward, backward = reference.layernorm_ffn, reference.layernorm_ffn_backward
+    return partial(forward, pieces=pieces), partial(backward, pieces=pieces)
 
 
 def composed_pieces(
@@ -59,12 +57,10 @@ def composed_pieces(
 
     def down_norm(
         a: Tensor, w2: Tensor, b2: Tensor | None, residual: Tensor | None, dropout: Any, *affine: Any
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    ) -> Any:
         if residual is None:
-            s = down(a, w2, b2, None, dropout)
-            y, _, mean, rstd = norm(s, None, *affine, *reference.NO_DROPOUT)
-        else:
-            y, s, mean, rstd = norm(F.linear(a, w2, b2), residual, *affine, *dropout)
+            return reference.down_norm_by(down, norm)(a, w2, b2, None, dropout, *affine)
+        y, s, mean, rstd = norm(F.linear(a, w2, b2), residual, *affine, *dropout)
         return y, s, mean, rstd
 
     def up_backward(
@@ -73,16 +69,8 @@ def composed_pieces(
         result = bias_activation_backward(dz @ w2, preactivation, activation, *wanted, *dropout)
         return cast(tuple[Tensor, Tensor | None, Tensor | None], result)
 
-    return Pieces(
-        norm,
-        norm_backward,
-        up,
-        down,
-        down_norm,
-        down_backward_by(dropout_add),
-        up_backward,
-        reference.weight_gradient,
-    )
+    down_backward, weight_gradient = down_backward_by(dropout_add), reference.weight_gradient
+    return Pieces(norm, norm_backward, up, down, down_norm, down_backward, up_backward, weight_gradient)
 
 
 def down_backward_by(dropout_add: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -12,13 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bigkern.core.dropout import dropout_key
-from bigkern.core.dropout_reference import dropped
+from bigkern.core.dropout import HIDDEN, OUTPUT, dropout_key, dropped
 from bigkern.core.problem import Inputs, Problem
 from bigkern.ops import layernorm_ffn as op
 from bigkern.ops.layernorm_ffn.call import GATED
 from bigkern.ops.layernorm_ffn.stock import activate
-from bigkern.ops.norm.reference import HIDDEN, OUTPUT
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu")
 NORMS = ("layer", "rms", "none")

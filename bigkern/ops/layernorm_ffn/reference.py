@@ -24,9 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigkern.core.dropout_reference import dropped
+from bigkern.core.dropout import HIDDEN, OUTPUT, dropped
 from bigkern.ops.layernorm_ffn.call import GATED, Gradients, LayernormFfn, LayernormFfnBackward, Result
-from bigkern.ops.norm.reference import HIDDEN, OUTPUT
 from bigkern.ops.norm.reference import norm as plain_norm
 from bigkern.ops.norm.reference import norm_backward as plain_norm_backward
 
@@ -119,12 +118,17 @@ def down(a: Tensor, w2: Tensor, b2: Tensor | None, residual: Tensor | None, drop
     return y if residual is None else residual + y
 
 
-def down_norm(
-    a: Tensor, w2: Tensor, b2: Tensor | None, residual: Tensor | None, dropout: Dropout, *affine: Any
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    s = down(a, w2, b2, residual, dropout)
-    y, _, mean, rstd = plain_norm(s, None, *affine)
-    return y, s, mean, rstd
+def down_norm_by(down: Callable[..., Tensor], norm: Callable[..., Any]) -> Callable[..., Any]:
+    """The piece of two others, one after the other."""
+
+    def down_norm(
+        a: Tensor, w2: Any, b2: Tensor | None, residual: Tensor | None, dropout: Dropout, *affine: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        s = down(a, w2, b2, residual, dropout)
+        y, _, mean, rstd = norm(s, None, *affine, *NO_DROPOUT)
+        return y, s, mean, rstd
+
+    return down_norm
 
 
 def down_backward(dy: Tensor, dropout: Dropout, want_bias: bool) -> tuple[Tensor, Tensor | None]:
@@ -165,8 +169,9 @@ def weight_gradient(d: Tensor, x: Tensor, into: Tensor | None) -> Tensor | None:
 
 
 PLAIN = Pieces(
-    plain_norm, plain_norm_backward, up, down, down_norm, down_backward, up_backward, weight_gradient
-)
+    plain_norm, plain_norm_backward, up, down, down_norm_by(down, plain_norm), down_backward, up_backward,
+    weight_gradient,
+)  # fmt: skip
 
 
 # ---- the block -------------------------------------------------------------------------------------
@@ -179,7 +184,7 @@ def layernorm_ffn(call: LayernormFfn, pieces: Pieces = PLAIN) -> Result:
     affine = (call.norm_weight, call.norm_bias, call.eps, call.norm)
     dropout, hidden_dropout = (call.dropout_p, call.dropout_key), (call.hidden_dropout_p, call.dropout_key)
     n, s, mean, rstd = rows, None, None, None
-    pre, post = _norms(call)
+    pre, post = norms(call)
     if pre:
         n, _, mean, rstd = pieces.norm(rows, None, *affine, *NO_DROPOUT)
     preactivation, a = pieces.up(n, call.w1, call.b1, call.activation, hidden_dropout, keep)
@@ -205,7 +210,7 @@ def layernorm_ffn_backward(call: LayernormFfnBackward, pieces: Pieces = PLAIN) -
     activation, hidden_dropout = call.activation, (call.hidden_dropout_p, call.dropout_key)
     statistics = (call.norm_weight, saved.mean, saved.rstd, call.norm)
     want_x, want_w1, want_b1, want_w2, want_b2, want_weight, want_bias = call.wanted
-    pre, post = _norms(call)
+    pre, post = norms(call)
     dx = dw1 = db1 = dw2 = dweight = dbias = None
 
     ds = dy
@@ -242,7 +247,7 @@ def layernorm_ffn_backward(call: LayernormFfnBackward, pieces: Pieces = PLAIN) -
     return Gradients(dx, dw1, db1, dw2, db2, dweight, dbias)
 
 
-def _norms(call: LayernormFfn | LayernormFfnBackward) -> tuple[bool, bool]:
+def norms(call: LayernormFfn | LayernormFfnBackward) -> tuple[bool, bool]:
     """Whether there is a norm before the first product, and one after the residual."""
     return call.norm != "none" and call.placement == "pre", call.norm != "none" and call.placement == "post"
 

@@ -10,17 +10,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from bigkern.core.dropout_reference import dropped
+from bigkern.core.dropout import HIDDEN, OUTPUT, dropped
 from bigkern.ops.layernorm_ffn.call import GATED, LayernormFfn
-from bigkern.ops.norm.reference import HIDDEN, OUTPUT
+from bigkern.ops.layernorm_ffn.reference import norms
+from bigkern.ops.norm.call import Norm
 from bigkern.ops.norm.stock import norm as stock_norm
 
 
 def layernorm_ffn(call: LayernormFfn, sums: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """y; the backward adds the gradients of w1 and w2 to ``sums``, if there are any."""
-    b1, b2, key, norm = call.b1, call.b2, call.dropout_key, call.norm
-    affine = (call.norm_weight, call.norm_bias, call.eps, norm)
-    pre, post = (norm != "none" and call.placement == at for at in ("pre", "post"))
+    b1, b2, key = call.b1, call.b2, call.dropout_key
+    affine = (call.norm_weight, call.norm_bias, call.eps, call.norm)
+    pre, post = norms(call)
 
     def drop(t: Tensor, p: float, head: int) -> Tensor:
         if p == 0.0:
@@ -28,11 +29,11 @@ def layernorm_ffn(call: LayernormFfn, sums: tuple[Tensor, Tensor] | None = None)
         return F.dropout(t, p) if key is None else dropped(t, key, p, head)
 
     def block(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-        n = stock_norm(x, None, *affine)[0] if pre else x
+        n = stock_norm(Norm(x, None, *affine, 0.0, None))[0] if pre else x
         a = drop(activate(F.linear(n, w1, b1), call.activation), call.hidden_dropout_p, HIDDEN)
         y = drop(F.linear(a, w2, b2), call.dropout_p, OUTPUT)
         y = x + y if call.residual else y
-        return stock_norm(y, None, *affine)[0] if post else y
+        return stock_norm(Norm(y, None, *affine, 0.0, None))[0] if post else y
 
     w1, w2 = call.w1, call.w2
     if sums is not None:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from bigkern.core import registry
-from bigkern.core.dropout import drawn_key
-from bigkern.core.dropout_reference import dropped
+from bigkern.core.dropout import OUTPUT, drawn_key, dropped
 from bigkern.core.library import (
     KERNEL_DTYPES,
     MAX_COLUMNS,
@@ -25,7 +24,6 @@ from bigkern.core.op import Autograd, Op, native
 from bigkern.core.registry import Backend, Reason
 from bigkern.ops.norm import reference, stock
 from bigkern.ops.norm.call import Gradients, Norm, NormBackward, Result, bind
-from bigkern.ops.norm.reference import OUTPUT
 
 # ---- gradients ---------------------------------------------------------------------------
 
@@ -155,10 +153,6 @@ def cuda_backend(namespace: Any, *, emulated: bool = False) -> Backend:
     return Backend("cuda", *kernels, _refuses("cpu" if emulated else "cuda"), unproven("norm", "cuda"))
 
 
-def _by_torch(call: Norm) -> tuple[Tensor, Tensor | None]:
-    return stock.norm(*call.flat())
-
-
 NORM.register(cuda_backend(torch.ops.bigkern_native))
 NORM.register(
     Backend(
@@ -169,4 +163,4 @@ NORM.register(
     )
 )
 NORM.register(Backend("cpu", native("norm"), native("norm_backward"), _refuses("cpu"), _cpu_declines))
-NORM.register(Backend("torch", _by_torch, by_torch=True))
+NORM.register(Backend("torch", stock.norm, by_torch=True))

@@ -9,11 +9,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigkern.core.dropout import dropout_key
-from bigkern.core.dropout_reference import dropped
+from bigkern.core.dropout import OUTPUT, dropout_key, dropped
 from bigkern.core.problem import Call, Inputs, Problem
 from bigkern.ops.norm import layer_norm, rms_norm
-from bigkern.ops.norm.reference import OUTPUT
 
 KINDS = ("layer", "rms")
 

@@ -14,9 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bigkern.core.dropout_reference import dropped
-
-OUTPUT, HIDDEN = 0, 1  # the heads of the generator: of a block's or sublayer's output, of its inner layer
+from bigkern.core.dropout import OUTPUT, dropped
 
 
 def norm(

@@ -6,28 +6,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigkern.core.checks import TORCHS, misfit_dtype, named
-from bigkern.core.dropout_reference import dropped
-from bigkern.ops.norm.reference import OUTPUT
+from bigkern.core.dropout import OUTPUT, dropped
+from bigkern.ops.norm.call import Norm
 
 
-def norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    kind: str,
-    dropout_p: float = 0.0,
-    key: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+def norm(call: Norm) -> tuple[Tensor, Tensor | None]:
     """``(y, sum)``."""
-    if dropout_p > 0.0:
-        x = F.dropout(x, dropout_p) if key is None else dropped(x, key, dropout_p, OUTPUT)
-    total = None if residual is None else x + residual
+    x, weight, bias, p, key = call.x, call.weight, call.bias, call.dropout_p, call.dropout_key
+    if p > 0.0:
+        x = F.dropout(x, p) if key is None else dropped(x, key, p, OUTPUT)
+    total = None if call.residual is None else x + call.residual
     s = x if total is None else total
     try:
-        if kind == "layer":
-            return F.layer_norm(s, s.shape[-1:], weight, bias, eps), total
-        return F.rms_norm(s, s.shape[-1:], weight, eps), total
+        if call.kind == "layer":
+            return F.layer_norm(s, s.shape[-1:], weight, bias, call.eps), total
+        return F.rms_norm(s, s.shape[-1:], weight, call.eps), total
     except TORCHS as error:
         raise named(error, misfit_dtype(s, {"weight": weight, "bias": bias})) from error

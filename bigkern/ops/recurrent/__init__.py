@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigkern.core.library import is_autocast_on
-from bigkern.ops.attention.call import autocast as narrowed
+from bigkern.core.library import is_autocast_on, narrowed
 from bigkern.ops.recurrent.backends import RECURRENT
 from bigkern.ops.recurrent.call import bind
 

@@ -12,15 +12,14 @@ own, ``dhidden_n``, which takes the n columns' place in dW_hh and db_hh.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigkern.ops.linear.backends import LINEAR
-from bigkern.ops.linear.call import Gradients as LinearGradients
 from bigkern.ops.linear.call import Linear, LinearBackward
+from bigkern.ops.linear.product import product, product_backward
 from bigkern.ops.recurrent import reference
 from bigkern.ops.recurrent.call import (
     Gradients,
@@ -32,30 +31,9 @@ from bigkern.ops.recurrent.call import (
     layout_of,
 )
 
-# ---- products: by our linear kernels where they would be chosen --------------------------------------
-
-LONG = 4096  # rows
-
-
-def _linear(call: Linear) -> Tensor:
-    ours = LINEAR.backends["cpu"]
-    return cast(Tensor, (ours if ours.objection(call) is None else LINEAR.reference).forward(call))
-
-
-def _linear_backward(call: LinearBackward) -> LinearGradients:
-    """A weight's gradient sums over all rows: stock's product of few columns in one go, ours in parts."""
-    forward, ours = Linear(call.x, call.weight, None), LINEAR.backends["cpu"]
-    long_sums = call.x.dtype == torch.float32 and len(call.x) >= LONG and ours.refuses(forward) is None
-    takes = long_sums or ours.objection(forward) is None
-    backward = cast(Any, ours if takes else LINEAR.reference).backward
-    return cast(LinearGradients, backward(call))
-
-
-# ---- the layer -------------------------------------------------------------------------------------
-
 
 def composed(
-    scan: Callable[[Scan], Any], linear: Callable[[Linear], Tensor] = _linear
+    scan: Callable[[Scan], Any], linear: Callable[[Linear], Tensor] = product
 ) -> Callable[[Recurrent], Result]:
     """The op from a scan and a product."""
 
@@ -74,7 +52,7 @@ def composed(
 
 def composed_backward(
     scan_backward: Callable[[ScanBackward], Any],
-    linear_backward: Callable[[LinearBackward], Any] = _linear_backward,
+    linear_backward: Callable[[LinearBackward], Any] = product_backward,
 ) -> Callable[[RecurrentBackward], Gradients]:
     """The op's backward from a scan's and a product's."""
 
