@@ -29,7 +29,7 @@ def _case(M: int, D: int, hidden: int, activation: str, blocks: int, weights: We
         return one.explain(inputs).chosen
 
     def eager(inputs: Inputs) -> torch.Tensor:
-        return stock(inputs, activation, None)
+        return stock(inputs, activation)
 
     plain = by_autograd("eager", eager, "torch")
     if weights != "packed":  # its results are another model's, and not to be compared

@@ -104,7 +104,8 @@ def check(problem: Problem, backend: str, dtype: torch.dtype, seed: int = 0) -> 
         ours = results(problem.ours, inputs, problem.outputs)
     yardstick = _expected(problem, dtype, device_of(backend), seed)
     assert_parity(problem.op, backend, ours, yardstick, f"{problem.label}, seed {seed}:")
-    RECORD.passed(problem.op, backend, problem.features)
+    kind = (str(dtype).removeprefix("torch."),) if problem.features else ()
+    RECORD.passed(problem.op, backend, problem.features + kind)
 
 
 _expected = lru_cache(maxsize=4)(expect)  # the next backend asks for the same

@@ -12,15 +12,15 @@ from functools import cache, partial
 from typing import Any
 
 import pytest
-import test_attention
 import torch
-from parity import RECORD
+from parity import DTYPES, RECORD
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigkern.core.parity import Yardstick
 from bigkern.core.problem import Problem, results, widened
 from bigkern.core.random_rounding import COMPOUND, SUMS, aten, taken_apart
+from bigkern.ops.attention.problems import form
 from bigkern.ops.batch_norm.problems import batch_norm
 from bigkern.ops.layernorm_ffn.problems import layernorm_ffn
 from bigkern.ops.linear.problems import linear
@@ -29,17 +29,10 @@ from bigkern.ops.recurrent.problems import recurrent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 Results = Mapping[str, Tensor]
 
 
 # ---- the ops: stock's computation, in float64 and in a dtype ------------------------------------------
-
-
-def attention(dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
-    case = test_attention.Case(dtype=dtype, Sq=20, Sk=20, D=4, Dv=4)
-    tensors = case.tensors(torch.device("cpu"))
-    return test_attention.exact(case, "cpu"), partial(test_attention.by_reference, case, tensors)
 
 
 def adam(dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
@@ -70,16 +63,16 @@ def grad_norm(dtype: torch.dtype) -> tuple[Results, Callable[[], Results]]:
 
 def of_problem(problem: Problem, dtype: torch.dtype, seed: int = 0) -> tuple[Results, Callable[[], Results]]:
     inputs = problem.make(dtype, torch.device("cpu"), seed)
-    by_stock = partial(results, problem.stock, names=problem.outputs)
+    by_stock = partial(results, problem.specification or problem.stock, names=problem.outputs)
     return by_stock(widened(inputs)), partial(by_stock, inputs)
 
 
 OPS: dict[str, Callable[[torch.dtype], tuple[Results, Callable[[], Results]]]] = {
-    "attention": attention,
+    "attention": partial(of_problem, form(S=20, keys=20, D=4)),
     "norm": partial(of_problem, norm(12, 24, residual=True, both=True)),
     "layernorm_ffn": partial(of_problem, layernorm_ffn(12, 12, 8, residual=False), seed=1),
     "linear": partial(of_problem, linear(12, 24, 16)),
-    "batch_norm": partial(of_problem, batch_norm(2, 6, 4, 4, residual=True, relu=False, statistics=True)),
+    "batch_norm": partial(of_problem, batch_norm(2, 6, 2, 3, residual=True, relu=False, statistics=True)),
     "recurrent": partial(of_problem, recurrent("GRU", 1, 12, 8, 16), seed=3),
     "adam": adam,
     "grad_norm": grad_norm,

@@ -9,19 +9,18 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import test_attention
-import test_decode_attention
 import torch
 import torch.nn.functional as F
-from parity import BACKENDS, assert_parity, device_of, poisoned_empty_memory
+from parity import BACKENDS, assert_parity, check, device_of, poisoned_empty_memory
 from torch import Tensor
 
-from bigkern.core.dropout_reference import dropped
+from bigkern.core.dropout import HIDDEN, OUTPUT, dropped
 from bigkern.core.parity import Yardstick
+from bigkern.ops.attention import decode_problems
+from bigkern.ops.attention import problems as attention_problems
 from bigkern.ops.attention.transforms import RULES
 from bigkern.ops.layernorm_ffn import reference as ffn_reference
 from bigkern.ops.norm import reference as norm_reference
-from bigkern.ops.norm.reference import HIDDEN, OUTPUT
 
 if "triton" not in BACKENDS:
     pytest.skip("neither a GPU nor TRITON_INTERPRET=1", allow_module_level=True)
@@ -52,7 +51,7 @@ def double(*tensors: Tensor | None) -> list[Any]:
     return [None if t is None else t.double() for t in tensors]
 
 
-def check(op: str, names: str, ours: Any, by_stock: Callable[..., Any], *inputs: Any) -> None:
+def check_function(op: str, names: str, ours: Any, by_stock: Callable[..., Any], *inputs: Any) -> None:
     """``by_stock(*inputs)`` gives what ``names`` says, in the inputs' dtype."""
 
     def named(results: Any) -> dict[str, Tensor]:
@@ -74,11 +73,11 @@ def rules(q: Tensor, k: Tensor, scale: float, causal: str, **changes: Any) -> tu
     return tuple((given | changes).values())
 
 
-CAUSAL = {"Sq": 150, "Sk": 170, "causal": "bottom_right"}
-WINDOW = {"Sq": 150, "Sk": 170, "window": (40, 20)}
+CAUSAL = {"S": 150, "keys": 170, "causal": "bottom_right"}
+WINDOW = {"S": 150, "keys": 170, "window": (40, 20)}
 EVERYTHING = {
-    "Sq": 70, "Sk": 90, "window": (50, 30), "mask": "full", "bias": "heads", "bias_grad": True,
-    "softcap": 1.5, "alibi": "heads", "sinks": True, "dropout": 0.2, "lse_grad": True,
+    "S": 70, "keys": 90, "window": (50, 30), "masked": "full", "bias": "learned",
+    "softcap": 1.5, "alibi": "heads", "sinks": True, "dropout": 0.2, "lse": True,
 }  # fmt: skip
 
 
@@ -107,7 +106,7 @@ def test_attention_in_every_configuration(
     """Plain tiles, tiles on an edge and a ragged end, through every row of the tables."""
     monkeypatch.setattr(launch, "architecture", lambda device: arch)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
-    test_attention.check(test_attention.Case(dtype=dtype, Hkv=1, D=D, Dv=D, **features), "triton")
+    check(attention_problems.form(D=D, kv_heads=1, **features), "triton", dtype)
 
 
 def test_tensor_descriptors_express_whole_vectors() -> None:
@@ -122,9 +121,9 @@ def test_tensor_descriptors_express_whole_vectors() -> None:
 def test_decoding_joins_many_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(attention_decode, "LEAST_SPAN", 16)
-    case = test_decode_attention.Case(lengths=(600, 3, 0), sinks=True, Sq=3, window=(500, 0))
+    problem = decode_problems.form((600, 3, 0), sinks=True, queries=3, window=(500, 0))
     assert attention_decode.spans_of(6, 603, 132) == 37
-    test_decode_attention.check(case, "triton")
+    check(problem, "triton", torch.float32)
 
 
 def test_a_mask_is_padded_but_not_expanded() -> None:
@@ -195,7 +194,7 @@ def check_norm(x: Tensor, residual: Tensor | None, weight: Any, bias: Any, kind:
         return y, mean, rstd, ds, dweight, dbias
 
     names, found = "y mean rstd ds dweight dbias", (y, mean, rstd, ds, *others)
-    check("norm", names, found, by_stock, s, weight, bias, dy, dsum)
+    check_function("norm", names, found, by_stock, s, weight, bias, dy, dsum)
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms"])
@@ -262,7 +261,7 @@ def test_bias_activation(activation: str, dtype: torch.dtype, M: int, width: int
         (gradient,) = torch.autograd.grad(out, x, dout)
         return out, gradient, gradient.sum(0)
 
-    check("layernorm_ffn", "out dp dbias", (out, dp, dbias), by_stock, preactivation, dout)
+    check_function("layernorm_ffn", "out dp dbias", (out, dp, dbias), by_stock, preactivation, dout)
 
 
 def stock_activation(p: Tensor, activation: str) -> Tensor:
@@ -287,7 +286,7 @@ def test_dropout_add(dtype: torch.dtype) -> None:
     x, residual = draw(40, 130, dtype=dtype)[:, :65], draw(65, 40, dtype=dtype).t()
     for r in (None, residual):
         out = layernorm_ffn.dropout_add(x, r, 0.25, KEY)
-        check("layernorm_ffn", "out", (out,), dropped_and_added, x, r)
+        check_function("layernorm_ffn", "out", (out,), dropped_and_added, x, r)
 
 
 def dropped_and_added(x: Tensor, residual: Tensor | None) -> tuple[Tensor]:
@@ -328,7 +327,7 @@ def test_products_in_every_configuration(
         return *forward, dp_, db1_, dp.t() @ x
 
     inputs = (x, w1, b1, w2, b2, dz, p, a, dp)
-    check("layernorm_ffn", "p a y dp db1 dw", (p, a, y, dp, db1, dw), plain, *inputs)
+    check_function("layernorm_ffn", "p a y dp db1 dw", (p, a, y, dp, db1, dw), plain, *inputs)
     torch.testing.assert_close(into - 1, (dp.t().double() @ x.double()).float(), rtol=1e-4, atol=1e-4)
 
 

@@ -63,6 +63,7 @@ class Problem:
     parameters: tuple[str, ...] = ()  # the inputs that a layer would own
     explain_options: dict[str, Any] = field(default_factory=dict)  # what explain must be told besides
     features: tuple[str, ...] = ()  # in the words of the feature table
+    kernels: tuple[str, ...] = ("cpu", "triton", "cuda")  # that can run it
     emulated: bool = True  # whether it is small enough for Triton's interpreter and the CUDA emulator
 
     def make(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
@@ -108,7 +109,8 @@ def results(
     wanted = {name: value for name, value in inputs.items() if value.requires_grad}
     differentiable = [output for output in outputs if output.requires_grad]
     if wanted and differentiable:
-        upstream = [_drawn(output.shape, seed).to(output) for seed, output in enumerate(differentiable)]
+        drawn = (_drawn(output.shape, seed) for seed, output in enumerate(differentiable))
+        upstream = [torch.empty_like(y).copy_(dy) for y, dy in zip(differentiable, drawn, strict=True)]
         grads = torch.autograd.grad(differentiable, list(wanted.values()), upstream)
         found.update({f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)})
     return found

@@ -1,19 +1,17 @@
-"""The norm of all gradients on every backend against float64, and its checks."""
+"""The norm of all gradients beyond test_parity.py, and its checks."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from parity import BACKENDS, KERNEL_BACKENDS, assert_parity, device_of, run_backend
+from parity import BACKENDS, KERNEL_BACKENDS, device_of, run_backend
 from torch import Tensor
 
 import bigkern
-from bigkern.core.parity import Yardstick
 from bigkern.ops.adam import Packed
 from bigkern.ops.adam.call import Lists
 from bigkern.ops.adam.grad_norm import grad_norm
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = (1, 7, 0, 63, 129, 1023, 9000)
 
 
@@ -25,28 +23,14 @@ def gradients(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     return [g.to(dtype) for g in made]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_parity(backend: str, dtype: torch.dtype) -> None:
-    grads = gradients(dtype, device_of(backend))
-    exact = torch.linalg.vector_norm(torch.cat([g.double().reshape(-1) for g in grads]))
-
-    def stock() -> dict[str, Tensor]:
-        norms = torch.stack([torch.linalg.vector_norm(g.float()) for g in grads])
-        return {"norm": torch.linalg.vector_norm(norms)}
-
-    with run_backend("grad_norm", backend):
-        ours = grad_norm(grads)
-    assert ours.dtype == torch.float32
-    assert ours.shape == ()
-    assert_parity("grad_norm", backend, {"norm": ours}, Yardstick({"norm": exact}, stock))
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_is_torch_total_norm(backend: str) -> None:
     grads = gradients(torch.float32, device_of(backend))
     with run_backend("grad_norm", backend):
-        torch.testing.assert_close(grad_norm(grads), torch.nn.utils.get_total_norm(grads))
+        norm = grad_norm(grads)
+        assert norm.dtype == torch.float32
+        assert norm.shape == ()
+        torch.testing.assert_close(norm, torch.nn.utils.get_total_norm(grads))
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])

@@ -162,7 +162,7 @@ def recurrent_backward(source: Source) -> Arguments:
     y, hn, cn, gates, reserve = RECURRENT.reference.forward(call)
     grads = [source.maybe(partial(_like, source, t), 0.8) if t is not None else None for t in (y, hn, cn)]
     *given, mode, _save = call.flat()
-    return [*grads, *given, y, gates, reserve, mode, *(source.chance(0.7) for _ in range(3))]
+    return [*grads, *given, y, gates, reserve, mode, *(source.chance(0.7) for _ in range(2))]
 
 
 def recurrent_scan_backward(source: Source) -> Arguments:

@@ -49,9 +49,9 @@ def inputs_of(
     return [x.view(shape), *parameters]
 
 
-def stock(*tensors: Tensor | None, activation: str, placement: str = "pre", norm: str = "layer") -> Tensor:
+def stock(*tensors: Tensor | None, residual: bool = True, **words: str) -> Tensor:
     x, _, _, w2, *_ = tensors
-    problem = layernorm_ffn(x.shape[0], *w2.shape, activation, placement, norm, biases=True)
+    problem = layernorm_ffn(x.shape[0], *w2.shape, **words, biases=True, residual=residual)
     return problem.stock({name: t for name, t in zip(NAMES, tensors, strict=True) if t is not None})
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,8 @@ def grad_norm(sizes: Sizes) -> Problem:
         return (list(inputs.values()),), {}
 
     def stock(inputs: Inputs) -> Tensor:
-        return torch.nn.utils.get_total_norm(list(inputs.values()))
+        wide = [torch.promote_types(g.dtype, torch.float32) for g in inputs.values()]
+        return torch.nn.utils.get_total_norm([g.to(w) for g, w in zip(inputs.values(), wide, strict=True)])
 
     count = sum(torch.Size(size).numel() for size in sizes)
     return Problem(
@@ -28,6 +31,12 @@ def grad_norm(sizes: Sizes) -> Problem:
         elements=count,
         differentiable=False,
     )
+
+
+def forms() -> list[Problem]:
+    """Odd sizes, one empty, one that starts off any 16-byte boundary, one stored in another order."""
+    sizes: Sizes = [(1,), (7,), (0,), (63,), (129,), (1023,), (9000,), (258,), (5, 9)]
+    return [replace(grad_norm(sizes), views={"g_7": lambda g: g[1:], "g_8": Tensor.t})]
 
 
 def small() -> list[Problem]:

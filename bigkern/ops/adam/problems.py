@@ -191,6 +191,11 @@ def _widened(lists: dict[str, Any]) -> dict[str, Any]:
     return wide | {name: lists[name] for name in ("max_exp_avg_sqs", "state_steps")}
 
 
+def forms() -> list[Problem]:
+    """One step in every storage; tests/adam has trajectories of many."""
+    return small()
+
+
 def small() -> list[Problem]:
     return [
         adam([(1,), (7, 5), (4097,)], "3 tensors, AdamW"),

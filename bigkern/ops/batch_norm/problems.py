@@ -68,6 +68,7 @@ def batch_norm(
         elements=forward * N * C * math.prod(size),
         backward_factor=(5 + 2 * (residual and relu)) / forward,  # g and x twice, dx; y, dresidual
         parameters=("weight", "bias"),
+        kernels=("triton",),
     )
 
 

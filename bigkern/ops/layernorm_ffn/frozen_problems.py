@@ -2,56 +2,53 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from bigkern.core.problem import Call, Inputs, Problem
 from bigkern.ops.layernorm_ffn import frozen as op
+from bigkern.ops.layernorm_ffn import frozen_reference as reference
 from bigkern.ops.layernorm_ffn.call import GATED
-from bigkern.ops.layernorm_ffn.frozen_call import FrozenWeight
+from bigkern.ops.layernorm_ffn.frozen_call import FrozenWeight, bind
+from bigkern.ops.layernorm_ffn.problems import ACTIVATIONS, NORMS, PLACEMENTS
 from bigkern.ops.layernorm_ffn.stock import activate
 
 Weights = op.Weights
+KERNELS = {"packed": ("cpu",), "int8": ("cpu", "triton"), "fp8": ("triton",)}
 
 
-def frozen(M: int, D: int, hidden: int, weights: Weights, activation: str = "gelu") -> Problem:
-    """One pre-norm block: with LayerNorm and biases, or gated, with RMSNorm and none."""
-    frozen_block = _frozen_block(weights, activation)
-
-    def call(inputs: Inputs) -> Call:
-        return frozen_block(inputs["x"], _weights(inputs, 0))
-
-    def public(*arguments: Any, **options: Any) -> Tensor:
-        return op.frozen_layernorm_ffn(*arguments, **options)
-
-    return _problem(M, D, hidden, weights, activation, 1, public, call)
+def frozen(
+    M: int,
+    D: int,
+    hidden: int,
+    weights: Weights,
+    activation: str = "gelu",
+    *,
+    norm: str = "",
+    biases: bool | None = None,
+    **options: Any,
+) -> Problem:
+    """A pre-norm block, with LayerNorm and biases, or gated with RMSNorm and none, unless asked otherwise."""
+    return _problem(M, D, hidden, weights, activation, 1, norm, biases, options)
 
 
 def stack(M: int, D: int, hidden: int, weights: Weights, activation: str, blocks: int) -> Problem:
     """So many blocks one after the other: their weights come from memory, not from a cache."""
-    frozen_block = _frozen_block(weights, activation)
-
-    def public(inputs: Inputs) -> Tensor:
-        x = inputs["x"]
-        for i in range(blocks):
-            arguments, options = frozen_block(x, _weights(inputs, i))
-            x = op.frozen_layernorm_ffn(*arguments, **options)
-        return x
-
-    return _problem(M, D, hidden, weights, activation, blocks, public, lambda inputs: ((inputs,), {}))
+    return _problem(M, D, hidden, weights, activation, blocks, "", None, {})
 
 
-def stock(inputs: Inputs, activation: str, weights: Weights | None) -> Tensor:
-    """The blocks on torch's functions; with the weights as they act once frozen, or as they were."""
+def stock(inputs: Inputs, activation: str) -> Tensor:
+    """The blocks on torch's functions, with the weights that were frozen."""
     x, i = inputs["x"], 0
     while f"w1_{i}" in inputs:
         w1, b1, w2, b2, *affine = _weights(inputs, i)
-        if weights is not None:
-            w1, w2 = (_acting(w, weights) for w in (w1, w2))
         D = x.shape[-1:]
         n = F.rms_norm(x, D, affine[0], 1e-5) if activation in GATED else F.layer_norm(x, D, *affine)
         x = x + F.linear(activate(F.linear(n, w1, b1), activation), w2, b2)
@@ -66,25 +63,59 @@ def _problem(
     weights: Weights,
     activation: str,
     blocks: int,
-    public: Callable[..., Tensor],
-    call: Callable[[Inputs], Call],
+    norm: str,
+    biases: bool | None,
+    options: dict[str, Any],
 ) -> Problem:
     gated = activation in GATED
     rows = 2 * hidden if gated else hidden
+    norm = norm or ("rms" if gated else "layer")
+    biases = not gated if biases is None else biases
+    words = [f"{blocks} blocks of" if blocks > 1 else "", f"{M}x{D}x{hidden} {activation} {weights}"]
+    words += [
+        "" if norm == ("rms" if gated else "layer") else norm,
+        "" if biases != gated else f"biases {biases}",
+    ]
+    words += [f"{name} {value}" for name, value in options.items()]
+    given = {"activation": activation, "norm": norm, **options}
     shapes: dict[str, tuple[int, ...]] = {"x": (M, D)}
     for i in range(blocks):
-        shapes |= {f"w1_{i}": (rows, D), f"w2_{i}": (D, hidden), f"norm_{i}_weight": (D,)}
-        shapes |= {} if gated else {f"b1_{i}": (rows,), f"b2_{i}": (D,), f"norm_{i}_bias": (D,)}
-    several = f"{blocks} blocks of " if blocks > 1 else ""
+        shapes |= {f"w1_{i}": (rows, D), f"w2_{i}": (D, hidden)}
+        shapes |= {f"norm_{i}_weight": (D,)} if norm != "none" else {}
+        shapes |= {f"b1_{i}": (rows,), f"b2_{i}": (D,)} if biases else {}
+        shapes |= {f"norm_{i}_bias": (D,)} if biases and norm == "layer" else {}
+    kept = WeakIdKeyDictionary()  # each weight is frozen once, when it is first seen
+
+    def frozen_once(w: Tensor, gated: bool) -> FrozenWeight:
+        if w not in kept:
+            kept[w] = _frozen(w, weights, gated)
+        return kept[w]  # type: ignore[no-any-return]
+
+    def block(x: Tensor, inputs: Inputs, i: int) -> Call:
+        w1, b1, w2, b2, *affine = _weights(inputs, i)
+        return (x, frozen_once(w1, gated), b1, frozen_once(w2, False), b2, *affine), given
+
+    def through(one: Callable[..., Tensor], inputs: Inputs) -> Tensor:
+        x = inputs["x"]
+        for i in range(blocks):
+            arguments, options = block(x, inputs, i)
+            x = one(*arguments, **options)
+        return x
+
+    def by_reference(*arguments: Any, **options: Any) -> Tensor:
+        return reference.frozen_layernorm_ffn(bind(*arguments, **options))
+
+    one = blocks == 1
     return Problem(
         "frozen_layernorm_ffn",
-        f"{several}{M}x{D}x{hidden} {activation} {weights}",
+        " ".join(filter(None, words)),
         shapes,
-        public,
-        call,
-        lambda inputs: stock(inputs, activation, weights),
+        op.frozen_layernorm_ffn if one else lambda inputs: through(op.frozen_layernorm_ffn, inputs),
+        lambda inputs: block(inputs["x"], inputs, 0) if one else ((inputs,), {}),
+        lambda inputs: through(by_reference, inputs),
         flops=2 * M * D * (rows + hidden) * blocks,
         differentiable=False,
+        kernels=KERNELS[weights],
     )
 
 
@@ -93,28 +124,44 @@ def _weights(inputs: Inputs, i: int) -> tuple[Any, ...]:
     return tuple(inputs.get(name) for name in names)
 
 
-def _frozen_block(weights: Weights, activation: str) -> Callable[[Tensor, tuple[Any, ...]], Call]:
-    """The op's arguments for a block; each weight is frozen once, when it is first seen."""
-    kept = WeakIdKeyDictionary()
-    gated = activation in GATED
-
-    def frozen_once(w: Tensor, gated: bool) -> FrozenWeight:
-        if w not in kept:
-            kept[w] = op.freeze_weight(w, weights, gated=gated)
-        return kept[w]  # type: ignore[no-any-return]
-
-    def arguments(x: Tensor, tensors: tuple[Any, ...]) -> Call:
-        w1, b1, w2, b2, *affine = tensors
-        options = {"activation": activation, "norm": "rms" if gated else "layer"}
-        return (x, frozen_once(w1, gated), b1, frozen_once(w2, False), b2, *affine), options
-
-    return arguments
+def _frozen(w: Tensor, weights: Weights, gated: bool) -> FrozenWeight:
+    """As freeze_weight does; also for float64, in the same 8 bits, and e4m3 where no GPU multiplies in it."""
+    if w.dtype != torch.float64 and weights != "fp8":
+        return op.freeze_weight(w, weights, gated=gated)
+    if weights == "packed":
+        return FrozenWeight(w, None, None)
+    return FrozenWeight(*reference.quantised(w.float(), op.STORED[weights]), None)
 
 
-def _acting(w: Tensor, weights: Weights) -> Tensor:
-    """w as the frozen weight acts, in w's dtype."""
-    values, scale, _ = op.freeze_weight(w.float(), weights)
-    return values.to(w.dtype) if scale is None else (values.double() * scale[:, None]).to(w.dtype)
+def forms() -> list[Problem]:
+    """Every combination; and from one token on, since each count of rows is another path through tiles."""
+    kinds: tuple[Weights, ...] = ("packed", "int8", "fp8")
+    return [
+        *(
+            frozen(5, 24, 40, w, a, norm=n, placement=p, biases=True)
+            for w, a, n, p in itertools.product(kinds, ACTIVATIONS, NORMS, PLACEMENTS)
+        ),
+        *(
+            frozen(M, 65, 130, w, "swiglu", norm="rms", biases=M % 2 == 0, residual=M % 3 > 0)
+            for w, M in itertools.product(kinds, (1, 2, 7, 13, 14, 15, 31, 63, 129))
+        ),
+    ]
+
+
+def drawn(draw: random.Random, largest: int) -> Problem:
+    M, D, hidden = (draw.choice((1, 3, 8, 16, 17, 33, 64, 100, 127)) for _ in range(3))
+    kinds: tuple[Weights, ...] = ("packed", "int8", "fp8")
+    return frozen(
+        min(M, largest),
+        min(4 * D, largest),
+        min(6 * hidden, largest),
+        draw.choice(kinds),
+        draw.choice(ACTIVATIONS),
+        norm=draw.choice(NORMS),
+        biases=draw.random() < 0.5,
+        placement=draw.choice(PLACEMENTS),
+        residual=draw.random() < 0.5,
+    )
 
 
 def small() -> list[Problem]:

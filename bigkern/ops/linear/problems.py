@@ -33,6 +33,7 @@ def linear(M: int, N: int, K: int, transposed: bool = False, bias: bool = True, 
         flops=2 * M * N * K,
         elements=M * K + N * K + M * N,
         parameters=("w1", "bias") if bias else ("w1",),
+        kernels=("cpu",),
     )
 
 
