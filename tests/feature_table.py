@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 BUILD, PAGE = ROOT / "build", ROOT / "docs" / "evidence.md"
 BEGIN, END = "<!-- features: written by tests/feature_table.py -->", "<!-- end of features -->"
-BACKENDS = {"cpu": "CPU, native", "triton": "Triton, interpreter", "simt": "CUDA, emulator", "torch": "torch"}
+BACKENDS = {"cpu": "CPU, native", "triton": "Triton, interpreter", "simt": "CUDA, emulator"}
 COLUMNS = ["op", "feature", "backend", "tier", "cases"]
 
 

@@ -19,7 +19,7 @@ from bigkern.core import info
 
 TESTS = Path(__file__).parent
 OPS = ("attention", "norm", "layernorm_ffn", "linear", "recurrent", "adam")
-BESIDE = ("nn", "nn_recurrent", "optim", "models_cnn")
+BESIDE = ("parity", "nn", "nn_recurrent", "optim", "models_cnn")
 SLOW = "not triton and not simt and not compile and not opcheck"
 
 # Ours: instruction set and threads. Stock's: the code paths of MKL, oneDNN and ATen.
