@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bigkern.benchmarks.harness import Contestant, LeftOut, by_autograd, compiler_works
-from bigkern.benchmarks.timing import Task
 from bigkern.core.problem import Inputs, Problem
+from bigkern.core.timing import Task
 
 Left = int | None  # how many keys before its own a query of a causal window sees; None: all
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from bigkern.benchmarks.harness import Bench, Case, Contestant
-from bigkern.benchmarks.timing import Task
 from bigkern.core.problem import Inputs
+from bigkern.core.timing import Task
 from bigkern.ops.adam import problems
 from bigkern.optim import AdamW
 

@@ -21,9 +21,9 @@ from bigkern.benchmarks import model_problems as problems
 from bigkern.benchmarks.harness import BYTES, Bench, Case, Contestant, LeftOut, compiler_works
 from bigkern.benchmarks.model_problems import ModelProblem, Network, call
 from bigkern.benchmarks.table import Row
-from bigkern.benchmarks.timing import Task
 from bigkern.core.parity import Verdict
 from bigkern.core.problem import Inputs
+from bigkern.core.timing import Task
 
 HYPER: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
 FEWER = "batches and lengths are cut for a CPU, widths, depths and vocabularies are not"

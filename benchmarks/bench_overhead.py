@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import bigkern
 from bigkern.benchmarks.harness import Bench, Case, Contestant
-from bigkern.benchmarks.timing import Task
 from bigkern.core.problem import Inputs, Problem
+from bigkern.core.timing import Task
 from bigkern.ops.attention.problems import attention
 from bigkern.ops.layernorm_ffn.problems import layernorm_ffn
 from bigkern.ops.linear.problems import linear

@@ -16,9 +16,9 @@ from bigkern.benchmarks import recurrent_peers as peers
 from bigkern.benchmarks.harness import BYTES, Bench, Case, Contestant, by_autograd
 from bigkern.benchmarks.recurrent_peers import Layer
 from bigkern.benchmarks.table import Row
-from bigkern.benchmarks.timing import Task
 from bigkern.core.parity import Verdict
 from bigkern.core.problem import Inputs, judge
+from bigkern.core.timing import Task
 
 KINDS = ("LSTM", "GRU")
 BATCHES = (1, 8, 32, 128)

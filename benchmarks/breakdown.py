@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bigkern.benchmarks.plot import COLOURS
 from bigkern.benchmarks.table import Row
-from bigkern.benchmarks.timing import Task
+from bigkern.core.timing import Task
 
 OTHER = "other"  # copies, concatenations, pooling, Python's own bookkeeping
 KINDS = {

@@ -25,19 +25,12 @@ import torch
 from torch import Tensor
 
 from bigkern.benchmarks.breakdown import Breakdown
+from bigkern.benchmarks.footprint import peak_memory_mb, processor_ms, saved_mb
 from bigkern.benchmarks.table import Row
-from bigkern.benchmarks.timing import (
-    Clock,
-    Task,
-    peak_memory_mb,
-    processor_ms,
-    saved_mb,
-    spread,
-    take_turns,
-)
 from bigkern.core import info
 from bigkern.core.parity import Verdict
 from bigkern.core.problem import Inputs, Problem, judge, results
+from bigkern.core.timing import Clock, Task, spread, take_turns
 from bigkern.terminal.console import Console, machine
 
 BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}

@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bigkern
 from bigkern.benchmarks.harness import Bench, Contestant, LeftOut, compiler_works
-from bigkern.benchmarks.timing import Task
 from bigkern.core import registry
 from bigkern.core.problem import Inputs, Problem
+from bigkern.core.timing import Task
 
 Run = Callable[[Tensor], tuple[Tensor, ...]]  # of x: the output, hn, an LSTM's cn
 Build = Callable[[Inputs], Run]  # around the inputs' weights

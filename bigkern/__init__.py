@@ -10,12 +10,14 @@
     bigkern.freeze, bigkern.frozen_layernorm_ffn                weights packed or in 8 bits, for inference
     bigkern.patch, bigkern.unpatch                              the same for a model you already have
     bigkern.explain, bigkern.use                                see and force which backend runs
+    bigkern.tune, bigkern.wisdom                                measure here what is fastest, and keep it
 
 Every op falls back to stock PyTorch where that is faster, or where a kernel is unproven.
 """
 
-from bigkern import nn, optim
+from bigkern import nn, optim, wisdom
 from bigkern.core.registry import BackendRefused, explain, use
+from bigkern.core.tune import tune
 from bigkern.freeze import freeze
 from bigkern.ops.attention import attention
 from bigkern.ops.attention.decode import decode_attention
@@ -53,7 +55,9 @@ __all__ = [
     "recurrent",
     "rms_norm",
     "scaled_dot_product_attention",
+    "tune",
     "unpatch",
     "use",
     "varlen_attention",
+    "wisdom",
 ]

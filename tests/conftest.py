@@ -1,7 +1,10 @@
 """Where there is no GPU, Triton kernels run under Triton's interpreter: set before anything imports them."""
 
+import atexit
 import csv
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +24,13 @@ if "BIGKERN_TEST_ISA" in os.environ:
     from bigkern.core import info
 
     info.set_isa(os.environ["BIGKERN_TEST_ISA"])
+
+# Which candidate runs must not depend on what was measured on this machine.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="bigkern-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+from bigkern.core import wisdom  # noqa: E402 - reads the cache
+
+wisdom.state = wisdom.State({}, {})
 
 BUILD = Path(__file__).parent.parent / "build"
 

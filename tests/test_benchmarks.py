@@ -25,16 +25,16 @@ from bigkern.benchmarks import (
     bench_overhead,
     bench_recurrent,
     breakdown,
+    footprint,
     harness,
     model_problems,
     recurrent_peers,
     summary,
     table,
-    timing,
 )
 from bigkern.benchmarks.model_problems import Network
 from bigkern.cli.main import main
-from bigkern.core import registry
+from bigkern.core import registry, timing
 from bigkern.core.problem import Problem
 from bigkern.ops.attention import problems as attention_problems
 from bigkern.ops.attention.decode_problems import decode
@@ -459,8 +459,8 @@ def test_saved_memory_counts_blocks_of_memory_once_and_no_parameters() -> None:
     """x and its square share nothing; w is a parameter; x is kept twice and counts once."""
     x, w = (torch.randn(256, 1024, requires_grad=True) for _ in range(2))
     task = timing.Task(lambda _: None, setup=lambda: ((x * w) * x).sum())
-    assert timing.saved_mb(task, [w]) == 2.0  # x, and x w
-    assert timing.saved_mb(task, []) == 3.0
+    assert footprint.saved_mb(task, [w]) == 2.0  # x, and x w
+    assert footprint.saved_mb(task, []) == 3.0
 
 
 def test_saving_the_input_saves_memory() -> None:
@@ -470,11 +470,11 @@ def test_saving_the_input_saves_memory() -> None:
         inputs = problem.make(torch.float32, CPU)
         task = harness.ours(problem).tasks(inputs)["backward"]
         with bigkern.use("cpu"):
-            megabytes[save] = timing.saved_mb(task, [inputs[name] for name in problem.parameters])
+            megabytes[save] = footprint.saved_mb(task, [inputs[name] for name in problem.parameters])
     problem = layernorm_ffn(512, 64, 256)
     inputs = problem.make(torch.float32, CPU)
     eager = harness.by_autograd("eager", problem.stock, "torch").tasks(inputs)["backward"]
-    stock = timing.saved_mb(eager, [inputs[name] for name in problem.parameters])
+    stock = footprint.saved_mb(eager, [inputs[name] for name in problem.parameters])
     assert megabytes["preactivation"] <= 0.55 * stock
     assert megabytes["input"] <= 0.15 * stock
 

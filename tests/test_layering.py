@@ -15,6 +15,7 @@ ALLOWED: dict[str, set[str]] = {
     "triton_kernels": set(),
     "core": {"_info"},
     "ops": {"core", "triton_kernels"},
+    "wisdom": {"core"},
     "nn": {"core", "ops"},
     "optim": {"core", "ops"},
     "models": {"core", "nn", "ops"},

@@ -14,6 +14,7 @@ from bigkern.terminal.console import INTERRUPTED, Console, Failure
 COMMANDS = {  # name -> its module, and what it does
     "env": ("bigkern.cli.env", "versions, build, devices, and which backend runs each op here"),
     "doctor": ("bigkern.cli.doctor", "test every op on every backend of this machine against float64"),
+    "tune": ("bigkern.cli.tune", "measure every op's candidates here, so that the fastest runs"),
     "bench": ("bigkern.benchmarks.cli", "benchmark the kernels against stock PyTorch on this machine"),
     "train": ("bigkern.cli.train", "train a small model from end to end, beside stock PyTorch if you like"),
 }

@@ -117,16 +117,16 @@ def unavailable(backend: str, tensor: Tensor) -> registry.Reason:
 
 
 def unproven(op: str, backend: str) -> Callable[[Any], registry.Reason]:
-    """What a GPU backend declines by: nothing has shown that it is right on the tensors' GPU."""
+    """Of a GPU backend: nothing has shown that it is right on the tensors' GPU."""
 
-    def declines(call: Any) -> registry.Reason:
+    def is_unproven(call: Any) -> registry.Reason:
         first = call.flat()[0]
         tensor = first[0] if isinstance(first, list) else first
         if not tensor.is_cuda:
             return "off a GPU it is for tests"
         return registry.unproven(op, backend, tensor.device.index)
 
-    return declines
+    return is_unproven
 
 
 def triton_kernel(module: str, name: str) -> Callable[..., Any]:

@@ -1,7 +1,8 @@
 """What was decided for a call holds for all calls like it: checks and choice cost more than a small kernel.
 
 Calls are alike if all is the same that checks and candidates look at: of every tensor its class, layout,
-shape, dtype, device and whether it wants a gradient; every other argument; and whether gradients are enabled.
+shape, dtype, device and whether it wants a gradient; every other argument; whether gradients are enabled, and
+how many threads there are.
 Only what nothing else decides is remembered: outside of ``use``, autocast, tracing, compilation, torch.func
 and dispatch modes, and if the op's call holds the very tensors that were given.
 """
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bigkern.core import evidence, registry
+from bigkern.core import evidence, registry, wisdom
 from bigkern.core.library import ordinary
 from bigkern.core.registry import Backend
 
@@ -36,34 +37,48 @@ class Memory:
 
     def __init__(self, op: Any, tensors: Sequence[str]):
         self._op, self._decisions = op, dict[Any, Decision]()
-        self._backends, self._proven = op.backends, evidence.proven
+        self._of = self._now()
         names = list(inspect.signature(op.bind).parameters)
         self._places = {name: names.index(name) for name in tensors}
         arguments = ", ".join(names)
         likeness = ", ".join(_LIKENESS.format(name) if name in tensors else name for name in names)
         fields = ", ".join(name if name in tensors else f"numbers.{name}" for name in op.call.names)
-        self._key = eval(f"lambda {arguments}: (is_grad_enabled(), {likeness})", _GLOBALS)
+        self._key = eval(f"lambda {arguments}: (is_grad_enabled(), get_num_threads(), {likeness})", _GLOBALS)
         self._again = eval(f"lambda numbers, {arguments}: Call({fields})", {"Call": op.call})
 
     def decided(self, arguments: tuple[Any, ...]) -> tuple[Backend, Any, bool | None]:
         """The candidate, the call, and, if others like it came before, whether it needs a gradient."""
-        key: Any = None
-        if _undisturbed():
-            if self._backends is not self._op.backends or self._proven is not evidence.proven:
-                self._backends, self._proven = self._op.backends, evidence.proven
-                self._decisions.clear()
-            try:
-                key = self._key(*arguments)
-                decision = self._decisions.get(key)
-            except (AttributeError, TypeError, RuntimeError):  # no hash, or the checks will say what is wrong
-                key = decision = None
-            if decision is not None:
-                return decision[1], self._again(decision[0], *arguments), decision[2]
+        key, decision = self._recalled(arguments)
+        if decision is not None:
+            return decision[1], self._again(decision[0], *arguments), decision[2]
         call = self._op.bind(*arguments)
         candidate = self._op.resolve(call)
         if key is not None:
             self._remember(key, arguments, call, (candidate, self._op.needs_grad(self._op.tensors(call))))
         return candidate, call, None
+
+    def is_stocks(self, arguments: tuple[Any, ...]) -> bool:
+        """Whether torch's own functions are known to run calls like this one."""
+        decision = self._recalled(arguments)[1]
+        return decision is not None and decision[1].by_torch
+
+    def _recalled(self, arguments: tuple[Any, ...]) -> tuple[Any, Decision | None]:
+        """What a decision is remembered by, if it may be, and the decision, if there is one."""
+        if not _undisturbed():
+            return None, None
+        of = self._of
+        if of[0] is not self._op.backends or of[1] is not evidence.proven or of[2] is not wisdom.state:
+            self._of = self._now()
+            self._decisions.clear()
+        try:
+            key = self._key(*arguments)
+            return key, self._decisions.get(key)
+        except (AttributeError, TypeError, RuntimeError):  # no hash, or the checks will say what is wrong
+            return None, None
+
+    def _now(self) -> tuple[Any, ...]:
+        """What decisions depend on besides the call."""
+        return self._op.backends, evidence.proven, wisdom.state
 
     def _remember(
         self, key: Any, arguments: tuple[Any, ...], call: Any, decided: tuple[Backend, bool]
@@ -80,7 +95,7 @@ class Memory:
 
 
 _LIKENESS = "{0} is not None and (type({0}), {0}.layout, {0}.shape, {0}.dtype, {0}.device, {0}.requires_grad)"
-_GLOBALS = {"is_grad_enabled": torch.is_grad_enabled}
+_GLOBALS = {"is_grad_enabled": torch.is_grad_enabled, "get_num_threads": torch.get_num_threads}
 
 
 _any_autocast = torch._C._is_any_autocast_enabled
@@ -92,4 +107,4 @@ _tracing = torch._C._get_tracing_state
 def _undisturbed() -> bool:
     if torch.compiler.is_compiling() or _any_autocast() or _dispatch_modes():
         return False
-    return _transforms() is None and _tracing() is None and not registry.forced()
+    return _transforms() is None and _tracing() is None and not registry.watched()

@@ -33,10 +33,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
-from bigkern.core import registry
+from bigkern.core import registry, wisdom
 from bigkern.core.library import LIBRARY, define_native, in_functorch, plain
 from bigkern.core.memory import Memory
 from bigkern.core.registry import Backend
+from bigkern.core.wisdom_file import Kind, Point, Sizes
 
 Size = Annotated[int, "SymInt"]  # a size that torch.compile may leave open; kernels are given a number
 Written = Annotated[list[Tensor], "written"]  # tensors that the op writes in place
@@ -165,6 +166,19 @@ class Autograd:
     contiguous: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Measures:
+    """What of a call decides which candidate is fastest.
+
+    ``sizes(call)`` are numbers that time grows with; a measured point speaks for a call if each is within
+    ``reach`` times its own, up or down. ``options(call)`` are words for what chooses other code.
+    """
+
+    sizes: Callable[[Any], Sizes]
+    options: Callable[[Any], Kind] = lambda call: ()
+    reach: float = 4.0
+
+
 class Op(registry.Op):
     """An op. Called with its call, it runs the candidate that ``explain`` names.
 
@@ -185,6 +199,7 @@ class Op(registry.Op):
             themselves, kernels are told.
         compiled: whether there are compiled kernels of it; else it has no native op.
         remembers: the tensors of calls whose checks and choice are remembered (:mod:`bigkern.core.memory`).
+        measures: what of a call decides which candidate is fastest.
     """
 
     def __init__(
@@ -202,8 +217,10 @@ class Op(registry.Op):
         draw: Callable[[Any], None] | None = None,
         compiled: bool = True,
         remembers: Sequence[str] = (),
+        measures: Measures | None = None,
     ):
         super().__init__(name, bind)
+        self.measures = measures
         self.call, self.result, self.outputs = call, result, outputs
         self.reference: Any = reference
         self.draw, self.compiled, self._check_values = draw, compiled, check_values
@@ -242,6 +259,24 @@ class Op(registry.Op):
         if needs_grad:
             return self.gradient.function.apply(self, candidate, call, *self.gradient.inputs(call))
         return self.given(candidate.forward(call))
+
+    def place(self, call: Any) -> wisdom.Place | None:
+        """Where a call stands among measured ones."""
+        first = next((t for t in self.tensors(call) if t is not None), None)
+        if self.measures is None or first is None:
+            return None
+        mode = "training" if self.needs_grad(self.tensors(call)) else "forward"
+        dtype = wisdom.DTYPES.get(first.dtype, "other")
+        kind = (dtype, mode, *self.measures.options(call))
+        return wisdom.Place(self.name, kind, self.measures.sizes(call), first.device, self.measures.reach)
+
+    def point(self, call: Any) -> Point | None:
+        place = self.place(call)
+        return None if place is None else wisdom.point(place)
+
+    def measured(self, call: Any) -> tuple[str, ...]:
+        place = self.place(call)
+        return () if place is None else wisdom.order(place)
 
     def needs_grad(self, tensors: Sequence[Tensor | None]) -> bool:
         wanted = self.gradient is not None and torch.is_grad_enabled()

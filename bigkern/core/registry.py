@@ -1,11 +1,15 @@
 """Declare an op once, register its backends, see and force the choice between them.
 
 An op has up to four backends, always asked in the same visible order: ``cuda``, ``triton``, ``cpu``,
-``torch``. Each answers two questions about a call, with ``None`` or with a sentence saying why not:
+``torch``. Three questions about a call are asked in turn; a backend answers each with ``None`` or with a
+sentence saying why not:
 
-* ``refuses``: the backend *cannot* run this call ("head_dim 320 > 256"). Nothing overrides it.
-* ``declines``: it could, but should not be chosen by itself ("not verified on sm_89", "stock is
-  faster below 4096 elements"). :func:`use` overrides it; so do the tests and ``bigkern doctor``.
+* ``refuses``: it *cannot* run this call ("head_dim 320 > 256"). Nothing overrides it.
+* ``unproven``: nothing has shown that it is right here ("not verified on sm_89"). :func:`use` overrides it,
+  and so do the tests.
+* Which is fastest? Where the call's kind was measured on this machine near its sizes, that decides
+  (:mod:`bigkern.core.wisdom`). Elsewhere it is the first that does not ``decline`` by its own cautious rule
+  ("stock is faster below 4096 elements"), which may claim only what held on every machine ever measured.
 
 The last backend, ``torch``, is stock PyTorch. It refuses only what PyTorch refuses, so a call always
 has somewhere to run.
@@ -23,7 +27,8 @@ from typing import Any
 
 import torch
 
-from bigkern.core import evidence
+from bigkern.core import evidence, wisdom
+from bigkern.core.wisdom_file import Point
 
 ORDER = ("cuda", "triton", "cpu", "torch")
 
@@ -46,11 +51,12 @@ class Backend:
     forward: Callable[[Any], Any]  # of the op's call
     backward: Callable[[Any], Any] | None = None  # of the backward's
     refuses: Callable[[Any], Reason] = _never
+    unproven: Callable[[Any], Reason] = _never
     declines: Callable[[Any], Reason] = _never
     by_torch: bool = False  # torch's own functions, differentiated by torch's autograd
 
-    def objection(self, call: Any) -> Reason:
-        return self.refuses(call) or self.declines(call)
+    def unable(self, call: Any) -> Reason:
+        return self.refuses(call) or self.unproven(call)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +89,7 @@ class Explanation(tuple[Choice, ...]):
     __repr__ = __str__
 
 
+_EARLIER = "could run, but an earlier backend does"
 _ops: dict[str, Op] = {}
 
 
@@ -108,10 +115,31 @@ class Op:
         forced = _forced_backend(self.name)
         if forced is not None:
             return self._forced(forced, call)
-        for backend in self.backends.values():
-            if backend.refuses(call) is None and backend.declines(call) is None:
+        return self.choose(call)
+
+    def choose(self, call: Any) -> Backend:
+        """The backend that runs a call where none is forced."""
+        able = [backend for backend in self.backends.values() if backend.unable(call) is None]
+        if len(able) > 1:
+            if wisdom.noting is not None:
+                wisdom.noting(self, call)
+            for name in self.measured(call):
+                for backend in able:
+                    if backend.name == name:
+                        return backend
+        for backend in able:
+            if backend.declines(call) is None:
                 return backend
         raise BackendRefused(str(self.explain(call)))
+
+    def measured(self, call: Any) -> tuple[str, ...]:
+        """The backends from the fastest on, where calls of this kind were measured near the call's sizes."""
+        point = self.point(call)
+        return () if point is None else point.order
+
+    def point(self, call: Any) -> Point | None:
+        """The nearest point at which calls of this kind were measured, if one is near."""
+        return None
 
     def of_node(self, call: Any) -> Backend:
         """The same of an opaque node: what the CPU's kernels decline never became one."""
@@ -129,21 +157,25 @@ class Op:
 
     def explain(self, call: Any) -> Explanation:
         forced = _forced_backend(self.name)
-        choices: list[Choice] = []
-        found = False
-        for backend in self.backends.values():
-            if forced is not None:
-                reason = backend.refuses(call) or (
-                    None if backend.name == forced else f"use({forced!r}) is in force"
-                )
+        backends = list(self.backends.values())
+        if forced is not None:
+            only = f"use({forced!r}) is in force"
+            reasons = [b.refuses(call) or (None if b.name == forced else only) for b in backends]
+        else:
+            reasons = [b.unable(call) for b in backends]
+            able = [b.name for b, reason in zip(backends, reasons, strict=True) if reason is None]
+            point = self.point(call) if len(able) > 1 else None
+            fastest = None if point is None else next((name for name in point.order if name in able), None)
+            if point is not None and fastest is not None:
+                slower = [None if b.name == fastest else point.why_not(b.name, fastest) for b in backends]
             else:
-                reason = backend.objection(call)
-            chosen = not found and reason is None
-            if reason is None and not chosen:
-                reason = "could run, but an earlier backend does"
-            found = found or chosen
-            choices.append(Choice(backend.name, chosen, reason or "runs this call"))
-        return Explanation(self.name, choices)
+                slower = [b.declines(call) for b in backends]
+            reasons = [reason or slow for reason, slow in zip(reasons, slower, strict=True)]
+        chosen = next((i for i, reason in enumerate(reasons) if reason is None), -1)
+        return Explanation(self.name, [
+            Choice(b.name, i == chosen, reason or ("runs this call" if i == chosen else _EARLIER))
+            for i, (b, reason) in enumerate(zip(backends, reasons, strict=True))
+        ])  # fmt: skip
 
 
 def get(name: str) -> Op:
@@ -184,6 +216,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
 
 Blocks = tuple[dict[str, str], ...]  # of use() that were entered and not left: op, or "*", -> backend
 
+_ENTERED: list[dict[str, str]] = []  # those of all threads: mostly none, which is quickly seen
 _BLOCKS: ContextVar[Blocks] = ContextVar("bigkern.use")
 _HANDED_ON = "bigkern.use"
 
@@ -247,17 +280,19 @@ def use(backend: str | None = None, **per_op: str) -> Iterator[None]:
         if name not in ORDER:
             argument = "backend" if op == "*" else op
             raise ValueError(f"{argument} must be a backend: {name!r} is not one of {', '.join(ORDER)}")
+    _ENTERED.append(wanted)
     _here.blocks = (*_here.blocks, wanted)
     try:
         yield
     finally:
+        _ENTERED.remove(wanted)
         wanted.clear()  # wherever a context that has a copy may be: the block is over
         _here.blocks = tuple(block for block in _here.blocks if block)
 
 
 def _forced_backend(op: str) -> str | None:
     """What the innermost block says that names the op, else the innermost that speaks of all ops."""
-    if not (blocks := _here.blocks):
+    if not _ENTERED or not (blocks := _here.blocks):
         return None
     wanted: dict[str, str] = {}
     for block in blocks:
@@ -267,7 +302,12 @@ def _forced_backend(op: str) -> str | None:
 
 def forced() -> bool:
     """Whether :func:`use` is in force for any op."""
-    return any(_here.blocks)
+    return bool(_ENTERED) and any(_here.blocks)
+
+
+def watched() -> bool:
+    """Whether a call must come to its op, whatever is known of others like it."""
+    return forced() or wisdom.noting is not None
 
 
 def unproven(op: str, backend: str, device_index: int) -> Reason:

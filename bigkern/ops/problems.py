@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from functools import lru_cache, partial
 from types import ModuleType
+from typing import Any
 
-from bigkern.core.problem import Problem
+import torch
+
+from bigkern.core import registry
+from bigkern.core.problem import Inputs, Problem
+from bigkern.core.tune import Plan
 from bigkern.ops.adam import grad_norm_problems
 from bigkern.ops.adam import problems as adam
 from bigkern.ops.attention import decode_problems
@@ -51,6 +58,34 @@ def small(op: str) -> list[Problem]:
 def thorough(op: str) -> list[Problem]:
     """More calls, for ``bigkern doctor --verify``: sizes and options that choose other code in a kernel."""
     return list(_MODULES[op].thorough())
+
+
+def grid(op: str) -> list[Problem]:
+    """The calls that ``bigkern tune`` measures: options that many use, sizes some four times apart."""
+    return list(_MODULES[op].grid())
+
+
+def plans(op: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> list[Plan]:
+    """The grid in these dtypes, forward and, where there is a gradient, in training."""
+    declared: Any = registry.get(op)
+    return [
+        Plan(declared, problem.label, training, partial(_bound, problem, dtype, device))
+        for problem in grid(op)
+        for dtype in dtypes
+        for training in ((False, True) if problem.differentiable and declared.gradient else (False,))
+    ]
+
+
+def _bound(problem: Problem, dtype: torch.dtype, device: torch.device) -> Any:
+    training, made = torch.is_grad_enabled(), _inputs(problem, dtype, device)
+    inputs = {name: t.detach().requires_grad_(t.requires_grad and training) for name, t in made.items()}
+    arguments, options = problem.arguments(inputs)
+    return registry.get(problem.op).bind(*arguments, **options, **problem.explain_options)
+
+
+@lru_cache(maxsize=1)
+def _inputs(problem: Problem, dtype: torch.dtype, device: torch.device) -> Inputs:
+    return problem.make(dtype, device)
 
 
 def typical(op: str) -> Problem:

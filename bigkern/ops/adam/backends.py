@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bigkern.core.library import KERNEL_DTYPES, lazily_negated, triton_kernel, unavailable, unproven
-from bigkern.core.op import Op, native, of_fields
+from bigkern.core.op import Measures, Op, native, of_fields
 from bigkern.core.registry import Backend, Reason
 from bigkern.ops.adam import stock
-from bigkern.ops.adam.call import Adam, Lists, bind
+from bigkern.ops.adam.call import Adam, Lists, bind, options, sizes
 from bigkern.ops.adam.layout import dense, same_layout
 
-ADAM = Op("adam", Adam, None, bind=bind, fake=lambda call: None)
+ADAM = Op("adam", Adam, None, bind=bind, fake=lambda call: None, measures=Measures(sizes, options))
 
 
 def kernel_refuses(backend: str, call: Adam) -> Reason:

@@ -265,3 +265,14 @@ def _check_scalar_tensor(name: str, tensor: Any, device: torch.device) -> None:
         raise TypeError(f"{name} must be real, not {tensor.dtype}")
     if tensor.is_meta and device.type != "meta":
         raise ValueError(f"{name} must be on params' device {device}, not on {tensor.device}")
+
+
+def sizes(call: Adam) -> tuple[int, ...]:
+    """Elements, and tensors."""
+    return sum(p.numel() for p in call.params), len(call.params)
+
+
+def options(call: Adam) -> tuple[str, ...]:
+    """How moments and masters are stored."""
+    stored = [str(x[0].dtype).removeprefix("torch.") for x in (call.exp_avgs, call.masters) if x]
+    return (*stored, "amsgrad") if call.amsgrad else tuple(stored)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bigkern.core.library import KERNEL_DTYPES, triton_kernel, unavailable, unproven
-from bigkern.core.op import Call, Op, native, of_fields
+from bigkern.core.op import Call, Measures, Op, native, of_fields
 from bigkern.core.registry import Backend, Reason
 from bigkern.ops.adam.call import check_tensors
 from bigkern.ops.adam.layout import dense
@@ -71,7 +71,12 @@ def _fake(call: GradNorm) -> Tensor:
     return first.new_empty((), dtype=torch.promote_types(first.dtype, torch.float32))
 
 
-GRAD_NORM = Op("grad_norm", GradNorm, Tensor, bind=bind, fake=_fake)
+def sizes(call: GradNorm) -> tuple[int, ...]:
+    """Elements, and tensors."""
+    return sum(g.numel() for g in call.grads), len(call.grads)
+
+
+GRAD_NORM = Op("grad_norm", GradNorm, Tensor, bind=bind, fake=_fake, measures=Measures(sizes))
 
 
 # ---- candidates ------------------------------------------------------------------------------------

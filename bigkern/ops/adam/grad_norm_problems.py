@@ -47,5 +47,10 @@ def thorough() -> list[Problem]:
     return [grad_norm([(1 << 20,), (1,), (1023, 7)]), grad_norm([(n,) for n in range(1, 500)])]
 
 
+def grid() -> list[Problem]:
+    lists: list[Sizes] = [[(64,)], [(768,)] * 20, [(768, 768)] * 2, [(768, 3072)] * 10]
+    return [grad_norm(sizes) for sizes in lists]
+
+
 def typical() -> Problem:
     return grad_norm([(768, 768), (768,)])

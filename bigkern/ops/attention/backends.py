@@ -17,10 +17,19 @@ from bigkern.core.library import (
     unavailable,
     unproven,
 )
-from bigkern.core.op import Autograd, Op, native, of_fields
+from bigkern.core.op import Autograd, Measures, Op, native, of_fields
 from bigkern.core.registry import Backend, Reason
 from bigkern.ops.attention import reference, stock, transforms
-from bigkern.ops.attention.call import Attention, AttentionBackward, Gradients, Result, bind, draw
+from bigkern.ops.attention.call import (
+    Attention,
+    AttentionBackward,
+    Gradients,
+    Result,
+    bind,
+    draw,
+    options,
+    sizes,
+)
 
 MAX_HEAD_DIM = 256
 
@@ -75,6 +84,7 @@ ATTENTION = Op(
     outputs=2,
     draw=draw,
     remembers=("q", "k", "v"),
+    measures=Measures(sizes, options),
     autograd=Autograd(
         AttentionBackward,
         Gradients,

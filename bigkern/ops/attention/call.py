@@ -285,3 +285,27 @@ def draw(call: Attention) -> None:
     """Where there is dropout and no seed was given, a key from torch's generator."""
     if call.dropout_key is None and call.dropout_p > 0.0:
         call.dropout_key = drawn_key()
+
+
+# ---- what is measured ------------------------------------------------------------------------------
+
+
+def sizes(call: Attention) -> tuple[int, ...]:
+    """Heads of all sequences, queries and keys of the longest, and D."""
+    B, H, _, D = call.q.shape
+    sequences = B if call.cu_seqlens_q is None else len(call.cu_seqlens_q) - 1
+    return sequences * H, call.max_seqlen_q, call.max_seqlen_k, D
+
+
+def options(call: Attention) -> tuple[str, ...]:
+    beyond = call.softcap != 0.0 or call.alibi_slopes is not None or call.sinks is not None
+    words = {
+        "packed": call.cu_seqlens_q is not None,
+        "causal": call.causal != "none",
+        "window": call.window_left >= 0 or call.window_right >= 0,
+        "grouped": call.q.shape[1] != call.k.shape[1],
+        "masked": call.mask is not None or call.bias is not None,
+        "dropout": call.dropout_p > 0.0,
+        "beyond": beyond,
+    }
+    return tuple(word for word, used in words.items() if used)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from bigkern.core.library import in_functorch, triton_kernel, unavailable, unproven
-from bigkern.core.op import Op, native, of_fields
+from bigkern.core.op import Measures, Op, native, of_fields
 from bigkern.core.registry import Backend, Reason
 from bigkern.ops.attention import decode_reference as reference
 from bigkern.ops.attention import stock
 from bigkern.ops.attention.backends import fake, kernel_refuses
 from bigkern.ops.attention.call import Result, Window
-from bigkern.ops.attention.decode_call import Decode, bind
+from bigkern.ops.attention.decode_call import Decode, bind, options, sizes
 
 # ---- the public function ---------------------------------------------------------------------------
 
@@ -117,6 +117,7 @@ DECODE = Op(
     fake=lambda call: fake(call.q, call.v_cache),
     reference=Backend("reference", reference.decode_attention),
     outputs=2,
+    measures=Measures(sizes, options),
 )
 
 
@@ -130,8 +131,8 @@ def _refuses(backend: str) -> Callable[[Decode], Reason]:
 
 def cuda_backend(kernels: Any, *, emulated: bool = False) -> Backend:
     """The CUDA kernels in ``kernels``: the compiled ones, or, in the tests, those that the emulator runs."""
-    refuses, declines = _refuses("cpu" if emulated else "cuda"), unproven("decode_attention", "cuda")
-    return Backend("cuda", native("decode_attention", kernels), None, refuses, declines)
+    refuses, is_unproven = _refuses("cpu" if emulated else "cuda"), unproven("decode_attention", "cuda")
+    return Backend("cuda", native("decode_attention", kernels), None, refuses, is_unproven)
 
 
 _by_triton = of_fields(triton_kernel("attention.decode", "decode_attention"))

@@ -106,3 +106,14 @@ def _check_values(
     if numbers.numel() > 0 and (int(numbers.min()) < 0 or int(numbers.max()) >= pages):
         found = f"{int(numbers.min())}..{int(numbers.max())}"
         raise ValueError(f"page_table must hold page numbers below {pages}, not {found}")
+
+
+def sizes(call: Decode) -> tuple[int, ...]:
+    """Heads of all caches, the queries that share one, keys that there is room for, and D."""
+    (B, H, queries, D), (_, Hkv, room, _) = call.q.shape, call.k_cache.shape
+    keys = room if call.page_table is None else room * call.page_table.shape[1]
+    return B * Hkv, H // Hkv * queries, keys, D
+
+
+def options(call: Decode) -> tuple[str, ...]:
+    return () if call.page_table is None else ("paged",)

@@ -179,5 +179,13 @@ def thorough() -> list[Problem]:
     ]
 
 
+def grid() -> list[Problem]:
+    return [
+        decode([keys] * B, 12, keys, 64, page_size=page_size)
+        for page_size in (0, 64)
+        for B, keys in ((1, 64), (1, 1024), (1, 8192), (16, 64), (16, 1024))
+    ]
+
+
 def typical() -> Problem:
     return decode([4096] * 8, 12, 4096, 64)

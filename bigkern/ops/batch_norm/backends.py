@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from bigkern.core.library import KERNEL_DTYPES, triton_kernel, unavailable, unproven
-from bigkern.core.op import Autograd, Call, Op
+from bigkern.core.op import Autograd, Call, Measures, Op
 from bigkern.core.registry import Backend, Reason
 from bigkern.ops.batch_norm import reference, stock
-from bigkern.ops.batch_norm.call import BatchNorm, BatchNormBackward, Gradients, Result, bind
+from bigkern.ops.batch_norm.call import BatchNorm, BatchNormBackward, Gradients, Result, bind, options, sizes
 
 # ---- gradients and fakes ---------------------------------------------------------------------------
 
@@ -68,6 +68,7 @@ BATCH_NORM = Op(
         differentiable=1,
     ),
     compiled=False,
+    measures=Measures(sizes, options),
 )
 
 

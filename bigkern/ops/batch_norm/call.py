@@ -136,3 +136,14 @@ def _check_channels(name: str, tensor: Any, x: Tensor) -> None:
         )
     if tensor.dim() != 1:
         raise RuntimeError(f"{name} must have shape {(x.shape[1],)}, not {tuple(tensor.shape)}")
+
+
+def sizes(call: BatchNorm) -> tuple[int, ...]:
+    """Rows and channels."""
+    C = call.x.shape[1]
+    return call.x.numel() // max(C, 1), C
+
+
+def options(call: BatchNorm) -> tuple[str, ...]:
+    words = call.training and "statistics", call.residual is not None and "residual", call.relu and "relu"
+    return tuple(word for word in words if word)

@@ -112,5 +112,15 @@ def thorough() -> list[Problem]:
     ]
 
 
+def grid() -> list[Problem]:
+    sizes = ((8, 64, 56, 56), (8, 256, 28, 28), (32, 512, 7, 7))
+    return [
+        batch_norm(*size, residual=residual, relu=relu, training=training)
+        for size in sizes
+        for training in (False, True)
+        for residual, relu in ((False, False), (False, True), (True, True))
+    ]
+
+
 def typical() -> Problem:
     return batch_norm(8, 64, 56, 56, residual=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bigkern.core.library import KERNEL_DTYPES, MAX_COLUMNS, autocast, foreign, unavailable, unproven
-from bigkern.core.op import Autograd, Op, native
+from bigkern.core.op import Autograd, Measures, Op, native
 from bigkern.core.registry import Backend, Reason
 from bigkern.ops.layernorm_ffn import reference, stock
 from bigkern.ops.layernorm_ffn.call import (
@@ -22,6 +22,8 @@ from bigkern.ops.layernorm_ffn.call import (
     Result,
     bind,
     draw,
+    options,
+    sizes,
 )
 from bigkern.ops.layernorm_ffn.pieces import TRITON_PIECES, block_of, native_pieces
 
@@ -33,6 +35,7 @@ LAYERNORM_FFN = Op(
     reference=Backend("reference", reference.layernorm_ffn, reference.layernorm_ffn_backward),
     draw=draw,
     remembers=OPERANDS,
+    measures=Measures(sizes, options),
     autograd=Autograd(
         LayernormFfnBackward,
         Gradients,
@@ -103,6 +106,12 @@ LAYERNORM_FFN.register(
     Backend("triton", *block_of(TRITON_PIECES), _refuses("triton"), unproven("layernorm_ffn", "triton"))
 )
 LAYERNORM_FFN.register(
-    Backend("cpu", native("layernorm_ffn"), native("layernorm_ffn_backward"), _refuses("cpu"), _cpu_declines)
+    Backend(
+        "cpu",
+        native("layernorm_ffn"),
+        native("layernorm_ffn_backward"),
+        _refuses("cpu"),
+        declines=_cpu_declines,
+    )
 )
 LAYERNORM_FFN.register(Backend("torch", stock.layernorm_ffn, by_torch=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -191,3 +192,14 @@ def check_sums(weight_grads: Any, call: LayernormFfn) -> None:
             raise ValueError(f"{name} must be contiguous, {tuple(weight.shape)} and on {weight.device}")
     if not plain(*call.flat()[:7]):
         raise RuntimeError("weight_grads needs eager mode: no torch.compile, no transform of torch.func")
+
+
+def sizes(call: LayernormFfn) -> tuple[int, ...]:
+    """Rows, D and F."""
+    return math.prod(call.x.shape[:-1]), *call.w2.shape
+
+
+def options(call: LayernormFfn) -> tuple[str, ...]:
+    drops = call.dropout_p > 0.0 or call.hidden_dropout_p > 0.0
+    words = call.activation in GATED and "gated", drops and "dropout", call.save == "input" and "checkpoint"
+    return tuple(word for word in words if word)

@@ -19,7 +19,7 @@ from bigkern.core.library import (
     unavailable,
     unproven,
 )
-from bigkern.core.op import Op, native
+from bigkern.core.op import Measures, Op, native
 from bigkern.core.registry import Backend, Reason
 from bigkern.ops.layernorm_ffn import frozen_reference as reference
 from bigkern.ops.layernorm_ffn import layernorm_ffn
@@ -31,6 +31,8 @@ from bigkern.ops.layernorm_ffn.frozen_call import (
     FrozenWeight,
     bind,
     check_fp8,
+    options,
+    sizes,
 )
 from bigkern.ops.layernorm_ffn.frozen_reference import PIECES
 from bigkern.ops.layernorm_ffn.pieces import TRITON_PIECES
@@ -178,6 +180,7 @@ FROZEN = Op(
     bind=bind,
     fake=lambda call: FrozenResult(call.x.new_empty(call.x.shape)),
     reference=Backend("reference", reference.frozen_layernorm_ffn),
+    measures=Measures(sizes, options),
 )
 
 

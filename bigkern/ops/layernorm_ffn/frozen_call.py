@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bigkern.core.op import Call
-from bigkern.ops.layernorm_ffn.call import check_block
+from bigkern.ops.layernorm_ffn.call import GATED, check_block
 
 FP8 = torch.float8_e4m3fn
 
@@ -78,6 +79,17 @@ def bind(
         if values.dtype == FP8 and x.is_cuda:
             check_fp8(x.device, f"{name}: weights")
     return call
+
+
+def sizes(call: FrozenLayernormFfn) -> tuple[int, ...]:
+    """Rows, D and F."""
+    return math.prod(call.x.shape[:-1]), *call.w2.shape
+
+
+def options(call: FrozenLayernormFfn) -> tuple[str, ...]:
+    packed = call.w1_packed is not None or call.w2_packed is not None
+    stored = str(call.w1.dtype).removeprefix("torch.")
+    return tuple(word for word in (stored, packed and "packed", call.activation in GATED and "gated") if word)
 
 
 def check_fp8(device: torch.device, name: str) -> None:

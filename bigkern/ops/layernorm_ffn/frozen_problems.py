@@ -176,5 +176,11 @@ def thorough() -> list[Problem]:
     return [frozen(M, 1024, 4096, "int8", a) for M in (1, 16, 300) for a in ("gelu", "swiglu")]
 
 
+def grid() -> list[Problem]:
+    sizes = [(M, D, 4 * D) for M in (1, 16, 256) for D in (256, 1024)]
+    stored: tuple[Weights, ...] = ("packed", "int8")
+    return [frozen(*size, weights) for weights in stored for size in sizes]
+
+
 def typical() -> Problem:
     return frozen(16, 768, 3072, "int8")

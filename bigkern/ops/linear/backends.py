@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigkern.core import registry
-from bigkern.core.library import KERNEL_DTYPES, autocast, foreign, ordinary, unavailable
-from bigkern.core.op import Autograd, Op, native, of_fields
+from bigkern.core import registry, wisdom
+from bigkern.core.library import KERNEL_DTYPES, autocast, foreign, unavailable
+from bigkern.core.op import Autograd, Measures, Op, native, of_fields
 from bigkern.core.registry import Backend, Reason
 from bigkern.ops.linear import reference, stock
-from bigkern.ops.linear.call import Gradients, Linear, LinearBackward, Result, bind
+from bigkern.ops.linear.call import Gradients, Linear, LinearBackward, Result, bind, options, sizes
 
 # Where our CPU kernels win on two Zen 4 cores. In bfloat16 torch's products are as fast, and on a GPU faster.
 FASTER_IN = (torch.float32, torch.float16)
@@ -50,6 +50,8 @@ LINEAR = Op(
     Result,
     bind=bind,
     reference=Backend("reference", reference.linear, reference.linear_backward),
+    remembers=("x", "weight", "bias"),
+    measures=Measures(sizes, options),
     autograd=Autograd(
         LinearBackward,
         Gradients,
@@ -64,17 +66,15 @@ LINEAR = Op(
 # ---- candidates ------------------------------------------------------------------------------------
 
 
-def left_to_stock(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether stock would be chosen whatever the weight's sizes are: asking costs more than the product."""
-    if x is None or weight is None:
-        return True  # to be refused in torch's words
-    if registry.forced():
-        return False
-    if type(x) is Tensor and not x.is_nested and x.dim() > 0 and x.numel() < FASTER_FROM * x.shape[-1]:
-        return True
-    if not ordinary(x, weight, bias) or x.is_nested or x.dim() == 0:
-        return True
-    return not x.is_cpu or x.dtype not in FASTER_IN
+def left_to_stock(x: Tensor, weight: Tensor) -> bool:
+    """Whether the product is so small that asking costs more than it does."""
+    return (
+        type(x) is Tensor
+        and isinstance(weight, Tensor)
+        and weight.dim() == 2
+        and x.numel() * weight.shape[0] < wisdom.least("linear", "", LEAST)
+        and not registry.watched()
+    )
 
 
 def _cpu_refuses(call: Linear) -> Reason:
@@ -108,5 +108,7 @@ def _cpu_declines(call: Linear) -> Reason:
     return None
 
 
-LINEAR.register(Backend("cpu", native("linear"), native("linear_backward"), _cpu_refuses, _cpu_declines))
+LINEAR.register(
+    Backend("cpu", native("linear"), native("linear_backward"), _cpu_refuses, declines=_cpu_declines)
+)
 LINEAR.register(Backend("torch", of_fields(stock.linear), by_torch=True))

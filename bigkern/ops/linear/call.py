@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,6 +41,15 @@ class Gradients(NamedTuple):
 
 def bind(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Linear:
     return Linear(x, weight, bias)
+
+
+def sizes(call: Linear) -> tuple[int, ...]:
+    """M, N, K."""
+    return math.prod(call.x.shape[:-1]), *call.weight.shape
+
+
+def options(call: Linear) -> tuple[str, ...]:
+    return () if call.weight.stride(1) == 1 else ("transposed",)
 
 
 def misfit(x: Any, weight: Any, bias: Any) -> str | None:

@@ -56,5 +56,12 @@ def thorough() -> list[Problem]:
     return [linear(M, 768, 1000, transposed) for M in (1, 130, 2048) for transposed in (False, True)]
 
 
+def grid() -> list[Problem]:
+    widths = [(N, K) for N in (96, 384, 1536) for K in (96, 384, 1536)]
+    return [linear(M, N, K) for M in (16, 128, 1024, 4096) for N, K in widths if M * N * K < 1 << 32] + [
+        linear(M, N, K, transposed=True) for M, N, K in ((128, 384, 1536), (1024, 1536, 384))
+    ]
+
+
 def typical() -> Problem:
     return linear(512, 768, 768)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigkern.core import registry
+from bigkern.core import registry, wisdom
 from bigkern.core.dropout import OUTPUT, drawn_key, dropped
 from bigkern.core.library import (
     KERNEL_DTYPES,
@@ -20,10 +20,10 @@ from bigkern.core.library import (
     unavailable,
     unproven,
 )
-from bigkern.core.op import Autograd, Op, native
+from bigkern.core.op import Autograd, Measures, Op, native
 from bigkern.core.registry import Backend, Reason
 from bigkern.ops.norm import reference, stock
-from bigkern.ops.norm.call import Gradients, Norm, NormBackward, Result, bind
+from bigkern.ops.norm.call import Gradients, Norm, NormBackward, Result, bind, options, sizes
 
 # ---- gradients ---------------------------------------------------------------------------
 
@@ -77,6 +77,7 @@ NORM = Op(
     bind=bind,
     reference=Backend("reference", *_on_rows(reference.norm, reference.norm_backward)),
     outputs=2,
+    measures=Measures(sizes, options),
     autograd=Autograd(
         NormBackward,
         Gradients,
@@ -104,10 +105,10 @@ def left_to_stock(x: Tensor, eps: float) -> bool:
     return (
         type(x) is Tensor
         and x.is_cpu
-        and x.numel() < LAYER_FASTER_FROM
+        and x.numel() < wisdom.least("norm", "layer", LAYER_FASTER_FROM)
         and isinstance(eps, float)
         and 0.0 <= eps < math.inf
-        and not registry.forced()
+        and not registry.watched()
         and not torch.compiler.is_compiling()
     )
 
@@ -162,5 +163,7 @@ NORM.register(
         unproven("norm", "triton"),
     )
 )
-NORM.register(Backend("cpu", native("norm"), native("norm_backward"), _refuses("cpu"), _cpu_declines))
+NORM.register(
+    Backend("cpu", native("norm"), native("norm_backward"), _refuses("cpu"), declines=_cpu_declines)
+)
 NORM.register(Backend("torch", stock.norm, by_torch=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -103,6 +104,16 @@ def bind(
         x, residual = (None if t is None else t.flatten(-len(shape)) for t in (x, residual))  # type: ignore[assignment]
         weight, bias = (None if t is None else t.flatten() for t in (weight, bias))
     return Norm(x, residual, weight, bias, eps, kind, dropout_p, key)
+
+
+def sizes(call: Norm) -> tuple[int, ...]:
+    """Rows and columns."""
+    return math.prod(call.x.shape[:-1]), call.x.shape[-1]
+
+
+def options(call: Norm) -> tuple[str, ...]:
+    words = call.kind, call.residual is not None and "residual", call.dropout_p > 0.0 and "dropout"
+    return tuple(word for word in words if word)
 
 
 def _checked_shape(normalized_shape: Any) -> tuple[int, ...]:

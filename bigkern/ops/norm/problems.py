@@ -99,5 +99,10 @@ def thorough() -> list[Problem]:
     return [norm(*size, kind, residual) for size in sizes for kind in KINDS for residual in (False, True)]
 
 
+def grid() -> list[Problem]:
+    sizes = [(M, N) for N in (64, 768, 4096) for M in (4, 64, 1024, 16384) if M * N <= 1 << 23]
+    return [norm(*size, kind, residual) for kind in KINDS for residual in (False, True) for size in sizes]
+
+
 def typical() -> Problem:
     return norm(2048, 768)

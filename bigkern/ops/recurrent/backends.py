@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigkern.core import wisdom
 from bigkern.core.library import (
     KERNEL_DTYPES,
     autocast,
@@ -21,7 +22,7 @@ from bigkern.core.library import (
     unavailable,
     unproven,
 )
-from bigkern.core.op import Autograd, Op, native, of_fields
+from bigkern.core.op import Autograd, Measures, Op, native, of_fields
 from bigkern.core.registry import Backend, Reason
 from bigkern.ops.recurrent import stock
 from bigkern.ops.recurrent.call import (
@@ -33,6 +34,8 @@ from bigkern.ops.recurrent.call import (
     bind,
     check_batch_sizes,
     layout_of,
+    options,
+    sizes,
 )
 from bigkern.ops.recurrent.layer import composed, composed_backward
 
@@ -103,6 +106,7 @@ RECURRENT = Op(
     reference=stock.REFERENCE,
     outputs=3,
     check_values=_check_values,
+    measures=Measures(sizes, options),
     autograd=Autograd(
         RecurrentBackward,
         Gradients,
@@ -179,8 +183,12 @@ def declined(call: Recurrent) -> bool:
     """Whether all kernels decline a call, as those of another device do, which costs less to ask than to bind
     and resolve it.
 
-    Its states may be None: what declines does not look at them.
+    Its states may be None: neither looks at them.
     """
+    if wisdom.noting is not None:
+        return False
+    if order := RECURRENT.measured(call):
+        return order[0] == "torch"
     names = ("cpu",) if call.x.is_cpu else ("cuda", "triton")
     return all(RECURRENT.backends[name].declines(call) is not None for name in names)
 
@@ -202,8 +210,8 @@ def cuda_backend(namespace: Any, *, emulated: bool = False) -> Backend:
         return None if fits[key] else f"the weights of {H} hidden units do not fit on chip"
 
     scan, scan_backward = (native(name, namespace) for name in ("recurrent_scan", "recurrent_scan_backward"))
-    declines = unproven("recurrent", "cuda")
-    return Backend("cuda", composed(scan), composed_backward(scan_backward), refuses, declines)
+    is_unproven = unproven("recurrent", "cuda")
+    return Backend("cuda", composed(scan), composed_backward(scan_backward), refuses, is_unproven)
 
 
 def _by_torch(call: Recurrent) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -241,7 +249,7 @@ RECURRENT.register(
         native("recurrent"),
         composed_backward(native("recurrent_scan_backward")),
         _refuses("cpu"),
-        _cpu_declines,
+        declines=_cpu_declines,
     )
 )
 RECURRENT.register(Backend("torch", _by_torch, by_torch=True))

@@ -287,3 +287,25 @@ def _checked_zoneout(zoneout: Any, x: Tensor, width: int) -> Tensor:
             " for this x"
         )
     return cast(Tensor, zoneout.reshape(rows, width))
+
+
+# ---- what is measured ------------------------------------------------------------------------------
+
+
+def sizes(call: Recurrent) -> tuple[int, ...]:
+    """T, B, I and H."""
+    x, H = call.x, call.weights[1].shape[1]
+    if call.batch_sizes is None:
+        return *x.shape, H
+    T = len(call.batch_sizes)
+    return T, x.shape[0] // max(T, 1), x.shape[1], H
+
+
+def options(call: Recurrent) -> tuple[str, ...]:
+    words = {
+        call.mode: True,
+        "packed": call.batch_sizes is not None,
+        "both": layout_of(call.weights).directions == 2,
+        "zoneout": call.zoneout is not None,
+    }
+    return tuple(word for word, used in words.items() if used)

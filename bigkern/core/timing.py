@@ -1,4 +1,4 @@
-"""Timing tasks that take turns, and counting the memory they need.
+"""Timing tasks that take turns.
 
 CPU time is ``perf_counter``; GPU time is CUDA events, the L2 cache flushed before each.
 """
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,50 +80,3 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
     """p20, median, p80."""
     fifths = statistics.quantiles(values, n=5, method="inclusive")
     return fifths[0], statistics.median(values), fifths[-1]
-
-
-def peak_memory_mb(task: Task, device: torch.device) -> float:
-    """What a call allocates on the GPU at its peak, above what was there before; nan on a CPU."""
-    if device.type != "cuda":
-        return math.nan
-    with task.within():
-        state = task.setup()
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        task.run(state)
-        torch.cuda.synchronize(device)
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-
-
-def processor_ms(task: Task, device: torch.device, rounds: int = 5) -> float:
-    """Processor time of a call: of all threads together on a CPU; of the host alone, on a GPU, which it does
-    not wait for."""
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    taken = []
-    for _ in range(rounds):
-        with task.within():
-            state = task.setup()
-            began = clock()
-            task.run(state)
-            taken.append(clock() - began)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-    return 1e3 * statistics.median(taken) / task.calls
-
-
-def saved_mb(task: Task, parameters: Sequence[Tensor]) -> float:
-    """What a forward keeps for its backward besides the parameters: each block of memory counted once."""
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with task.within(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        state = task.setup()  # held: nothing is freed and counted again
-    for parameter in parameters:
-        kept.pop(parameter.untyped_storage().data_ptr(), None)
-    del state
-    return sum(kept.values()) / 2**20

@@ -1,0 +1,116 @@
+"""``bigkern tune``: measure the candidates of every op on this machine, so that the fastest here runs."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bigkern.core import tune, wisdom
+from bigkern.core.tune import Measured
+from bigkern.ops import problems
+from bigkern.terminal import options
+from bigkern.terminal.console import Console, Failure, RunFailed, machine
+
+DTYPES = (torch.float32, torch.bfloat16)
+SECONDS = 90.0
+SHOWN = 25  # changes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("op", nargs="*", help=f"which: {', '.join(problems.OPS)} (default: all)")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="about how long (default: 90)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    parser.add_argument(
+        "--export", type=Path, metavar="FILE", help="write all of this machine's wisdom there"
+    )
+
+
+def run(arguments: argparse.Namespace, console: Console) -> int:
+    for name in arguments.op:
+        if name not in problems.OPS:
+            raise Failure(f"there is no op {name!r}; there are {', '.join(problems.OPS)}")
+    if not arguments.seconds > 0.0:
+        raise Failure(f"--seconds must be a positive number, not {arguments.seconds}")
+    device = options.device(arguments.device)
+    noise = tune.noise(device)
+    console.say(f"{wisdom.file_name(wisdom.machine(device))}: a task differs from itself by {noise:.1%}")
+    if noise > tune.NOISY:
+        console.say("this machine is too busy to be trusted: tune it again when it is quiet")
+    ops = arguments.op or problems.OPS
+    plans = [plan for op in ops for plan in problems.plans(op, device, DTYPES)]
+    found: list[Measured] = []
+    began = time.perf_counter()
+    with console.progress(len(plans)) as progress:
+        done = 0
+
+        def tell(measured: Measured | None) -> None:
+            nonlocal done
+            plan, done = plans[done], done + 1
+            found.extend([] if measured is None else [measured])
+            progress.update(done, f"{plan.op.name} {plan.label} {'training' if plan.training else 'forward'}")
+
+        try:
+            _, problem = tune.run(plans, device, arguments.seconds, tell)
+        except KeyboardInterrupt:
+            _show(found, console)
+            raise
+    _show(found, console)
+    seconds = time.perf_counter() - began
+    where = wisdom.folder() / wisdom.file_name(wisdom.machine(device))
+    console.say(f"\n{len(found)} points in {seconds:.0f} s; {problem or f'kept in {where}'}")
+    if arguments.export is not None:
+        try:
+            wisdom.export(arguments.export, device)
+        except (OSError, ValueError) as error:
+            raise RunFailed(f"cannot write {arguments.export}: {error}") from error
+        console.say(f"written to {arguments.export}")
+    console.emit(
+        {
+            "machine": machine(),
+            "noise": noise,
+            "seconds": seconds,
+            "problem": problem,
+            "points": [_row(m) for m in found],
+        }
+    )
+    return 0
+
+
+def _row(m: Measured) -> dict[str, Any]:
+    return {
+        "op": m.plan.op.name,
+        "kind": " ".join(m.kind),
+        "sizes": m.point.sizes,
+        "us": m.point.us,
+        "gain": m.point.gain,
+        "before": m.before,
+        "after": m.after,
+    }
+
+
+def _show(found: list[Measured], console: Console) -> None:
+    rows = []
+    for op in dict.fromkeys(m.plan.op.name for m in found):
+        of = [m for m in found if m.plan.op.name == op]
+        chosen = Counter(m.after for m in of)
+        said = ", ".join(f"{name} {count}" for name, count in chosen.most_common())
+        rows.append((op, len(of), said, sum(m.after != m.before for m in of)))
+    console.table(("op", "points", "fastest", "changed"), rows)
+    changes = sorted((m for m in found if m.after != m.before), key=lambda m: -m.gain)
+    if changes:
+        console.say("\nwhat changed, and how many times faster that is here")
+        console.table(
+            ("op", "kind", "sizes", "before", "now", ""),
+            [
+                (m.plan.op.name, " ".join(m.kind), "x".join(map(str, m.point.sizes)), m.before, m.after,
+                 f"{m.gain:.2f}x")
+                for m in changes[:SHOWN]
+            ],
+        )  # fmt: skip
+        if len(changes) > SHOWN:
+            console.say(f"and {len(changes) - SHOWN} more")

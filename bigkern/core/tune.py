@@ -1,0 +1,214 @@
+"""Measure the candidates of calls, for wisdom to choose by: what ``bigkern tune`` does.
+
+Candidates take turns in one process on the same tensors, so that a slow moment hits all alike; what counts of
+ours is how many times faster than the fastest of stock's it was in the lower quartile of the rounds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigkern.core import registry, wisdom
+from bigkern.core.op import Op
+from bigkern.core.timing import Clock, Task, take_turns
+from bigkern.core.wisdom_file import Kind, Point, Points, merged
+
+STOCK = "torch"
+NOISY = 0.1  # the same task against itself, between the quartiles
+MOST_ROUNDS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A call to be measured; ``make()`` gives one with tensors of its own, in the mode it is to be run in."""
+
+    op: Op
+    label: str
+    training: bool
+    make: Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A point, and the candidate that was chosen at its sizes before, and is now."""
+
+    plan: Plan
+    kind: Kind
+    point: Point
+    before: str
+    after: str
+
+    @property
+    def gain(self) -> float:
+        """How many times faster the choice now is than the one before."""
+        return self.point.us[self.before] / self.point.us[self.after] if self.before in self.point.us else 1.0
+
+
+def measure(plan: Plan, device: torch.device, seconds: float, clock: Clock | None = None) -> Measured | None:
+    """A plan's point; None where there is nothing to choose between."""
+    with torch.set_grad_enabled(plan.training), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own
+        call = plan.make()
+        able = [b for b in plan.op.backends.values() if b.unable(call) is None]
+        place = plan.op.place(call)
+        if place is None or len(able) < 2 or STOCK not in (b.name for b in able):
+            return None
+        before = plan.op.choose(call).name
+        tasks = [_task(plan, candidate, call) for candidate in able]
+        rounds = take_turns(tasks, clock or Clock(device), seconds, MOST_ROUNDS)
+    times = dict(zip((b.name for b in able), rounds, strict=True))
+    us = {name: 1e6 * statistics.median(of) for name, of in times.items()}
+    gain = {name: _quartile(times[STOCK], of) for name, of in times.items() if name != STOCK}
+    point = Point(place.sizes, us, gain)
+    return Measured(plan, place.kind, point, before, point.order[0])
+
+
+def _quartile(stock: Sequence[float], ours: Sequence[float]) -> float:
+    ratios = [s / o for s, o in zip(stock, ours, strict=True)]
+    return statistics.quantiles(ratios, n=4, method="inclusive")[0]
+
+
+def _task(plan: Plan, candidate: registry.Backend, call: Any) -> Task:
+    """Of the candidate: the call, in training with its backward, on the same tensors every time."""
+    op, again = plan.op, type(call).of_flat
+    arguments = type(call).public(call)
+
+    def forward(_: Any) -> Any:
+        return op.run(candidate, again(*arguments))  # a call may draw a key, once
+
+    if not plan.training:
+        return Task(forward)
+    leaves = [t for t in op.tensors(call) if t is not None and t.requires_grad]
+    outputs = _differentiable(forward(None))
+    upstream = [torch.randn_like(output) for output in outputs]
+
+    def both(_: Any) -> Any:
+        return torch.autograd.grad(_differentiable(forward(None)), leaves, upstream, allow_unused=True)
+
+    return Task(both)
+
+
+def _differentiable(outputs: Any) -> list[Tensor]:
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    return [output for output in outputs if output is not None and output.requires_grad]
+
+
+def noise(device: torch.device) -> float:
+    """How far the same task is from itself: half the distance between the quartiles of its ratio."""
+    x = torch.randn(512, 512, device=device)
+    task = Task(lambda _: x @ x)
+    one, other = take_turns([task, task], Clock(device), 0.5)
+    low, _, high = statistics.quantiles([a / b for a, b in zip(one, other, strict=True)], n=4)
+    return (high - low) / 2
+
+
+def run(
+    plans: Sequence[Plan], device: torch.device, seconds: float, tell: Callable[[Measured | None], None]
+) -> tuple[list[Measured], str | None]:
+    """Measure all plans in about so many seconds, and record what was found, also when interrupted.
+
+    Returns:
+        What was measured, and why it could not be written, or None.
+
+    Raises:
+        KeyboardInterrupt: after what was measured has been recorded.
+    """
+    found: list[Measured] = []
+    clock, here = Clock(device), wisdom.machine(device)
+    ends = time.monotonic() + seconds
+    try:
+        for i, plan in enumerate(plans):
+            left = max(ends - time.monotonic(), 0.0) / (len(plans) - i)
+            measured = measure(plan, device, left, clock)
+            found += [measured] if measured is not None else []
+            tell(measured)
+    finally:
+        points: Points = {}
+        for m in found:
+            points = merged(points, {(m.plan.op.name, m.kind): {m.point.sizes: m.point}})
+        problem = wisdom.record(here, points) if points else None
+    return found, problem
+
+
+# ---- the calls of a model of one's own -------------------------------------------------------------
+
+
+@contextmanager
+def tune(seconds: float = 60.0) -> Iterator[list[Measured]]:
+    """Measure exactly the calls that pass in the block, when it is left, and choose by that from then on.
+
+    Args:
+        seconds: how long measuring may take, about.
+
+    Yields:
+        A list, which holds afterwards what was measured.
+
+    Example:
+        >>> import torch, bigkern
+        >>> layer = bigkern.nn.RMSNorm(256)
+        >>> with bigkern.tune(seconds=0.1) as measured:
+        ...     y = layer(torch.randn(64, 256))
+        >>> [m.plan.op.name for m in measured]
+        ['norm']
+    """
+    plans: dict[Any, tuple[Plan, torch.device]] = {}
+
+    def note(op: Any, call: Any) -> None:
+        place = None if torch.compiler.is_compiling() else op.place(call)
+        key = None if place is None else place[:4]
+        if place is not None and key not in plans:
+            plans[key] = _noted(op, call, place), place.device
+
+    measured: list[Measured] = []
+    if wisdom.noting is not None:
+        raise RuntimeError("bigkern.tune() is at work already: leave its block before entering another")
+    wisdom.noting = note
+    try:
+        yield measured
+    finally:
+        wisdom.noting = None
+    for device in {device for _, device in plans.values()}:
+        those = [plan for plan, where in plans.values() if where == device]
+        found, problem = run(those, device, seconds * len(those) / len(plans), lambda _: None)
+        measured += found
+        if problem is not None:
+            warnings.warn(problem, stacklevel=3)
+
+
+def _noted(op: Op, call: Any, place: wisdom.Place) -> Plan:
+    """A plan of a call like this one, with other numbers but for those in whole-number tensors."""
+    makers = [_maker(value) for value in type(call).public(call)]
+
+    def make() -> Any:
+        return type(call).of_flat(*(maker() for maker in makers))
+
+    return Plan(op, "x".join(map(str, place.sizes)), place.kind[1] == "training", make)
+
+
+def _maker(value: Any) -> Callable[[], Any]:
+    if isinstance(value, list):
+        makers = [_maker(item) for item in value]
+        return lambda: [maker() for maker in makers]
+    if not isinstance(value, Tensor):
+        return lambda: value
+    if not value.is_floating_point():
+        kept = value.clone()
+        return kept.clone
+    shape, stride, dtype, device = value.shape, value.stride(), value.dtype, value.device
+    wanted = value.requires_grad
+    reach = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if value.numel() else 0
+
+    def make() -> Tensor:
+        memory = (torch.randn(reach, device=device) if shape else torch.ones(1, device=device)).to(dtype)
+        return memory.as_strided(shape, stride).requires_grad_(wanted)
+
+    return make
