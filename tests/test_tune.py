@@ -94,7 +94,7 @@ def plan(op: Op, size: int = 64) -> Plan:
 def test_the_faster_candidate_is_chosen_from_then_on(op: Op, taking: Any) -> None:
     taking(cpu=2e-3, torch=1e-3)
     assert op.resolve(Doubled(torch.ones(64))).name == "cpu"
-    [measured], problem = tune.run([plan(op)], CPU, 1.0, lambda _: None)
+    [measured], problem = tune.run([plan(op)], CPU, 1.0, lambda *_: None)
     assert problem is None
     assert (measured.before, measured.after, measured.gain) == ("cpu", "torch", pytest.approx(2.0))
     assert measured.kind == ("float32", "forward")
@@ -108,7 +108,7 @@ def test_the_faster_candidate_is_chosen_from_then_on(op: Op, taking: Any) -> Non
 def test_ours_must_win_three_rounds_of_four(op: Op, taking: Any) -> None:
     turns = iter(range(10**6))
     taking(cpu=lambda call: 3e-3 if next(turns) % 3 == 0 else 0.5e-3, torch=1e-3)
-    [measured], _ = tune.run([plan(op)], CPU, 1.0, lambda _: None)
+    [measured], _ = tune.run([plan(op)], CPU, 1.0, lambda *_: None)
     assert measured.point.us["cpu"] < measured.point.us["torch"]
     assert measured.after == "torch"
 
@@ -117,22 +117,22 @@ def test_a_candidate_that_refuses_or_is_unproven_is_not_run(op: Op, taking: Any)
     taking(cpu=1e-3, torch=2e-3)
     for options in ({"refuses": lambda _: "no"}, {"unproven": lambda _: "not yet"}):
         op.register(Backend("cuda", lambda _: pytest.fail("it ran"), **options))  # type: ignore[arg-type]
-        [measured], _ = tune.run([plan(op)], CPU, 1.0, lambda _: None)
+        [measured], _ = tune.run([plan(op)], CPU, 1.0, lambda *_: None)
         assert measured.after == "cpu"
     op.register(Backend("cpu", lambda _: pytest.fail("it ran"), refuses=lambda _: "no"))
-    assert tune.run([plan(op)], CPU, 1.0, lambda _: None) == ([], None)  # nothing to choose between
+    assert tune.run([plan(op)], CPU, 1.0, lambda *_: None) == ([], None)  # nothing to choose between
 
 
 def test_time_is_shared_by_what_is_left(op: Op, taking: Any, now: Now) -> None:
     taking(cpu=1e-3, torch=1e-3)
-    tune.run([plan(op, 4**i) for i in range(1, 11)], CPU, 1.0, lambda _: None)
+    tune.run([plan(op, 4**i) for i in range(1, 11)], CPU, 1.0, lambda *_: None)
     assert now.seconds == pytest.approx(1.0, rel=0.2)
 
 
 def test_an_interrupt_keeps_what_was_measured(op: Op, taking: Any) -> None:
     taking(cpu=2e-3, torch=1e-3)
 
-    def tell(_: Any) -> None:
+    def tell(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -148,7 +148,7 @@ def test_where_nothing_can_be_written_the_process_keeps_it(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     taking(cpu=2e-3, torch=1e-3)
-    _, problem = tune.run([plan(op)], CPU, 1.0, lambda _: None)
+    _, problem = tune.run([plan(op)], CPU, 1.0, lambda *_: None)
     assert "kept for this process alone" in str(problem)
     assert op.resolve(Doubled(torch.ones(64))).name == "torch"
 

@@ -43,26 +43,26 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         console.say("this machine is too busy to be trusted: tune it again when it is quiet")
     ops = arguments.op or problems.OPS
     plans = [plan for op in ops for plan in problems.plans(op, device, DTYPES)]
-    found: list[Measured] = []
-    began = time.perf_counter()
-    with console.progress(len(plans)) as progress:
-        done = 0
+    found: dict[tune.Plan, Measured] = {}
+    began, done = time.perf_counter(), 0
+    with console.progress(tune.SITTINGS * len(plans)) as progress:
 
-        def tell(measured: Measured | None) -> None:
+        def tell(plan: tune.Plan, measured: Measured | None) -> None:
             nonlocal done
-            plan, done = plans[done], done + 1
-            found.extend([] if measured is None else [measured])
+            done += 1
+            found.update({} if measured is None else {plan: measured})
             progress.update(done, f"{plan.op.name} {plan.label} {'training' if plan.training else 'forward'}")
 
         try:
             _, problem = tune.run(plans, device, arguments.seconds, tell)
         except KeyboardInterrupt:
-            _show(found, console)
+            _show(list(found.values()), console)
             raise
-    _show(found, console)
+    _show(list(found.values()), console)
     seconds = time.perf_counter() - began
     where = wisdom.folder() / wisdom.file_name(wisdom.machine(device))
-    console.say(f"\n{len(found)} points in {seconds:.0f} s; {problem or f'kept in {where}'}")
+    kept = problem or (f"kept in {where}" if found else "there is nothing to choose between here")
+    console.say(f"\n{len(found)} points in {seconds:.0f} s; {kept}")
     if arguments.export is not None:
         try:
             wisdom.export(arguments.export, device)
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
             "noise": noise,
             "seconds": seconds,
             "problem": problem,
-            "points": [_row(m) for m in found],
+            "points": [_row(m) for m in found.values()],
         }
     )
     return 0

@@ -58,13 +58,15 @@ class Clock:
         return (time.perf_counter() - began) / task.calls
 
 
-def take_turns(tasks: Sequence[Task], clock: Clock, budget: float, most: int = 200) -> list[list[float]]:
-    """Seconds of each task by round: 5 rounds (3 of slow tasks) to ``most``, in about ``budget`` seconds."""
+def take_turns(
+    tasks: Sequence[Task], clock: Clock, budget: float, most: int = 200, least: int = 5
+) -> list[list[float]]:
+    """Seconds of each task by round: ``least`` rounds (3 if slow) to ``most``, in about ``budget`` seconds."""
     slow = False
     for task in tasks:  # warm-up: kernels are compiled, memory is touched
         clock.seconds(task)
         slow = clock.seconds(task) > 1.0 or slow
-    least = 3 if slow else 5
+    least = 3 if slow else least
     began = time.perf_counter()
     times: list[list[float]] = [[] for _ in tasks]
     for turn in range(most):

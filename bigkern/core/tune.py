@@ -1,7 +1,8 @@
 """Measure the candidates of calls, for wisdom to choose by: what ``bigkern tune`` does.
 
-Candidates take turns in one process on the same tensors, so that a slow moment hits all alike; what counts of
-ours is how many times faster than the fastest of stock's it was in the lower quartile of the rounds.
+Candidates take turns in one process on the same tensors, so that a slow moment hits all alike. What counts is how
+many times faster than stock one of ours was in the lower quartile of the rounds, in the worse of two sittings: for
+as long as a sitting lasts, where tensors lie and what else the machine does may favour one of them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from bigkern.core.wisdom_file import Kind, Point, Points, merged
 
 STOCK = "torch"
 NOISY = 0.1  # the same task against itself, between the quartiles
-MOST_ROUNDS = 60
+SITTINGS = 2
+LEAST_ROUNDS, MOST_ROUNDS = 3, 100  # of a sitting
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ def measure(plan: Plan, device: torch.device, seconds: float, clock: Clock | Non
             return None
         before = plan.op.choose(call).name
         tasks = [_task(plan, candidate, call) for candidate in able]
-        rounds = take_turns(tasks, clock or Clock(device), seconds, MOST_ROUNDS)
+        rounds = take_turns(tasks, clock or Clock(device), seconds, MOST_ROUNDS, LEAST_ROUNDS)
     times = dict(zip((b.name for b in able), rounds, strict=True))
     us = {name: 1e6 * statistics.median(of) for name, of in times.items()}
     gain = {name: _quartile(times[STOCK], of) for name, of in times.items() if name != STOCK}
@@ -112,9 +114,11 @@ def noise(device: torch.device) -> float:
 
 
 def run(
-    plans: Sequence[Plan], device: torch.device, seconds: float, tell: Callable[[Measured | None], None]
+    plans: Sequence[Plan], device: torch.device, seconds: float, tell: Callable[[Plan, Measured | None], None]
 ) -> tuple[list[Measured], str | None]:
     """Measure all plans in about so many seconds, and record what was found, also when interrupted.
+
+    ``tell`` is given each plan when it was measured, once in each sitting, and what is known of it.
 
     Returns:
         What was measured, and why it could not be written, or None.
@@ -122,21 +126,32 @@ def run(
     Raises:
         KeyboardInterrupt: after what was measured has been recorded.
     """
-    found: list[Measured] = []
+    found: dict[int, Measured] = {}
     clock, here = Clock(device), wisdom.machine(device)
-    ends = time.monotonic() + seconds
+    ends, count = time.monotonic() + seconds, SITTINGS * len(plans)
     try:
-        for i, plan in enumerate(plans):
-            left = max(ends - time.monotonic(), 0.0) / (len(plans) - i)
-            measured = measure(plan, device, left, clock)
-            found += [measured] if measured is not None else []
-            tell(measured)
+        for turn in range(count):
+            i = turn % len(plans)
+            left = max(ends - time.monotonic(), 0.0) / (count - turn)
+            measured = measure(plans[i], device, left, clock)
+            if measured is not None:
+                found[i] = measured if i not in found else _worse(found[i], measured)
+            tell(plans[i], found.get(i))
     finally:
         points: Points = {}
-        for m in found:
+        for m in found.values():
             points = merged(points, {(m.plan.op.name, m.kind): {m.point.sizes: m.point}})
         problem = wisdom.record(here, points) if points else None
-    return found, problem
+    return list(found.values()), problem
+
+
+def _worse(one: Measured, other: Measured) -> Measured:
+    """Of two sittings: each candidate's shorter time, and its lesser gain."""
+    us, gain = one.point.us, one.point.gain
+    us = {name: min(us[name], other.point.us[name]) for name in us}
+    gain = {name: min(gain[name], other.point.gain[name]) for name in gain}
+    point = Point(one.point.sizes, us, gain)
+    return replace(one, point=point, after=point.order[0])
 
 
 # ---- the calls of a model of one's own -------------------------------------------------------------
@@ -178,7 +193,7 @@ def tune(seconds: float = 60.0) -> Iterator[list[Measured]]:
         wisdom.noting = None
     for device in {device for _, device in plans.values()}:
         those = [plan for plan, where in plans.values() if where == device]
-        found, problem = run(those, device, seconds * len(those) / len(plans), lambda _: None)
+        found, problem = run(those, device, seconds * len(those) / len(plans), lambda *_: None)
         measured += found
         if problem is not None:
             warnings.warn(problem, stacklevel=3)

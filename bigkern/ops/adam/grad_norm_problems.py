@@ -48,7 +48,7 @@ def thorough() -> list[Problem]:
 
 
 def grid() -> list[Problem]:
-    lists: list[Sizes] = [[(64,)], [(768,)] * 20, [(768, 768)] * 2, [(768, 3072)] * 10]
+    lists: list[Sizes] = [[(64,)], [(768,)] * 20, [(768, 768)] * 2, [(768, 3072)] * 4]
     return [grad_norm(sizes) for sizes in lists]
 
 

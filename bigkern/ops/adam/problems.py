@@ -213,9 +213,9 @@ def thorough() -> list[Problem]:
 
 
 def grid() -> list[Problem]:
-    lists: list[Sizes] = [[(64,)], [(768,)] * 20, [(768, 768)] * 2, [(768, 3072)] * 10]
+    lists: list[Sizes] = [[(64,)], [(768,)] * 20, [(768, 768)] * 2, [(768, 3072)] * 4]
     return [adam(sizes, f"{len(sizes)} tensors of {sizes[0]}") for sizes in lists] + [
-        adam_storage(name, [(768, 768)] * 8) for name in STORAGE
+        adam_storage(name, [(768, 768)] * 2) for name in STORAGE
     ]
 
 

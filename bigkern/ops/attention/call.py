@@ -302,7 +302,7 @@ def options(call: Attention) -> tuple[str, ...]:
     words = {
         "packed": call.cu_seqlens_q is not None,
         "causal": call.causal != "none",
-        "window": call.window_left >= 0 or call.window_right >= 0,
+        "window": call.window_left >= 0 or (call.causal == "none" and call.window_right >= 0),
         "grouped": call.q.shape[1] != call.k.shape[1],
         "masked": call.mask is not None or call.bias is not None,
         "dropout": call.dropout_p > 0.0,

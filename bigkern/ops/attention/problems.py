@@ -486,12 +486,12 @@ def thorough() -> list[Problem]:
 
 
 def grid() -> list[Problem]:
-    sizes = ((1, 4, 4), (8, 8, 16), (4, 12, 64), (1, 8, 256), (4, 12, 256), (1, 8, 1024), (1, 4, 4096))
+    sizes = ((1, 4, 4), (8, 8, 16), (4, 12, 64), (1, 8, 256), (4, 12, 256), (1, 8, 1024))
     return [
         *(attention(*size, 64, causal) for causal in (False, True) for size in sizes),
-        *(attention(*size, 128, causal) for causal in (False, True) for size in sizes[2:-1]),
-        *(attention(*size, 64, masked="keys") for size in sizes[1:-1]),
-        *(attention(*size, 64, True, kv_heads=size[1] // 4) for size in sizes[1:-1]),
+        *(attention(*size, 128, causal) for causal in (False, True) for size in sizes[2:4]),
+        *(attention(*size, 64, masked="keys") for size in sizes[1:]),
+        *(attention(*size, 64, True, kv_heads=size[1] // 4) for size in sizes[1:]),
     ]
 
 

@@ -214,7 +214,7 @@ def thorough() -> list[Problem]:
 
 
 def grid() -> list[Problem]:
-    sizes = ((16, 1, 128, 128), (64, 1, 512, 512), (16, 16, 128, 128), (64, 16, 256, 256), (64, 32, 512, 512))
+    sizes = ((16, 1, 128, 128), (64, 1, 512, 512), (16, 16, 128, 128), (64, 16, 256, 256), (32, 32, 512, 512))
     return [recurrent(mode, *size) for mode in ("LSTM", "GRU") for size in sizes] + [
         recurrent("RNN_TANH", 64, 16, 256, 256),
         recurrent("LSTM", 32, 16, 256, 256, directions=2),
