@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "freeze": {"core", "ops", "nn", "patch"},
     "integrations": {"ops", "patch"},
     "terminal": {"core"},
-    "train": {"terminal", "models", "optim"},
+    "train": {"core", "terminal", "models", "optim"},
     "benchmarks": {
         "core",
         "ops",

@@ -12,6 +12,9 @@ import torch
 from torch import nn
 
 import bigkern
+from bigkern.core import wisdom
+from bigkern.core.wisdom_file import Point
+from bigkern.patch.report import together
 
 
 class Shouting(nn.LayerNorm):
@@ -242,3 +245,26 @@ def test_gradients_reach_the_shared_parameters() -> None:
 def test_bad_input(function: object) -> None:
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, not int"):
         function(3)  # type: ignore[operator]
+
+
+def test_layers_that_are_alike_share_a_line() -> None:
+    layers = nn.ModuleList(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True) for _ in range(12))
+    text = str(bigkern.patch(layers))
+    assert "0-11.self_attn" in text
+    assert len(text.splitlines()) < 8
+    assert together(["a.1.b2", "a.2.b2", "a.4.b2"]) == "a.1,2,4.b2"
+    assert together(["norm"]) == "norm"
+
+
+def test_what_was_not_measured_here_is_said() -> None:
+    norm = nn.RMSNorm(64)
+    assert "nothing was measured here: run `bigkern tune`" in str(bigkern.patch(norm))
+    before, kind = wisdom.state, ("float32", "training", "rms")
+    point = Point((512, 64), {"cpu": 1.0, "torch": 2.0}, {"cpu": 2.0})
+    wisdom.remember(wisdom.machine(torch.device("cpu")), {("norm", kind): {point.sizes: point}})
+    try:
+        (row,) = found = bigkern.patch(norm)
+    finally:
+        wisdom.state = before
+    assert (row.backend, row.reason) == ("cpu", "measured at 512x64: 2.00x as fast as torch")
+    assert "not measured" not in str(found)

@@ -64,10 +64,11 @@ def now(monkeypatch: pytest.MonkeyPatch) -> Now:
 
 
 @pytest.fixture(scope="module")
-def op() -> Op:
+def op() -> Iterator[Op]:
     double = Backend("reference", lambda call: 2 * call.x)
     measures = Measures(lambda call: (call.x.numel(),), lambda call: ("tall",) if call.x.dim() > 1 else ())
-    return Op("doubled", Doubled, Result, bind=Doubled, reference=double, measures=measures, compiled=False)
+    yield Op("doubled", Doubled, Result, bind=Doubled, reference=double, measures=measures, compiled=False)
+    del registry._ops["doubled"]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bigkern.core import evidence, info
+from bigkern.core import evidence, info, wisdom
 from bigkern.ops import problems
 from bigkern.terminal.console import Console, machine
 
@@ -56,6 +56,7 @@ def collect(dtype: torch.dtype) -> dict[str, Any]:
             for i in range(torch.cuda.device_count())
         ],
         "evidence": {"committed": str(evidence.COMMITTED), "yours": str(evidence.user_file())},
+        "wisdom": [wisdom.summary(device) for device in devices()],
         "ops": [row for device in devices() for row in dispatch(device, dtype)],
     }
 
@@ -89,6 +90,9 @@ def _show(report: dict[str, Any], console: Console) -> None:
         "packages": ", ".join(f"{n} {v}" if v else f"no {n}" for n, v in report["packages"].items()),
         "extension": report["extension"]["summary"],
     }
+    for number, of in enumerate(report["wisdom"]):
+        known = f"{of['yours']} points measured here, {of['shipped']} shipped"
+        lines[f"wisdom {number}" if number else "wisdom"] = f"{of['machine']}: {known}{of['advice']}"
     build = report["extension"]["build"]
     if "compiler" in build:
         lines["built"] = f"for torch {build['torch']} with compiler {build['compiler']}"

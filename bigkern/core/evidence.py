@@ -14,7 +14,6 @@ import stat
 import tempfile
 import warnings
 from dataclasses import asdict, dataclass, fields
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -109,7 +108,14 @@ def verified(op: str, backend: str, arch: str) -> bool:
     return (op, backend, arch) in proven
 
 
-@cache
+_archs: dict[int, str] = {}
+
+
 def device_arch(index: int) -> str:
-    major, minor = torch.cuda.get_device_capability(index)
-    return f"sm_{major}{minor}"
+    arch = _archs.get(index)
+    if arch is None:
+        major, minor = torch.cuda.get_device_capability(index)
+        arch = f"sm_{major}{minor}"
+        if not torch.compiler.is_compiling():
+            _archs[index] = arch
+    return arch

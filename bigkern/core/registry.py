@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -72,10 +73,11 @@ class Explanation(tuple[Choice, ...]):
     """Every backend of an op with its reason; prints as a table."""
 
     op: str
+    point: Point | None  # the measurement that decided, if one did
 
-    def __new__(cls, op: str, choices: list[Choice]) -> Explanation:
+    def __new__(cls, op: str, choices: list[Choice], point: Point | None = None) -> Explanation:
         self = super().__new__(cls, choices)
-        self.op = op
+        self.op, self.point = op, point
         return self
 
     @property
@@ -157,7 +159,7 @@ class Op:
 
     def explain(self, call: Any) -> Explanation:
         forced = _forced_backend(self.name)
-        backends = list(self.backends.values())
+        backends, point = list(self.backends.values()), None
         if forced is not None:
             only = f"use({forced!r}) is in force"
             reasons = [b.refuses(call) or (None if b.name == forced else only) for b in backends]
@@ -175,7 +177,7 @@ class Op:
         return Explanation(self.name, [
             Choice(b.name, i == chosen, reason or ("runs this call" if i == chosen else _EARLIER))
             for i, (b, reason) in enumerate(zip(backends, reasons, strict=True))
-        ])  # fmt: skip
+        ], point)  # fmt: skip
 
 
 def get(name: str) -> Op:
@@ -310,11 +312,25 @@ def watched() -> bool:
     return forced() or wisdom.noting is not None
 
 
+_warned: set[str] = set()
+
+
+def _warn_of(arch: str) -> None:
+    """Once, if no kernel at all is proven on a kind of GPU."""
+    if arch in _warned or any(proven[2] == arch for proven in evidence.proven):
+        return
+    _warned.add(arch)
+    words = "stock PyTorch runs until `bigkern doctor --verify` has proven them, in some minutes"
+    warnings.warn(f"bigkern: no GPU kernel is proven on {arch} yet; {words}", stacklevel=2)
+
+
 def unproven(op: str, backend: str, device_index: int) -> Reason:
     """Why a GPU kernel should not be chosen on this device: nothing has shown that it is right there."""
     arch = evidence.device_arch(device_index)
     if evidence.verified(op, backend, arch):
         return None
+    if not torch.compiler.is_compiling():
+        _warn_of(arch)
     return f"not verified on {arch}; run `bigkern doctor --verify` on this machine"
 
 

@@ -61,7 +61,7 @@ class Clock:
 def take_turns(
     tasks: Sequence[Task], clock: Clock, budget: float, most: int = 200, least: int = 5
 ) -> list[list[float]]:
-    """Seconds of each task by round: ``least`` rounds (3 if slow) to ``most``, in about ``budget`` seconds."""
+    """Seconds of each task by round: ``least`` rounds (3 if slow) to ``most``, in some ``budget`` seconds."""
     slow = False
     for task in tasks:  # warm-up: kernels are compiled, memory is touched
         clock.seconds(task)

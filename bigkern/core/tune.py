@@ -1,8 +1,8 @@
 """Measure the candidates of calls, for wisdom to choose by: what ``bigkern tune`` does.
 
-Candidates take turns in one process on the same tensors, so that a slow moment hits all alike. What counts is how
-many times faster than stock one of ours was in the lower quartile of the rounds, in the worse of two sittings: for
-as long as a sitting lasts, where tensors lie and what else the machine does may favour one of them.
+Candidates take turns in one process on the same tensors, so that a slow moment hits all alike. What counts is
+how many times faster than stock one of ours was in the lower quartile of the rounds, in the worse of two
+sittings: for as long as one lasts, where tensors lie and what else the machine does may favour a candidate.
 """
 
 from __future__ import annotations

@@ -222,6 +222,14 @@ def about() -> dict[str, Any]:
     return {"torch": torch.__version__, "bigkern": evidence.version()}
 
 
+def summary(device: torch.device) -> dict[str, Any]:
+    """How many points there are for a device, and what to run if there are none of yours."""
+    here = machine(device)
+    yours, shipped = (sum(map(len, of.get(here, {}).values())) for of in (state.yours, state.shipped))
+    advice = "" if yours else "; `bigkern tune` measures in two minutes"
+    return {"machine": file_name(here), "yours": yours, "shipped": shipped, "advice": advice}
+
+
 def load(path: Path | str) -> None:
     """Take a file's points as yours, for this process.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ class Row:
     backend: str
     reason: str
     refused: bool = False  # whether stock PyTorch runs it because the op could not, whatever the size
+    measured: bool = False  # whether the backend was chosen by what was measured on this machine
 
     @classmethod
     def of(cls, name: str, kind: str, op: str, explanation: registry.Explanation | None, why: str) -> Row:
@@ -29,14 +31,18 @@ class Row:
         chosen = explanation.chosen
         reasons = {choice.backend: choice.reason for choice in explanation}
         why = reasons.get(chosen, "what use() forces refuses it")
-        if chosen == "torch":  # why no kernel of ours runs it, by the last that could on this device
+        point = explanation.point
+        if point is not None and chosen in point.gain:
+            faster = point.us["torch"] / point.us[chosen]
+            why = f"measured at {'x'.join(map(str, point.sizes))}: {faster:.2f}x as fast as torch"
+        elif chosen == "torch":  # why no kernel of ours runs it, by the last that could on this device
             here = [c for c in explanation if not c.chosen and not c.reason.startswith("tensors are on")]
             why = f"{here[-1].backend}: {here[-1].reason}" if here else why
-        return cls(name, kind, op, chosen, why)
+        return cls(name, kind, op, chosen, why, measured=point is not None)
 
 
 class Report(tuple[Row, ...]):
-    """What was done to a model, module by module; prints as a table."""
+    """What was done to a model, module by module; prints as a table, where similar layers share a row."""
 
     @property
     def patched(self) -> int:
@@ -53,7 +59,11 @@ class Report(tuple[Row, ...]):
 
     def __str__(self) -> str:
         header = ("module", "type", "op", "backend", "reason")
-        lines = [header, *((r.module, r.type, r.op, r.backend, r.reason) for r in self)]
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for r in self:
+            key = (_NUMBER.sub("#", r.module), r.type, r.op, r.backend, r.reason)
+            alike.setdefault(key, []).append(r.module)
+        lines = [header, *((together(names), *rest) for (_, *rest), names in alike.items())]
         widths = [max(len(line[i]) for line in lines) for i in range(4)]
         table = [
             "  ".join(
@@ -61,9 +71,33 @@ class Report(tuple[Row, ...]):
             ).rstrip()
             for line in lines
         ]
-        return "\n".join([*table, f"{self.patched} modules patched, {len(self.left)} left alone"])
+        table.append(f"{self.patched} modules patched, {len(self.left)} left alone")
+        unmeasured = len({r.module for r in self if r.op != "-" and not r.measured})
+        if unmeasured:
+            table.append(
+                f"for {unmeasured} of them nothing was measured here: run `bigkern tune` once (two minutes), "
+                "or a step of this model inside `with bigkern.tune():`"
+            )
+        return "\n".join(table)
 
     __repr__ = __str__
+
+
+_NUMBER = re.compile(r"\d+")
+
+
+def together(names: Sequence[str]) -> str:
+    """``layers.0-11.norm`` of names that differ in numbers alone."""
+    columns = zip(*(map(int, _NUMBER.findall(name)) for name in names), strict=True)
+    ranges = iter([_range(sorted(set(column))) for column in columns])
+    return _NUMBER.sub(lambda _: next(ranges), names[0])
+
+
+def _range(numbers: Sequence[int]) -> str:
+    first, last = numbers[0], numbers[-1]
+    if len(numbers) == 1:
+        return str(first)
+    return f"{first}-{last}" if last - first == len(numbers) - 1 else ",".join(map(str, numbers))
 
 
 class PatchReport(Report):

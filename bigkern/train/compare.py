@@ -11,6 +11,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from bigkern.core.tune import tune
 from bigkern.terminal import files
 from bigkern.terminal.console import INTERRUPTED, Console, Failure, RunFailed, machine
 from bigkern.train import figures
@@ -27,6 +29,7 @@ from bigkern.train.trainer import Interruptible, Recipe, Trainer
 
 BLOCK = 5  # steps a turn
 WARM_UP = 5  # first steps that do not count in the timings
+TUNING = 8.0  # seconds
 TRIAL_STEPS = 5  # of each variant, to see how many steps fit into --seconds
 LEAST_STEPS = 40  # however slow the machine is: fewer show nothing
 
@@ -41,6 +44,7 @@ def run(this: Run, console: Console, seconds: float | None = None) -> int:
     files.sweep(this.out)
     if seconds is not None:
         this = _fitted(this, seconds)
+    _tune(this, console)
     memory = measure_memory(this)
     trainers = {name: make(this) for name, make in VARIANTS.items()}
     describe(this, trainers["bigkern"].model, console)
@@ -67,6 +71,17 @@ def run(this: Run, console: Console, seconds: float | None = None) -> int:
     console.say(f"written to {this.out / 'compare.json'}")
     console.emit(report)
     return 0
+
+
+def _tune(this: Run, console: Console) -> None:
+    """Measure the candidates of this run's own calls, so that bigkern takes part with what is best here."""
+    trainer = build(this)
+    began = time.perf_counter()
+    with tune(TUNING) as measured:
+        trainer.train_step()
+    ours = sum(m.after != "torch" for m in measured)
+    seconds = time.perf_counter() - began
+    console.say(f"tuned in {seconds:.0f} s: kernels of ours run {ours} of {len(measured)} kinds of calls")
 
 
 def _fitted(this: Run, seconds: float) -> Run:

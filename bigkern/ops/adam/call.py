@@ -273,6 +273,7 @@ def sizes(call: Adam) -> tuple[int, ...]:
 
 
 def options(call: Adam) -> tuple[str, ...]:
-    """How moments and masters are stored."""
+    """How moments and masters are stored, and what more is done."""
     stored = [str(x[0].dtype).removeprefix("torch.") for x in (call.exp_avgs, call.masters) if x]
-    return (*stored, "amsgrad") if call.amsgrad else tuple(stored)
+    words = call.amsgrad and "amsgrad", call.grad_norm is not None and "clipping"
+    return (*stored, *(word for word in words if word))

@@ -1,0 +1,87 @@
+"""Dispatch of CUDA tensors while torch.compile traces, without a GPU: fake tensors, and a fake card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bigkern.core import evidence, registry, wisdom
+from bigkern.core.problem import Problem
+from bigkern.core.wisdom_file import Point
+from bigkern.ops import problems
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a fake card beside a real one")
+
+OPS = ("attention", "norm", "layernorm_ffn", "recurrent")
+
+
+class Card:
+    name, major, minor, multi_processor_count = "Fake GPU", 9, 0, 132
+
+
+@pytest.fixture(autouse=True)
+def _a_fake_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: Card)
+    monkeypatch.setattr(registry, "_warned", {"sm_90"})
+    monkeypatch.setattr(evidence, "proven", frozenset())
+    monkeypatch.setattr(wisdom, "state", wisdom.State({}, {}))
+    yield
+    torch._dynamo.reset()
+
+
+def proven(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    monkeypatch.setattr(evidence, "proven", frozenset((op, name, "sm_90") for name in ("cuda", "triton")))
+
+
+def fakes(problem: Problem) -> dict[str, Tensor]:
+    made = problem.make(torch.float32, torch.device("cpu"))
+    return {
+        name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+        for name, x in made.items()
+    }
+
+
+def traced(problem: Problem) -> bool:
+    """Whether the op's node is in the graph of the whole call; any break in it raises."""
+
+    class Model(torch.nn.Module):
+        def forward(self, *tensors: Tensor) -> object:
+            return problem.ours(dict(zip(names, tensors, strict=True)))
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        inputs = fakes(problem)
+        names = list(inputs)
+        graph = torch.export.export(Model(), tuple(inputs.values()), strict=True).graph
+    return any(str(node.target) == f"bigkern.{problem.op}.default" for node in graph.nodes)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_evidence_and_wisdom_decide_in_a_trace(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problems.small(op)[0]
+    assert not traced(problem)
+    proven(monkeypatch, op)
+    assert traced(problem)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        arguments, options = problem.arguments(fakes(problem))
+        declared = registry.get(op)
+        place = declared.place(declared.bind(*arguments, **options, **problem.explain_options))  # type: ignore[attr-defined]
+    for ours, chosen in ((1.0, True), (3.0, False)):
+        point = Point(place.sizes, {"triton": ours, "torch": 2.0}, {"triton": 2.0 / ours})
+        wisdom.remember(wisdom.machine(place.device), {(op, place.kind): {point.sizes: point}})
+        torch._dynamo.reset()
+        assert traced(problem) == chosen
+
+
+def test_decode_and_batch_norm_are_one_node_where_they_are_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    for op in ("decode_attention", "batch_norm"):
+        proven(monkeypatch, op)
+        assert traced(problems.small(op)[0])
+
+
+def test_a_cards_wisdom_is_its_own() -> None:
+    assert wisdom.machine(torch.device("cuda", 0)) == ("fake-gpu-sm-90-132", 0)
