@@ -2,6 +2,7 @@
 
 import atexit
 import csv
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -48,6 +49,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def undeclined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where every kernel of ours was measured faster."""
+    from bigkern.core import registry, wisdom
+
+    for op in registry.ops().values():
+        if "cpu" in op.backends:
+            monkeypatch.setitem(
+                op.backends, "cpu", dataclasses.replace(op.backends["cpu"], declines=lambda _: None)
+            )
+    monkeypatch.setattr(wisdom, "state", wisdom.State({}, {}))  # what was decided before is forgotten
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -168,6 +168,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
 
 
 pytestmark = [
+    pytest.mark.usefixtures("undeclined"),
     pytest.mark.skipif(info.import_error is not None, reason="the extension is not built"),
     pytest.mark.usefixtures("one_thread"),  # tiny tensors
 ]
@@ -658,7 +659,7 @@ def test_a_gated_activation_that_the_op_does_not_have(calls: Spy) -> None:
     assert not calls.count("layernorm_ffn")
 
 
-@pytest.mark.parametrize(("name", "least"), [("bert", 32), ("gpt2", 32), ("llama", 512)])
+@pytest.mark.parametrize(("name", "least"), [("bert", 2), ("gpt2", 2), ("llama", 512)])
 def test_few_rows_are_stock_pytorchs(name: str, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a look at the block's parts, let alone a copy of them. Forcing a backend overrides it."""
     spy = Spy()

@@ -263,7 +263,7 @@ class Op(registry.Op):
     def place(self, call: Any) -> wisdom.Place | None:
         """Where a call stands among measured ones."""
         first = next((t for t in self.tensors(call) if t is not None), None)
-        if self.measures is None or first is None:
+        if self.measures is None or first is None or first.device.type not in ("cpu", "cuda"):
             return None
         mode = "training" if self.needs_grad(self.tensors(call)) else "forward"
         dtype = wisdom.DTYPES.get(first.dtype, "other")

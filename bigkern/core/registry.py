@@ -217,8 +217,6 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
 # ---- the choice that is in force -------------------------------------------------------------------
 
 Blocks = tuple[dict[str, str], ...]  # of use() that were entered and not left: op, or "*", -> backend
-
-_ENTERED: list[dict[str, str]] = []  # those of all threads: mostly none, which is quickly seen
 _BLOCKS: ContextVar[Blocks] = ContextVar("bigkern.use")
 _HANDED_ON = "bigkern.use"
 
@@ -282,19 +280,17 @@ def use(backend: str | None = None, **per_op: str) -> Iterator[None]:
         if name not in ORDER:
             argument = "backend" if op == "*" else op
             raise ValueError(f"{argument} must be a backend: {name!r} is not one of {', '.join(ORDER)}")
-    _ENTERED.append(wanted)
     _here.blocks = (*_here.blocks, wanted)
     try:
         yield
     finally:
-        _ENTERED.remove(wanted)
         wanted.clear()  # wherever a context that has a copy may be: the block is over
         _here.blocks = tuple(block for block in _here.blocks if block)
 
 
 def _forced_backend(op: str) -> str | None:
     """What the innermost block says that names the op, else the innermost that speaks of all ops."""
-    if not _ENTERED or not (blocks := _here.blocks):
+    if not (blocks := _here.blocks):
         return None
     wanted: dict[str, str] = {}
     for block in blocks:
@@ -304,7 +300,7 @@ def _forced_backend(op: str) -> str | None:
 
 def forced() -> bool:
     """Whether :func:`use` is in force for any op."""
-    return bool(_ENTERED) and any(_here.blocks)
+    return any(_here.blocks)
 
 
 def watched() -> bool:

@@ -167,6 +167,9 @@ def tune(seconds: float = 60.0) -> Iterator[list[Measured]]:
     Yields:
         A list, which holds afterwards what was measured.
 
+    Raises:
+        RuntimeError: the block is inside another.
+
     Example:
         >>> import torch, bigkern
         >>> layer = bigkern.nn.RMSNorm(256)

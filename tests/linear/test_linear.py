@@ -101,10 +101,7 @@ def test_opcheck_and_compile() -> None:
 @needs_cpu_kernels
 def test_which_calls_stock_runs() -> None:
     x, weight = torch.randn(512, 768), torch.randn(768, 768)
-    assert bigkern.explain("linear", x, weight).chosen == "cpu"
-    assert "rows" in str(bigkern.explain("linear", x[:8], weight))
-    assert "multiply-adds" in str(bigkern.explain("linear", x[:, :64], weight[:64, :64]))
-    assert "as fast in torch.bfloat16" in str(bigkern.explain("linear", x.bfloat16(), weight.bfloat16()))
+    assert "not measured here" in str(bigkern.explain("linear", x, weight))
     assert "float64" in str(bigkern.explain("linear", x.double(), weight.double()))
     with torch.autocast("cpu"):
         assert "autocast" in str(bigkern.explain("linear", x, weight))

@@ -34,6 +34,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> bigkern.linear(torch.randn(2, 16, 64), torch.randn(256, 64)).shape
         torch.Size([2, 16, 256])
     """
-    if left_to_stock(x, weight) or LINEAR.memory.is_stocks((x, weight, bias)):
+    if left_to_stock(x, weight, bias) or LINEAR.memory.is_stocks((x, weight, bias)):
         return stock.linear(x, weight, bias)
     return cast(Tensor, LINEAR.run(*LINEAR.decided(x, weight, bias)))

@@ -1,13 +1,12 @@
 """The linear op: its declaration and its candidates.
 
-A product and nothing around it is what stock libraries do best, on a GPU above all. On a CPU there are
+A product and nothing around it is what stock libraries do best, on a GPU above all. On some CPUs there are
 sizes and dtypes where they leave a third of the machine unused, and a kernel that reads its operands in
-panels does not: :func:`_cpu_declines` says where.
+panels does not. Where that is so is measured.
 """
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -15,16 +14,13 @@ import torch
 from torch import Tensor
 
 from bigkern.core import registry, wisdom
-from bigkern.core.library import KERNEL_DTYPES, autocast, foreign, unavailable
+from bigkern.core.library import KERNEL_DTYPES, autocast, foreign, ordinary, unavailable
 from bigkern.core.op import Autograd, Measures, Op, native, of_fields
 from bigkern.core.registry import Backend, Reason
 from bigkern.ops.linear import reference, stock
 from bigkern.ops.linear.call import Gradients, Linear, LinearBackward, Result, bind, options, sizes
 
-# Where our CPU kernels win on two Zen 4 cores. In bfloat16 torch's products are as fast, and on a GPU faster.
-FASTER_IN = (torch.float32, torch.float16)
-FASTER_FROM = 256  # rows
-LEAST = 1 << 23  # multiply-adds: below, a call costs more than is gained
+LEAST = 1 << 23  # multiply-adds: below, a call costs more than is gained, unless it was measured otherwise
 
 
 # ---- gradients ---------------------------------------------------------------------------
@@ -66,15 +62,13 @@ LINEAR = Op(
 # ---- candidates ------------------------------------------------------------------------------------
 
 
-def left_to_stock(x: Tensor, weight: Tensor) -> bool:
-    """Whether the product is so small that asking costs more than it does."""
-    return (
-        type(x) is Tensor
-        and isinstance(weight, Tensor)
-        and weight.dim() == 2
-        and x.numel() * weight.shape[0] < wisdom.least("linear", "", LEAST)
-        and not registry.watched()
-    )
+def left_to_stock(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the product is so small that asking costs more than it, or only torch knows its tensors."""
+    if registry.watched():
+        return False
+    if x is None or weight is None or not ordinary(x, weight, bias) or x.is_nested or weight.is_nested:
+        return True
+    return weight.dim() == 2 and x.numel() * weight.shape[0] < wisdom.least("linear", "", LEAST)
 
 
 def _cpu_refuses(call: Linear) -> Reason:
@@ -98,14 +92,7 @@ def _cpu_refuses(call: Linear) -> Reason:
 
 
 def _cpu_declines(call: Linear) -> Reason:
-    if call.x.dtype not in FASTER_IN:
-        return f"stock is as fast in {call.x.dtype}"
-    rows = math.prod(call.x.shape[:-1])
-    if rows < FASTER_FROM:
-        return f"stock is faster below {FASTER_FROM} rows"
-    if rows * call.weight.numel() < LEAST:
-        return f"stock is faster below {LEAST} multiply-adds"
-    return None
+    return "not measured here: on some processors stock's products are faster"
 
 
 LINEAR.register(

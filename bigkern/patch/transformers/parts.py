@@ -17,7 +17,6 @@ from bigkern.nn import LayerNorm
 from bigkern.nn.frozen import FrozenFeedForward, explain_frozen
 from bigkern.nn.linear import PLAIN
 from bigkern.nn.transformer import activation_name, active, hooked
-from bigkern.ops.layernorm_ffn.backends import FASTER_FROM
 from bigkern.ops.layernorm_ffn.call import Activation, Norm, Placement
 from bigkern.ops.layernorm_ffn.frozen import Weights
 from bigkern.ops.linear import linear
@@ -28,6 +27,7 @@ ACTIVATIONS: dict[type, Activation] = {
     NewGELUActivation: "gelu_tanh",
     SiLUActivation: "silu",
 }
+MEASURED_FROM = 2  # rows: what `bigkern tune` measures reaches down to these
 JOINING_FASTER_FROM = 512  # rows on a CPU: where gate and up must be joined first
 
 GATED: dict[Activation | None, Activation] = {"silu": "swiglu", "gelu": "geglu"}
@@ -149,7 +149,7 @@ def other_block(parts: Parts) -> str | None:
 
 def few_rows(x: Tensor, width: int, joins: bool) -> str | None:
     """Why the op would not fuse x of so few rows: a cheap question, asked before a look at the block."""
-    least = JOINING_FASTER_FROM if joins else FASTER_FROM
+    least = JOINING_FASTER_FROM if joins else MEASURED_FROM
     if x.is_cpu and x.numel() < least * width and not registry.forced():
         return f"stock is faster below {least} rows"
     return None
