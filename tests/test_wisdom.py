@@ -129,14 +129,6 @@ def test_what_is_remembered_of_calls_ends_with_new_wisdom() -> None:
             assert NORM.decided(x, (64,), None, None, 1e-5, None, "rms")[0].name == chosen
 
 
-def test_the_shortcut_to_stock_lets_pass_what_was_measured_faster() -> None:
-    most = 1 << 23
-    assert wisdom.least("linear", "", most) == most
-    wisdom.remember(here(), points(point(16, 64, 64), point(8, 8, 8, cpu=3.0)))
-    assert wisdom.least("linear", "", most) == 16 * 64 * 64 // 4
-    assert wisdom.least("linear", "training", most) == most
-
-
 # ---- under torch.compile ---------------------------------------------------------------------------
 
 

@@ -36,7 +36,7 @@ class Memory:
     """
 
     def __init__(self, op: Any, tensors: Sequence[str]):
-        self._op, self._decisions = op, dict[Any, Decision]()
+        self._op, self._decisions, self._stocks = op, dict[Any, Decision](), dict[Any, bool]()
         self._of = self._now()
         names = list(inspect.signature(op.bind).parameters)
         self._places = {name: names.index(name) for name in tensors}
@@ -57,10 +57,22 @@ class Memory:
             self._remember(key, arguments, call, (candidate, self._op.needs_grad(self._op.tensors(call))))
         return candidate, call, None
 
-    def is_stocks(self, arguments: tuple[Any, ...]) -> bool:
-        """Whether torch's own functions are known to run calls like this one."""
-        decision = self._recalled(arguments)[1]
-        return decision is not None and decision[1].by_torch
+    def is_stocks(self, *likeness: Any) -> bool:
+        """Whether stock ran all calls of this rough likeness: to be asked first where a call may be small.
+
+        It need not be exact, as torch's own functions take whatever is alike and yet different.
+        """
+        if is_compiling() or not self._stocks.get((*likeness, is_grad_enabled(), get_num_threads())):
+            return False
+        return self._of[1] is evidence.proven and self._of[2] is wisdom.state and not registry.watched()
+
+    def learn(self, candidate: Backend, *likeness: Any) -> None:
+        """Which candidate was chosen for a call of this rough likeness."""
+        if _undisturbed():
+            key = (*likeness, is_grad_enabled(), get_num_threads())
+            if len(self._stocks) >= MOST:
+                self._stocks.clear()
+            self._stocks[key] = candidate.by_torch and self._stocks.get(key, True)
 
     def _recalled(self, arguments: tuple[Any, ...]) -> tuple[Any, Decision | None]:
         """What a decision is remembered by, if it may be, and the decision, if there is one."""
@@ -70,6 +82,7 @@ class Memory:
         if of[0] is not self._op.backends or of[1] is not evidence.proven or of[2] is not wisdom.state:
             self._of = self._now()
             self._decisions.clear()
+            self._stocks.clear()
         try:
             key = self._key(*arguments)
             return key, self._decisions.get(key)
@@ -95,7 +108,12 @@ class Memory:
 
 
 _LIKENESS = "{0} is not None and (type({0}), {0}.layout, {0}.shape, {0}.dtype, {0}.device, {0}.requires_grad)"
-_GLOBALS = {"is_grad_enabled": torch.is_grad_enabled, "get_num_threads": torch.get_num_threads}
+is_compiling, is_grad_enabled, get_num_threads = (
+    torch.compiler.is_compiling,
+    torch.is_grad_enabled,
+    torch.get_num_threads,
+)
+_GLOBALS = {"is_grad_enabled": is_grad_enabled, "get_num_threads": get_num_threads}
 
 
 _any_autocast = torch._C._is_any_autocast_enabled
@@ -105,6 +123,6 @@ _tracing = torch._C._get_tracing_state
 
 
 def _undisturbed() -> bool:
-    if torch.compiler.is_compiling() or _any_autocast() or _dispatch_modes():
+    if is_compiling() or _any_autocast() or _dispatch_modes():
         return False
     return _transforms() is None and _tracing() is None and not registry.watched()

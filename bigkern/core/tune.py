@@ -147,10 +147,8 @@ def run(
 
 def _worse(one: Measured, other: Measured) -> Measured:
     """Of two sittings: each candidate's shorter time, and its lesser gain."""
-    us, gain = one.point.us, one.point.gain
-    us = {name: min(us[name], other.point.us[name]) for name in us}
-    gain = {name: min(gain[name], other.point.gain[name]) for name in gain}
-    point = Point(one.point.sizes, us, gain)
+    us = {name: min(us, other.point.us[name]) for name, us in one.point.us.items()}
+    point = replace(one.point, us=us).worse(other.point)
     return replace(one, point=point, after=point.order[0])
 
 

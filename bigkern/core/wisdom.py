@@ -2,8 +2,9 @@
 
 After FFTW's wisdom: a plan is measured once and remembered. A call has a **kind**, words for what chooses the
 code (dtype, forward or training, options), and **sizes**. A point of a kind holds what each candidate took at
-its sizes. A call takes the nearest point, if each of its sizes is within the op's reach of the point's; a
-candidate of ours runs there only if it gained at least :data:`GAIN` over stock in three of four rounds.
+its sizes. A call takes the nearest point, if each of its sizes is within the op's reach of the point's; one of
+ours runs there only if it gained at least :data:`GAIN` over stock in three of four rounds, also at the second
+nearest point where that is about as near.
 
 Wisdom is of one kind of processor and one number of threads, or of one GPU. There is yours, which
 ``bigkern tune`` measures and writes into your cache, and what is shipped beside the package, asked for calls
@@ -40,6 +41,7 @@ from bigkern.core.wisdom_file import (
 )
 
 MOST = 1 << 14  # decisions that are remembered
+NEAR = 1.5  # times as far as the nearest point, another speaks as well
 SHIPPED = Path(__file__).parent.parent / "wisdom"
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -76,7 +78,12 @@ class Wisdom:
         within = apart.max(0) <= math.log2(reach) + 1e-9
         distances = numpy.where(within, apart.sum(0), math.inf)
         best = int(distances.argmin())
-        return points[best] if within[best] else None  # type: ignore[no-any-return]
+        if not within[best]:
+            return None
+        found: Point = points[best]
+        limit, distances[best] = NEAR * distances[best], math.inf
+        second = int(distances.argmin())
+        return found.worse(points[second]) if distances[second] <= limit else found
 
 
 # ---- choosing --------------------------------------------------------------------------------------
@@ -92,18 +99,6 @@ class State:
             for machine in {*yours, *shipped}
         }
         self.decided: dict[Any, Point | None] = {}
-        self.least: dict[tuple[str, str], int] = {}  # see least()
-        here = [of for (name, _), of in self.asked.items() if name == cpu_fingerprint()]
-        for (op, kind), points in (item for of in here for wise in of for item in wise.points.items()):
-            won = [math.prod(p.sizes) for p in points.values() if p.order[0] in p.gain]
-            for word in ("", *kind):
-                self.least[op, word] = min([self.least.get((op, word), 1 << 62), *(n // 4 for n in won)])
-
-
-def least(op: str, word: str, unmeasured: int) -> int:
-    """The product of sizes below which only stock is chosen on this CPU, for kinds with this word: to ask
-    would cost more than could be gained. ``unmeasured`` is the most that it may be."""
-    return min(unmeasured, state.least.get((op, word), unmeasured))
 
 
 def point(place: Place) -> Point | None:

@@ -45,6 +45,11 @@ class Point:
         stock = sorted((c for c in self.us if c not in self.gain), key=self.us.__getitem__)
         object.__setattr__(self, "order", (*ours, *stock))
 
+    def worse(self, other: Point) -> Point:
+        """The same times, with each candidate's lesser gain."""
+        gain = {name: min(gain, other.gain.get(name, 0.0)) for name, gain in self.gain.items()}
+        return Point(self.sizes, self.us, gain)
+
     def why_not(self, candidate: str, fastest: str) -> str:
         """In words."""
         where = "x".join(map(str, self.sizes))

@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor
 
 from bigkern.ops.linear import stock
-from bigkern.ops.linear.backends import LINEAR, left_to_stock
+from bigkern.ops.linear.backends import LINEAR, of_torch_alone
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -34,6 +34,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> bigkern.linear(torch.randn(2, 16, 64), torch.randn(256, 64)).shape
         torch.Size([2, 16, 256])
     """
-    if left_to_stock(x, weight, bias) or LINEAR.memory.is_stocks((x, weight, bias)):
+    whole = type(x) is Tensor and isinstance(weight, Tensor)
+    if whole and LINEAR.memory.is_stocks(x.numel(), weight.numel(), x.dtype):
         return stock.linear(x, weight, bias)
-    return cast(Tensor, LINEAR.run(*LINEAR.decided(x, weight, bias)))
+    if of_torch_alone(x, weight, bias):
+        return stock.linear(x, weight, bias)
+    candidate, call, needs_grad = LINEAR.decided(x, weight, bias)
+    if whole:
+        LINEAR.memory.learn(candidate, x.numel(), weight.numel(), x.dtype)
+    return cast(Tensor, LINEAR.run(candidate, call, needs_grad))

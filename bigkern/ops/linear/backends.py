@@ -13,15 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigkern.core import registry, wisdom
+from bigkern.core import registry
 from bigkern.core.library import KERNEL_DTYPES, autocast, foreign, ordinary, unavailable
 from bigkern.core.op import Autograd, Measures, Op, native, of_fields
 from bigkern.core.registry import Backend, Reason
 from bigkern.ops.linear import reference, stock
 from bigkern.ops.linear.call import Gradients, Linear, LinearBackward, Result, bind, options, sizes
-
-LEAST = 1 << 23  # multiply-adds: below, a call costs more than is gained, unless it was measured otherwise
-
 
 # ---- gradients ---------------------------------------------------------------------------
 
@@ -62,13 +59,11 @@ LINEAR = Op(
 # ---- candidates ------------------------------------------------------------------------------------
 
 
-def left_to_stock(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the product is so small that asking costs more than it, or only torch knows its tensors."""
-    if registry.watched():
-        return False
-    if x is None or weight is None or not ordinary(x, weight, bias) or x.is_nested or weight.is_nested:
+def of_torch_alone(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether nobody but torch knows what these arguments are, or why they are none."""
+    if x is None or weight is None:
         return True
-    return weight.dim() == 2 and x.numel() * weight.shape[0] < wisdom.least("linear", "", LEAST)
+    return not registry.watched() and (not ordinary(x, weight, bias) or x.is_nested or weight.is_nested)
 
 
 def _cpu_refuses(call: Linear) -> Reason:

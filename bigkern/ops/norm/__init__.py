@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigkern.ops.norm.backends import NORM, left_to_stock
+from bigkern.ops.norm.backends import NORM
 
 
 def layer_norm(
@@ -57,10 +57,15 @@ def layer_norm(
         >>> y.shape
         torch.Size([2, 16, 64])
     """
-    if residual is None and dropout_p == 0.0 and left_to_stock(x, eps):
+    usual = dropout_p == 0.0 and type(x) is Tensor and type(eps) is float and eps >= 0.0
+    if residual is not None:
+        usual = usual and type(residual) is Tensor and residual.shape == x.shape and residual.dtype == x.dtype
+    if usual and NORM.memory.is_stocks("layer", x.numel(), x.shape[-1], x.dtype, residual is None):
         shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
         try:
-            return torch.layer_norm(x, shape, weight, bias, eps)
+            s = x if residual is None else x + residual
+            y = torch.layer_norm(s, shape, weight, bias, eps)
+            return y if residual is None else (y, s)
         except (RuntimeError, TypeError):
             pass  # torch refused: bind says why in the op's own words
     return _norm(x, normalized_shape, weight, bias, eps, residual, "layer", dropout_p, seed, offset)
@@ -111,7 +116,10 @@ def rms_norm(
 
 def _norm(x: Tensor, *others: Any) -> Tensor | tuple[Tensor, Tensor]:
     """In x's shape: where several dimensions are normalized the call's x has fewer."""
-    y, total = NORM.run(*NORM.decided(x, *others))
+    candidate, call, needs_grad = NORM.decided(x, *others)
+    if call.dropout_p == 0.0 and type(x) is Tensor:
+        NORM.memory.learn(candidate, call.kind, x.numel(), x.shape[-1], x.dtype, call.residual is None)
+    y, total = NORM.run(candidate, call, needs_grad)
     if y.dim() != x.dim():
         y, total = y.view(x.shape), None if total is None else total.view(x.shape)
     return y if total is None else (y, total)

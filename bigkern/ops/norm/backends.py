@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigkern.core import registry, wisdom
 from bigkern.core.dropout import OUTPUT, drawn_key, dropped
 from bigkern.core.library import (
     KERNEL_DTYPES,
@@ -97,20 +96,6 @@ NORM = Op(
 LAYER_FASTER_FROM = 1 << 20  # with a gradient
 LAYER_FORWARD_FASTER_FROM = 1 << 21  # float32 alone: 16-bit forwards are as fast as torch's own
 RMS_FORWARD_FASTER_FROM = 1 << 15  # with a gradient: at every size
-
-
-def left_to_stock(x: Tensor, eps: float) -> bool:
-    """Whether no backend but stock would be chosen, whatever else a LayerNorm is given: then asking costs
-    more than the norm of a small tensor."""
-    return (
-        type(x) is Tensor
-        and x.is_cpu
-        and x.numel() < wisdom.least("norm", "layer", LAYER_FASTER_FROM)
-        and isinstance(eps, float)
-        and 0.0 <= eps < math.inf
-        and not registry.watched()
-        and not torch.compiler.is_compiling()
-    )
 
 
 def _refuses(backend: str) -> Callable[[Norm], Reason]:
