@@ -14,7 +14,8 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 .PHONY: demo test setup build bench lint types gates check parity-settings attack sanitize cuda-build-check gpu-check clean
 
 demo: build
-	$(BIN)/bigkern train gpt --compare --seconds 150 --out runs/demo
+	$(BIN)/bigkern train gpt --compare --seconds 150 --steps 1500 --context 128 --batch 8 --positions rotary \
+	  --tokenizer bpe --vocab-size 1024 --lr 4e-3 --out runs/demo
 
 test: build
 	rm -rf build/parity build/features build/planted

@@ -26,9 +26,10 @@ if "BIGKERN_TEST_ISA" in os.environ:
 
     info.set_isa(os.environ["BIGKERN_TEST_ISA"])
 
-# Which candidate runs must not depend on what was measured on this machine.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="bigkern-tests-")
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+# Which candidate runs must not depend on what was measured on this machine, nor the next user's on tests.
+if not torch.cuda.is_available():  # where evidence of a GPU's kernels is kept
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="bigkern-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 from bigkern.core import wisdom  # noqa: E402 - reads the cache
 
 wisdom.state = wisdom.State({}, {})

@@ -46,6 +46,7 @@ step layouts 60 bash -c layouts
 step warm 90 "$python" ../tests/gpu_warm.py
 step doctor 60 "$python" -m bigkern doctor --verify
 cp "$out/cache/bigkern/evidence.json" "$out/" 2>/dev/null
+step tune 300 "$python" -m bigkern tune --seconds 200 --export "$out/wisdom.json"
 step tests 200 "$python" -m pytest ../tests -q -p no:cacheprovider -k "not simt and not train and not gate"
 "$python" ../tests/parity_table.py >"$out/parity.txt" 2>&1 && cp ../build/parity.csv "$out/"
 step race 60 "$python" ../tests/gpu_race.py 1000
