@@ -30,7 +30,7 @@ if "BIGKERN_TEST_ISA" in os.environ:
 if not torch.cuda.is_available():  # where evidence of a GPU's kernels is kept
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="bigkern-tests-")
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
-from bigkern.core import wisdom  # noqa: E402 - reads the cache
+from bigkern.core import wisdom
 
 wisdom.state = wisdom.State({}, {})
 
@@ -50,6 +50,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def own_wisdom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No wisdom but a test's own, in a cache of its own."""
+    from bigkern.core import wisdom
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(wisdom, "state", wisdom.State({}, {}))
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import bigkern
-from bigkern.core import memory, registry
+from bigkern.core import memory, registry, wisdom
 from bigkern.ops.attention.backends import ATTENTION
+from bigkern.ops.linear.backends import LINEAR
 from bigkern.ops.norm.backends import NORM
 
 OPS = (ATTENTION, NORM)
@@ -180,3 +181,36 @@ def test_gradients_are_those_of_a_call_that_was_checked() -> None:
         grads.append(dx)
     assert torch.equal(*grads)
     assert registry.get("attention").memory is ATTENTION.memory
+
+
+def test_what_stock_ran_is_known_by_a_rough_likeness(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until calls of one likeness differ, a backend is forced, or there is new wisdom."""
+    stocks = memory.Stocks()
+    assert stocks.have("a", 64) is None
+    stocks.learn(True, "a", 64)
+    stocks.learn(False, "b", 64)
+    assert (stocks.have("a", 64), stocks.have("b", 64)) == (True, False)
+    with torch.no_grad():
+        assert stocks.have("a", 64) is None
+    with bigkern.use("cpu"):
+        assert stocks.have("a", 64) is None
+        stocks.learn(True, "c")
+    assert stocks.have("c") is None
+    for ran in (False, True):
+        stocks.learn(ran, "a", 64)
+        assert stocks.have("a", 64) is False
+    monkeypatch.setattr(wisdom, "state", wisdom.State({}, {}))
+    assert stocks.have("b", 64) is None
+
+
+def test_small_products_and_norms_ask_nobody_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = torch.randn(3, 8), torch.randn(8, 8)
+    first = bigkern.linear(x, w), bigkern.layer_norm(x, 8), bigkern.layer_norm(x, 8, residual=x)
+    for op in (NORM, LINEAR):
+        monkeypatch.setattr(op, "resolve", None)
+        op.memory._decisions.clear()
+    again = bigkern.linear(x, w), bigkern.layer_norm(x, 8), bigkern.layer_norm(x, 8, residual=x)
+    torch.testing.assert_close(again, first)
+    for wrong in (x[:2], x.double()):
+        with pytest.raises((RuntimeError, TypeError), match="residual"):
+            bigkern.layer_norm(x, 8, residual=wrong)

@@ -23,14 +23,7 @@ from bigkern.ops import problems
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No wisdom but a test's own, in a cache of its own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    before = wisdom.state
-    wisdom.state = wisdom.State({}, {})
-    yield
-    wisdom.state = before
+pytestmark = pytest.mark.usefixtures("own_wisdom")
 
 
 # ---- candidates that take as long as the test says ---------------------------------------------------

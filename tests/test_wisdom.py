@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,7 @@ CPU = torch.device("cpu")
 KIND = ("float32", "forward")
 
 
-@pytest.fixture(autouse=True)
-def _none_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No wisdom but a test's own, in a cache of its own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    before = wisdom.state
-    wisdom.state = wisdom.State({}, {})
-    yield
-    wisdom.state = before
+pytestmark = pytest.mark.usefixtures("own_wisdom")
 
 
 def here(threads: int | None = None) -> wisdom_file.Machine:

@@ -36,7 +36,7 @@ class Memory:
     """
 
     def __init__(self, op: Any, tensors: Sequence[str]):
-        self._op, self._decisions, self._stocks = op, dict[Any, Decision](), dict[Any, bool]()
+        self._op, self._decisions = op, dict[Any, Decision]()
         self._of = self._now()
         names = list(inspect.signature(op.bind).parameters)
         self._places = {name: names.index(name) for name in tensors}
@@ -57,23 +57,6 @@ class Memory:
             self._remember(key, arguments, call, (candidate, self._op.needs_grad(self._op.tensors(call))))
         return candidate, call, None
 
-    def is_stocks(self, *likeness: Any) -> bool:
-        """Whether stock ran all calls of this rough likeness: to be asked first where a call may be small.
-
-        It need not be exact, as torch's own functions take whatever is alike and yet different.
-        """
-        if is_compiling() or not self._stocks.get((*likeness, is_grad_enabled(), get_num_threads())):
-            return False
-        return self._of[1] is evidence.proven and self._of[2] is wisdom.state and not registry.watched()
-
-    def learn(self, candidate: Backend, *likeness: Any) -> None:
-        """Which candidate was chosen for a call of this rough likeness."""
-        if _undisturbed():
-            key = (*likeness, is_grad_enabled(), get_num_threads())
-            if len(self._stocks) >= MOST:
-                self._stocks.clear()
-            self._stocks[key] = candidate.by_torch and self._stocks.get(key, True)
-
     def _recalled(self, arguments: tuple[Any, ...]) -> tuple[Any, Decision | None]:
         """What a decision is remembered by, if it may be, and the decision, if there is one."""
         if not _undisturbed():
@@ -82,7 +65,6 @@ class Memory:
         if of[0] is not self._op.backends or of[1] is not evidence.proven or of[2] is not wisdom.state:
             self._of = self._now()
             self._decisions.clear()
-            self._stocks.clear()
         try:
             key = self._key(*arguments)
             return key, self._decisions.get(key)
@@ -105,6 +87,36 @@ class Memory:
             if len(self._decisions) >= MOST:
                 self._decisions.clear()
             self._decisions[key] = Decision(self._again(call, *(None for _ in arguments)), *decided)
+
+
+class Stocks:
+    """Which calls stock ran, by a rough likeness: to be asked first where a call may be small.
+
+    A likeness need not be exact, as torch's own functions take whatever is alike and yet different.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Any, bool] = {}
+        self._of = evidence.proven, wisdom.state
+
+    def have(self, *likeness: Any) -> bool | None:
+        """Whether stock ran all calls of this likeness; None if nothing is known of it."""
+        if is_compiling():
+            return None
+        known = self._known.get((*likeness, is_grad_enabled(), get_num_threads()))
+        if known is None or self._of[0] is not evidence.proven or self._of[1] is not wisdom.state:
+            return None
+        return None if registry.watched() else known
+
+    def learn(self, ran: bool, *likeness: Any) -> None:
+        """Whether stock was chosen for a call of this likeness."""
+        if not _undisturbed():
+            return
+        if self._of[0] is not evidence.proven or self._of[1] is not wisdom.state or len(self._known) >= MOST:
+            self._known.clear()
+            self._of = evidence.proven, wisdom.state
+        key = (*likeness, is_grad_enabled(), get_num_threads())
+        self._known[key] = ran and self._known.get(key, True)
 
 
 _LIKENESS = "{0} is not None and (type({0}), {0}.layout, {0}.shape, {0}.dtype, {0}.device, {0}.requires_grad)"

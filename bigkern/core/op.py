@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_map_only
 
 from bigkern.core import registry, wisdom
 from bigkern.core.library import LIBRARY, define_native, in_functorch, plain
-from bigkern.core.memory import Memory
+from bigkern.core.memory import Memory, Stocks
 from bigkern.core.registry import Backend
 from bigkern.core.wisdom_file import Kind, Point, Sizes
 
@@ -227,6 +227,7 @@ class Op(registry.Op):
         self.tensor_fields = [n for n, kind in call.kinds.items() if kind in TENSORS]
         self.tensors = getter(self.tensor_fields, call.kinds)
         self.memory: Any = Memory(self, remembers) if remembers else None
+        self.stocks = Stocks()
         fake = fake or _shapes_of(typing.cast(Backend, reference).forward)
         self.node = _define(name, call, result, fake, self._run_as_node, compiled)
         self.gradient: Any = None if autograd is None else _Gradient(self, autograd)

@@ -1,10 +1,10 @@
 """What was measured fastest on this kind of machine, for kinds of calls at points of their sizes.
 
-After FFTW's wisdom: a plan is measured once and remembered. A call has a **kind**, words for what chooses the
-code (dtype, forward or training, options), and **sizes**. A point of a kind holds what each candidate took at
-its sizes. A call takes the nearest point, if each of its sizes is within the op's reach of the point's. One of
-ours runs there only if it gained at least 3 % over stock in three of four rounds, also at the second nearest
-point where that is about as near.
+After FFTW's wisdom: a plan is measured once and remembered. A call has a **kind**, words for what chooses
+the code (dtype, forward or training, options), and **sizes**. A point of a kind holds what each candidate
+took at its sizes. A call takes the nearest point, if each of its sizes is within the op's reach of the
+point's. A kernel of ours runs there only if it gained at least 3 % over stock in three of four rounds, and
+likewise at the second nearest point where that is about as near.
 
 Wisdom is of one kind of processor and one number of threads, or of one GPU. There is yours, which
 ``bigkern tune`` measures and writes into your cache, and what is shipped beside the package, asked for calls

@@ -132,10 +132,15 @@ class RecurrentBase(ScriptsAsStock, nn.RNNBase):
             x, batch_sizes = input.transpose(0, 1) if self.batch_first else input, None
         else:
             return False
+        likeness = self.mode, x.shape, batch_sizes is None, x.dtype, self.hidden_size, self.bidirectional
+        if (known := RECURRENT.stocks.have(*likeness)) is not None:
+            return known
         weights: Any = self._flat_weights[: len(self._flat_weights) // self.num_layers]
         states: Any = None
         call = Recurrent(x, states, states, weights, batch_sizes, None, self.mode, torch.is_grad_enabled())
-        return declined(call)
+        found = declined(call)
+        RECURRENT.stocks.learn(found, *likeness)
+        return found
 
     def _has_extras(self) -> bool:
         return bool(self.layer_norm or self.zoneout or (self.recurrent_dropout and self.training))

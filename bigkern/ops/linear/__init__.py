@@ -35,11 +35,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         torch.Size([2, 16, 256])
     """
     whole = type(x) is Tensor and isinstance(weight, Tensor)
-    if whole and LINEAR.memory.is_stocks(x.numel(), weight.numel(), x.dtype):
+    if whole and LINEAR.stocks.have(x.numel(), weight.numel(), x.dtype):
         return stock.linear(x, weight, bias)
     if of_torch_alone(x, weight, bias):
         return stock.linear(x, weight, bias)
     candidate, call, needs_grad = LINEAR.decided(x, weight, bias)
     if whole:
-        LINEAR.memory.learn(candidate, x.numel(), weight.numel(), x.dtype)
+        LINEAR.stocks.learn(candidate.by_torch, x.numel(), weight.numel(), x.dtype)
     return cast(Tensor, LINEAR.run(candidate, call, needs_grad))

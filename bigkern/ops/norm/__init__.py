@@ -60,7 +60,7 @@ def layer_norm(
     usual = dropout_p == 0.0 and type(x) is Tensor and type(eps) is float and eps >= 0.0
     if residual is not None:
         usual = usual and type(residual) is Tensor and residual.shape == x.shape and residual.dtype == x.dtype
-    if usual and NORM.memory.is_stocks("layer", x.numel(), x.shape[-1], x.dtype, residual is None):
+    if usual and NORM.stocks.have("layer", x.numel(), x.shape[-1], x.dtype, residual is None):
         shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
         try:
             s = x if residual is None else x + residual
@@ -118,7 +118,8 @@ def _norm(x: Tensor, *others: Any) -> Tensor | tuple[Tensor, Tensor]:
     """In x's shape: where several dimensions are normalized the call's x has fewer."""
     candidate, call, needs_grad = NORM.decided(x, *others)
     if call.dropout_p == 0.0 and type(x) is Tensor:
-        NORM.memory.learn(candidate, call.kind, x.numel(), x.shape[-1], x.dtype, call.residual is None)
+        alone = call.residual is None
+        NORM.stocks.learn(candidate.by_torch, call.kind, x.numel(), x.shape[-1], x.dtype, alone)
     y, total = NORM.run(candidate, call, needs_grad)
     if y.dim() != x.dim():
         y, total = y.view(x.shape), None if total is None else total.view(x.shape)
