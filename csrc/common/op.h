@@ -247,7 +247,8 @@ inline int32_t torch_dtype_of(const Tensor& x) {
 
 inline Tensor empty_contiguous(const Tensor& x, Dims sizes, int32_t dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+  for (size_t d = sizes.size(); d-- > 1;)
+    strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
   return empty_strided(x, sizes, strides, dtype);
 }
 
