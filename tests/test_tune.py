@@ -226,18 +226,7 @@ COMMAND = ["tune", "grad_norm", "--seconds", "0.1", "--device", "cpu"]
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     exported = tmp_path / "w.json"
-    command = [
-        "tune",
-        "grad_norm",
-        "--seconds",
-        "0.1",
-        "--device",
-        "cpu",
-        "--export",
-        str(exported),
-        "--json",
-    ]
-    assert main(command) == 0
+    assert main([*COMMAND, "--export", str(exported), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert {"noise", "seconds", "machine", "problem"} < said.keys()
     assert {row["op"] for row in said["points"]} == {"grad_norm"}
@@ -252,17 +241,7 @@ def test_the_commands_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert main(["tune", "--seconds", "-1"]) == 2
     assert "--seconds must be a positive number" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
-    command = [
-        "tune",
-        "grad_norm",
-        "--seconds",
-        "0.1",
-        "--device",
-        "cpu",
-        "--export",
-        str(tmp_path / "file/w"),
-    ]
-    assert main(command) == 1
+    assert main([*COMMAND, "--export", str(tmp_path / "file/w")]) == 1
     assert "cannot write" in capsys.readouterr().err
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from bigkern.core import registry, wisdom
 from bigkern.core.op import Op
 from bigkern.core.timing import Clock, Task, take_turns
-from bigkern.core.wisdom_file import Kind, Point, Points, merged
+from bigkern.core.wisdom_file import Kind, Point, Points
 
 STOCK = "torch"
 NOISY = 0.1  # the same task against itself, between the quartiles
@@ -140,7 +140,7 @@ def run(
     finally:
         points: Points = {}
         for m in found.values():
-            points = merged(points, {(m.plan.op.name, m.kind): {m.point.sizes: m.point}})
+            points.setdefault((m.plan.op.name, m.kind), {})[m.point.sizes] = m.point
         problem = wisdom.record(here, points) if points else None
     return list(found.values()), problem
 
