@@ -29,7 +29,7 @@ def op() -> Iterator[registry.Op]:
 
 
 def test_order_does_not_depend_on_registration(op: registry.Op) -> None:
-    assert tuple(op.backends) == registry.ORDER
+    assert tuple(op.backends) == ("cuda", "triton", "cpu", "torch")
 
 
 def test_resolve_takes_the_first_willing(op: registry.Op) -> None:
@@ -80,7 +80,7 @@ def test_forcing_an_absent_backend_says_what_was_built(op: registry.Op) -> None:
     ("call", "message"),
     [
         (lambda: bigkern.explain("nonsense"), "no op named 'nonsense'; there are .*attention"),
-        (lambda: bigkern.use("opencl").__enter__(), "'opencl' is not one of cuda, triton, cpu, torch"),
+        (lambda: bigkern.use("opencl").__enter__(), "'opencl' is not one of cuda, triton, .*torch"),
         (lambda: bigkern.use(nonsense="cpu").__enter__(), "no op named 'nonsense'"),
         (lambda: registry.Op("attention", bind=lambda: None), "already declared"),
     ],
@@ -90,7 +90,7 @@ def test_bad_input(call, message) -> None:
         call()
 
 
-LEFT_OUT = {
+LEFT_OUT = {  # of the four that every op has
     "frozen_layernorm_ffn": {"cuda"},  # what multiplies in 8 bits is Triton's
     "batch_norm": {"cuda"},  # Triton's too
     "linear": {"cuda", "triton"},  # on a GPU stock is cuBLAS
@@ -100,7 +100,8 @@ LEFT_OUT = {
 def test_every_op_has_the_same_backends() -> None:
     for name, declared in registry.ops().items():
         left_out = LEFT_OUT.get(name, set())
-        assert tuple(declared.backends) == tuple(b for b in registry.ORDER if b not in left_out), name
+        wanted = {"cuda", "triton", "cpu", "torch"} - left_out
+        assert wanted == {b for b in declared.backends if "_" not in b}, name
 
 
 def test_cuda_kernels_without_evidence_are_declined(monkeypatch: pytest.MonkeyPatch) -> None:

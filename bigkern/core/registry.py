@@ -1,7 +1,6 @@
 """Declare an op once, register its backends, see and force the choice between them.
 
-An op has up to four backends, always asked in the same visible order: ``cuda``, ``triton``, ``cpu``,
-``torch``. Three questions about a call are asked in turn; a backend answers each with ``None`` or with a
+An op's backends are always asked in the same visible order, that of ``ORDER``. Three questions about a call are asked in turn; a backend answers each with ``None`` or with a
 sentence saying why not:
 
 * ``refuses``: it *cannot* run this call ("head_dim 320 > 256"). Nothing overrides it.
@@ -11,8 +10,9 @@ sentence saying why not:
   (:mod:`bigkern.core.wisdom`). Elsewhere it is the first that does not ``decline`` by its own cautious rule
   ("stock is faster below 4096 elements"), which may claim only what held on every machine ever measured.
 
-The last backend, ``torch``, is stock PyTorch. It refuses only what PyTorch refuses, so a call always
-has somewhere to run.
+Our kernels go by the language that they are written in; ``..._library`` is torch's own products, with our
+passes around them. ``torch`` is stock PyTorch. It refuses only what PyTorch refuses, so a call always has
+somewhere to run. ``torch_...`` are single kernels of torch's that it can be told to take.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ import torch
 from bigkern.core import evidence, wisdom
 from bigkern.core.wisdom_file import Point
 
-ORDER = ("cuda", "triton", "cpu", "torch")
+ORDER = (
+    "cuda", "triton", "triton_library", "cpu", "cpu_library",
+    "torch", "torch_cudnn", "torch_flash", "torch_efficient",
+)  # fmt: skip
 
 Reason = str | None
 
@@ -261,7 +264,7 @@ def use(backend: str | None = None, **per_op: str) -> Iterator[None]:
     on the backend of its forward, wherever it is called; in a compiled graph, on what is in force there.
 
     Args:
-        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"torch"``, for all ops.
+        backend: one of ``bigkern.core.registry.ORDER``, as ``"cpu"`` or ``"torch"``, for all ops.
         **per_op: a backend for one op each, ``attention="torch"``.
 
     Raises:

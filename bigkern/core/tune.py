@@ -23,7 +23,6 @@ from bigkern.core.op import Op
 from bigkern.core.timing import Clock, Task, take_turns
 from bigkern.core.wisdom_file import Kind, Point, Points
 
-STOCK = "torch"
 NOISY = 0.1  # the same task against itself, between the quartiles
 SITTINGS = 2
 LEAST_ROUNDS, MOST_ROUNDS = 3, 100  # of a sitting
@@ -62,14 +61,15 @@ def measure(plan: Plan, device: torch.device, seconds: float, clock: Clock | Non
         call = plan.make()
         able = [b for b in plan.op.backends.values() if b.unable(call) is None]
         place = plan.op.place(call)
-        if place is None or len(able) < 2 or STOCK not in (b.name for b in able):
+        if place is None or len(able) < 2 or not any(b.by_torch for b in able):
             return None
         before = plan.op.choose(call).name
         tasks = [_task(plan, candidate, call) for candidate in able]
         rounds = take_turns(tasks, clock or Clock(device), seconds, MOST_ROUNDS, LEAST_ROUNDS)
     times = dict(zip((b.name for b in able), rounds, strict=True))
     us = {name: 1e6 * statistics.median(of) for name, of in times.items()}
-    gain = {name: _quartile(times[STOCK], of) for name, of in times.items() if name != STOCK}
+    stock = min((b.name for b in able if b.by_torch), key=us.__getitem__)
+    gain = {b.name: _quartile(times[stock], times[b.name]) for b in able if not b.by_torch}
     point = Point(place.sizes, us, gain)
     return Measured(plan, place.kind, point, before, point.order[0])
 
