@@ -59,6 +59,11 @@ class Backend:
     declines: Callable[[Any], Reason] = _never
     by_torch: bool = False  # torch's own functions, differentiated by torch's autograd
 
+    @property
+    def is_stock(self) -> bool:
+        """Whether nothing in it is ours."""
+        return self.name.startswith("torch")
+
     def unable(self, call: Any) -> Reason:
         return self.refuses(call) or self.unproven(call)
 

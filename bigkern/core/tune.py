@@ -61,15 +61,15 @@ def measure(plan: Plan, device: torch.device, seconds: float, clock: Clock | Non
         call = plan.make()
         able = [b for b in plan.op.backends.values() if b.unable(call) is None]
         place = plan.op.place(call)
-        if place is None or len(able) < 2 or not any(b.by_torch for b in able):
+        if place is None or len(able) < 2 or not any(b.is_stock for b in able):
             return None
         before = plan.op.choose(call).name
         tasks = [_task(plan, candidate, call) for candidate in able]
         rounds = take_turns(tasks, clock or Clock(device), seconds, MOST_ROUNDS, LEAST_ROUNDS)
     times = dict(zip((b.name for b in able), rounds, strict=True))
     us = {name: 1e6 * statistics.median(of) for name, of in times.items()}
-    stock = min((b.name for b in able if b.by_torch), key=us.__getitem__)
-    gain = {b.name: _quartile(times[stock], times[b.name]) for b in able if not b.by_torch}
+    stock = min((b.name for b in able if b.is_stock), key=us.__getitem__)
+    gain = {b.name: _quartile(times[stock], times[b.name]) for b in able if not b.is_stock}
     point = Point(place.sizes, us, gain)
     return Measured(plan, place.kind, point, before, point.order[0])
 
