@@ -12,6 +12,7 @@ Environment:
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import subprocess
@@ -86,6 +87,14 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in CSRC.glob(pattern))
 
 
+def cuda_sources_hash() -> str:
+    """What the CUDA kernels are made of, for evidence to name."""
+    found = hashlib.sha256()
+    for path in sorted(p for p in CSRC.rglob("*") if p.is_file() and p.parent.name != "cpu"):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:8]
+
+
 def define(name: str, value: str = "") -> str:
     return f"-D{name}={value}" if value else f"-D{name}"
 
@@ -129,6 +138,7 @@ def info_extension() -> Pybind11Extension:
             ("BIGKERN_CUDA_VERSION", f'"{torch.version.cuda if CUDA else ""}"'),
             ("BIGKERN_ARCHITECTURES", f'"{ARCHITECTURES}"'),
             ("BIGKERN_WHY_NO_CUDA", f'"{WHY_NO_CUDA}"'),
+            ("BIGKERN_SOURCES", f'"{cuda_sources_hash()}"'),
         ],
         libraries=["dl"],
     )

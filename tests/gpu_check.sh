@@ -4,7 +4,8 @@
 #
 #   tests/gpu_check.sh PYTHON OUT
 #
-# OUT receives: build.log, tests.log, race.log, sanitizer-*.log, bench.log, evidence.json, parity.csv, results-<machine>.tar.gz
+# OUT receives: build.log, tune.log, tests.log, race.log, sanitizer-*.log, bench.log, proven.json, wisdom.json, parity.csv,
+# results-<machine>.tar.gz
 # A step that fails does not stop the others; the exit code tells.
 set -uo pipefail
 python=$(command -v "$1")
@@ -43,10 +44,8 @@ layouts() {
 }
 export -f layouts
 step layouts 60 bash -c layouts
-step warm 90 "$python" ../tests/gpu_warm.py
-step doctor 60 "$python" -m bigkern doctor --verify
-cp "$out/cache/bigkern/evidence.json" "$out/" 2>/dev/null
-step tune 300 "$python" -m bigkern tune --seconds 200 --export "$out/wisdom.json"
+step tune 360 "$python" -m bigkern tune --seconds 150 --export "$out/wisdom.json"
+cp "$out/cache/bigkern/proven.json" "$out/" 2>/dev/null
 step tests 200 "$python" -m pytest ../tests -q -p no:cacheprovider -k "not simt and not train and not gate"
 "$python" ../tests/parity_table.py >"$out/parity.txt" 2>&1 && cp ../build/parity.csv "$out/"
 step race 60 "$python" ../tests/gpu_race.py 1000

@@ -16,7 +16,7 @@ import torch
 from bigkern.benchmarks import cli as bench
 from bigkern.cli import doctor
 from bigkern.cli.main import COMMANDS, main
-from bigkern.core import evidence, registry
+from bigkern.core import registry
 from bigkern.core.problem import judge
 from bigkern.ops import problems
 from bigkern.ops.attention.backends import ATTENTION
@@ -146,21 +146,6 @@ def test_doctor_survives_a_crashing_kernel(
     assert "rebuild for torch" in bad["fix"]
 
 
-def test_verify_records_gpu_kernels_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("bigkern.core.evidence.device_arch", lambda index: "sm_90")
-    monkeypatch.setattr(evidence, "proven", frozenset())
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    passed = doctor.Finding("attention", "cuda", "cuda:0", cases=5)
-    failed = doctor.Finding("adam", "cuda", "cuda:0", cases=5, problem="wrong")
-    on_cpu = doctor.Finding("attention", "cpu", "cpu", cases=5)
-    untested = doctor.Finding("norm", "triton", "cuda:0", refused="no triton")
-    recorded = doctor.verify([passed, failed, on_cpu, untested])
-    assert [(e.op, e.backend, e.arch, e.cases) for e in recorded] == [("attention", "cuda", "sm_90", 5)]
-    assert evidence.read(evidence.user_file()) == recorded
-    assert evidence.verified("attention", "cuda", "sm_90")
-
-
 def test_wrong_calls_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "no_such_op"]) == 2
     said = capsys.readouterr().err
@@ -200,19 +185,18 @@ FEATURES += ("bias with gradient", "varlen")
 
 
 def test_doctor_asks_for_every_feature_of_attention() -> None:
-    """Its evidence is what turns GPU kernels on."""
-    for asked in (problems.small("attention"), problems.thorough("attention")):
+    for asked in (problems.small("attention"), problems.proof("attention")):
         labels = " | ".join(problem.label for problem in asked)
         assert all(feature in labels for feature in FEATURES), labels
         assert len({problem.label for problem in asked}) == len(asked)
-    for asked in (problems.small("decode_attention"), problems.thorough("decode_attention")):
+    for asked in (problems.small("decode_attention"), problems.proof("decode_attention")):
         labels = " | ".join(problem.label for problem in asked)
         assert all(feature in labels for feature in ("kv heads", "window", "softcap", "sinks", "pages of"))
 
 
 def test_doctor_asks_for_every_form_of_a_recurrent_layer() -> None:
     forms = ("LSTM", "GRU", "RNN_TANH", "RNN_RELU", "bidirectional", "packed", "zoneout")
-    for asked in (problems.small("recurrent"), problems.thorough("recurrent")):
+    for asked in (problems.small("recurrent"), problems.proof("recurrent")):
         labels = " | ".join(problem.label for problem in asked)
         assert all(form in labels for form in forms), labels
         assert len({problem.label for problem in asked}) == len(asked)

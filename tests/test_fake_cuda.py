@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bigkern.core import evidence, registry, wisdom
+from bigkern.core import device, evidence, registry, wisdom
 from bigkern.core.problem import Problem
 from bigkern.core.wisdom_file import Point
 from bigkern.ops import problems
@@ -21,21 +22,36 @@ OPS = ("attention", "norm", "layernorm_ffn", "recurrent")
 
 class Card:
     name, major, minor, multi_processor_count = "Fake GPU", 9, 0, 132
+    shared_memory_per_block_optin = 227 << 10
 
 
 @pytest.fixture(autouse=True)
 def _a_fake_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: Card)
-    monkeypatch.setattr(registry, "_warned", {"sm_90"})
-    monkeypatch.setattr(evidence, "proven", frozenset())
+    device.gpu_fingerprint.cache_clear()
+    evidence.place.cache_clear()
+    monkeypatch.setattr(registry, "_warned", {0})
+    monkeypatch.setattr(evidence, "proven", {})
     monkeypatch.setattr(wisdom, "state", wisdom.State({}, {}))
     yield
+    device.gpu_fingerprint.cache_clear()
+    evidence.place.cache_clear()
     torch._dynamo.reset()
 
 
-def proven(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
-    monkeypatch.setattr(evidence, "proven", frozenset((op, name, "sm_90") for name in ("cuda", "triton")))
+def proven(monkeypatch: pytest.MonkeyPatch, problem: Problem) -> None:
+    """By Triton's kernels, for all that the problem's call is."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        call = bound(problem)
+    variants = registry.get(problem.op).variants(call)
+    kernels = {evidence.kernel(problem.op, "triton"): dict.fromkeys(variants, "pass")}
+    monkeypatch.setattr(evidence, "proven", {evidence.place(0): kernels})
+
+
+def bound(problem: Problem) -> Any:
+    arguments, options = problem.arguments(fakes(problem))
+    return registry.get(problem.op).bind(*arguments, **options, **problem.explain_options)
 
 
 def fakes(problem: Problem) -> dict[str, Tensor]:
@@ -64,12 +80,10 @@ def traced(problem: Problem) -> bool:
 def test_evidence_and_wisdom_decide_in_a_trace(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problems.small(op)[0]
     assert not traced(problem)
-    proven(monkeypatch, op)
+    proven(monkeypatch, problem)
     assert traced(problem)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        arguments, options = problem.arguments(fakes(problem))
-        declared = registry.get(op)
-        place = declared.place(declared.bind(*arguments, **options, **problem.explain_options))  # type: ignore[attr-defined]
+        place = registry.get(op).place(bound(problem))  # type: ignore[attr-defined]
     for ours, chosen in ((1.0, True), (3.0, False)):
         point = Point(place.sizes, {"triton": ours, "torch": 2.0}, {"triton": 2.0 / ours})
         wisdom.remember(wisdom.machine(place.device), {(op, place.kind): {point.sizes: point}})
@@ -79,9 +93,10 @@ def test_evidence_and_wisdom_decide_in_a_trace(op: str, monkeypatch: pytest.Monk
 
 def test_decode_and_batch_norm_are_one_node_where_they_are_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     for op in ("decode_attention", "batch_norm"):
-        proven(monkeypatch, op)
-        assert traced(problems.small(op)[0])
+        problem = problems.small(op)[0]
+        proven(monkeypatch, problem)
+        assert traced(problem)
 
 
 def test_a_cards_wisdom_is_its_own() -> None:
-    assert wisdom.machine(torch.device("cuda", 0)) == ("fake-gpu-sm-90-132", 0)
+    assert wisdom.machine(torch.device("cuda", 0)) == ("fake-gpu-sm90-132-227k", 0)

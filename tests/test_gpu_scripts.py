@@ -6,7 +6,6 @@ from typing import Any
 
 import gpu_race
 import gpu_sanitized
-import gpu_warm
 import pytest
 import torch
 
@@ -46,8 +45,3 @@ def test_the_sanitized_calls_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
             run(torch.float32)
     for run in gpu_sanitized.TRITON_RUNS:
         run(torch.float32)
-
-
-def test_warming_runs_what_doctor_asks_for() -> None:
-    every = len(gpu_warm.calls())
-    assert gpu_warm.warm(0, every // 5, CPU, "cpu") == []

@@ -104,16 +104,6 @@ def test_every_op_has_the_same_backends() -> None:
         assert wanted == {b for b in declared.backends if "_" not in b}, name
 
 
-def test_cuda_kernels_without_evidence_are_declined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each time with the reason; the first time on a kind of GPU, with a warning that says what to run."""
-    monkeypatch.setattr("bigkern.core.evidence.device_arch", lambda index: "sm_61")
-    monkeypatch.setattr(registry, "_warned", set())
-    with pytest.warns(UserWarning, match="no GPU kernel is proven on sm_61 yet") as warned:
-        reasons = [registry.unproven("attention", "cuda", 0) for _ in range(2)]
-    assert all("not verified on sm_61" in str(reason) for reason in reasons)
-    assert len(warned) == 1
-
-
 def test_forced_backend_reaches_a_real_op() -> None:
     q = torch.randn(1, 2, 8, 16)
     with bigkern.use("torch"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import bigkern
-from bigkern.core import wisdom, wisdom_file
+from bigkern.core import device, wisdom, wisdom_file
 from bigkern.core.wisdom import Place
 from bigkern.core.wisdom_file import Point, Points
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("own_wisdom")
 
 
 def here(threads: int | None = None) -> wisdom_file.Machine:
-    return wisdom.cpu_fingerprint(), threads or torch.get_num_threads()
+    return device.cpu_fingerprint(), threads or torch.get_num_threads()
 
 
 def point(*sizes: int, cpu: float = 1.0, torch: float = 2.0, gain: float | None = None) -> Point:

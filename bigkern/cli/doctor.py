@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import platform
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
 from bigkern.cli.env import devices
-from bigkern.core import evidence, info, registry
+from bigkern.core import info, registry
 from bigkern.core.parity import Yardstick
 from bigkern.core.problem import Problem, expect, judge
 from bigkern.ops import problems
-from bigkern.terminal.console import Console, RunFailed, machine
+from bigkern.terminal.console import Console, machine
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="record the GPU kernels that pass, so that they are used by default on this machine",
-    )
+    """None."""
 
 
 @dataclass
@@ -38,12 +32,8 @@ class Finding:
     cases: int = 0
     worst: float = 0.0  # smallest factor of the parity rule that all would still pass
     problem: str | None = None
-    refused: str | None = None
+    refused: str | None = None  # why, the last case that it refused
     fix: str | None = None
-
-    @property
-    def passed(self) -> bool:
-        return self.problem is None and self.refused is None
 
 
 def run(arguments: argparse.Namespace, console: Console) -> int:
@@ -51,18 +41,13 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     findings = []
     for device in devices():
         for op in problems.OPS:
-            cases = problems.small(op)
-            cases += problems.thorough(op) if arguments.verify and device.type == "cuda" else []
-            findings += examine(op, cases, device)
+            findings += examine(op, problems.small(op), device)
     _show(findings, console)
     failures = [finding for finding in findings if finding.problem]
     if info.import_error is not None:
         console.say(f"\nthe compiled extension did not load: {info.import_error}\n  fix: {_extension_fix()}")
     for failure in failures:
         console.say(f"\n{failure.op} on {failure.backend}: {failure.problem}\n  fix: {failure.fix}")
-    recorded = verify(findings) if arguments.verify else None
-    if recorded is not None:
-        console.say(f"\n{_recorded_words(recorded)}")
     bad = len(failures) + (info.import_error is not None)
     verdict = _count(bad, "problem") if bad else "all well"
     tested = sum(finding.cases for finding in findings)
@@ -72,7 +57,6 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
             "machine": machine(),
             "import_error": info.import_error,
             "findings": [asdict(finding) for finding in findings],
-            "recorded": recorded and [asdict(entry) for entry in recorded],
             "passed": bad == 0,
         }
     )
@@ -84,13 +68,13 @@ def _count(number: int, thing: str) -> str:
 
 
 def examine(op: str, cases: list[Problem], device: torch.device) -> list[Finding]:
-    """Run the cases in every dtype on every backend; a backend is done at its first failure or refusal."""
+    """Run the cases in every dtype on every backend; a backend is done at its first failure."""
     findings = {name: Finding(op, name, str(device)) for name in registry.get(op).backends}
     for problem in cases:
         for dtype in DTYPES:
             expected = None
             for finding in findings.values():
-                if finding.passed:
+                if finding.problem is None:
                     expected = expected or expect(problem, dtype, device)
                     _try(finding, problem, dtype, device, expected)
     return list(findings.values())
@@ -147,7 +131,8 @@ def _extension_fix() -> str:
 def _show(findings: list[Finding], console: Console) -> None:
     rows = []
     for f in findings:
-        verdict = "failed" if f.problem else f"not run: {_short(f.refused)}" if f.refused else "passed"
+        refused = f"not run: {_short(f.refused)}" if f.refused and not f.cases else None
+        verdict = "failed" if f.problem else refused or "passed"
         worst = f"{f.worst:.2f}" if f.cases else "-"
         rows.append((f.op, f.backend, f.device, f.cases, worst, verdict))
     console.table(("op", "backend", "device", "checks", "error/stock's", ""), rows)
@@ -155,38 +140,3 @@ def _show(findings: list[Finding], console: Console) -> None:
 
 def _short(reason: str) -> str:
     return "the extension did not load" if info.import_error and info.import_error in reason else reason
-
-
-# ---- --verify --------------------------------------------------------------------------------------
-
-
-def verify(findings: list[Finding]) -> list[evidence.Entry]:
-    """Record the CUDA and Triton kernels that passed on a GPU; returns what was recorded."""
-    entries = []
-    for f in findings:
-        device = torch.device(f.device)
-        if f.passed and f.backend in ("cuda", "triton") and device.type == "cuda":
-            entries.append(
-                evidence.Entry(
-                    op=f.op,
-                    backend=f.backend,
-                    arch=evidence.device_arch(device.index),
-                    cases=f.cases,
-                    machine=f"{torch.cuda.get_device_name(device)}, {platform.system()}",
-                    torch=torch.__version__,
-                    bigkern=machine()["bigkern"],
-                )
-            )
-    if entries:
-        try:
-            evidence.write(evidence.user_file(), entries)
-        except (OSError, ValueError) as error:
-            raise RunFailed(f"cannot record in {evidence.user_file()}: {error}") from error
-    return entries
-
-
-def _recorded_words(entries: list[Any]) -> str:
-    if not entries:
-        return "nothing to record: no GPU kernel passed on a GPU here"
-    names = ", ".join(f"{e.op} ({e.backend}, {e.arch})" for e in entries)
-    return f"recorded in {evidence.user_file()}: {names}"

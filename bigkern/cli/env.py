@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from bigkern.core import device as processor
 from bigkern.core import evidence, info, wisdom
 from bigkern.ops import problems
 from bigkern.terminal.console import Console, machine
@@ -52,10 +53,13 @@ def collect(dtype: torch.dtype) -> dict[str, Any]:
         },
         "cuda_kernels": len(info.kernels()),
         "gpus": [
-            {"name": torch.cuda.get_device_name(i), "architecture": evidence.device_arch(i)}
+            {
+                "name": torch.cuda.get_device_name(i),
+                "fingerprint": processor.gpu_fingerprint(i),
+                "proven": evidence.count(i),
+            }
             for i in range(torch.cuda.device_count())
         ],
-        "evidence": {"committed": str(evidence.COMMITTED), "yours": str(evidence.user_file())},
         "wisdom": [wisdom.summary(device) for device in devices()],
         "ops": [row for device in devices() for row in dispatch(device, dtype)],
     }
@@ -86,7 +90,7 @@ def _show(report: dict[str, Any], console: Console) -> None:
         "torch": about["torch"],
         "python": f"{about['python']} on {about['system']}",
         "cpu": f"{about['cpu']}, {about['threads']} threads",
-        "gpus": ", ".join(f"{gpu['name']} ({gpu['architecture']})" for gpu in report["gpus"]) or "none",
+        "gpus": ", ".join(f"{gpu['name']} ({gpu['proven']})" for gpu in report["gpus"]) or "none",
         "packages": ", ".join(f"{n} {v}" if v else f"no {n}" for n, v in report["packages"].items()),
         "extension": report["extension"]["summary"],
     }

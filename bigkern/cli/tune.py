@@ -1,18 +1,21 @@
-"""``bigkern tune``: measure the candidates of every op on this machine, so that the fastest here runs."""
+"""``bigkern tune``: prove GPU kernels, and measure every op's candidates, so that the fastest here runs."""
 
 from __future__ import annotations
 
 import argparse
 import time
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bigkern.core import tune, wisdom
+from bigkern.core import device as processor
+from bigkern.core import evidence, tune, wisdom
 from bigkern.core.tune import Measured
-from bigkern.ops import problems
+from bigkern.ops import problems, proof
 from bigkern.terminal import options
 from bigkern.terminal.console import Console, Failure, RunFailed, machine
 
@@ -37,11 +40,12 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     if not arguments.seconds > 0.0:
         raise Failure(f"--seconds must be a positive number, not {arguments.seconds}")
     device = options.device(arguments.device)
+    ops = arguments.op or problems.OPS
+    proofs = _prove(ops, device, console) if processor.is_gpu(device) else []
     noise = tune.noise(device)
     console.say(f"{wisdom.file_name(wisdom.machine(device))}: a task differs from itself by {noise:.1%}")
     if noise > tune.NOISY:
         console.say("this machine is too busy to be trusted: tune it again when it is quiet")
-    ops = arguments.op or problems.OPS
     plans = [plan for op in ops for plan in problems.plans(op, device, DTYPES)]
     found: dict[tune.Plan, Measured] = {}
     began, done = time.perf_counter(), 0
@@ -75,10 +79,40 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
             "noise": noise,
             "seconds": seconds,
             "problem": problem,
+            "proofs": [{f.name: getattr(p, f.name) for f in fields(p)} for p in proofs],
             "points": [_row(m) for m in found.values()],
         }
     )
     return 0
+
+
+def _prove(ops: Sequence[str], device: torch.device, console: Console) -> list[proof.Proof]:
+    """Show each candidate's proof, and in full what is wrong."""
+    jobs = proof.unproven(ops, device)
+    if not jobs:
+        return []
+    console.say(f"{len(jobs)} candidates to prove on {evidence.place(device.index or 0)}")
+    done = 0
+    with console.progress(sum(len(proof.cases(op)) for op, _ in jobs)) as progress:
+
+        def tell(of: proof.Proof, label: str) -> None:
+            nonlocal done
+            done += 1
+            progress.update(done, f"{of.op}, {of.candidate}: {label}")
+
+        found = proof.prove(jobs, device, tell)
+    rows = []
+    for p in found:
+        wrong = ", ".join(f"{variant} ({v})" for variant, v in p.verdicts.items() if v != evidence.PASS)
+        right = "passed" if p.verdicts else "nothing to prove"
+        rows.append((p.op, p.candidate, p.cases, f"not right: {wrong}" if wrong else right))
+    console.table(("op", "candidate", "cases", ""), rows)
+    for p in found:
+        for trouble in p.troubles:
+            console.say(f"{p.op}, {p.candidate}: {trouble}")
+    unwritten = next((p.unwritten for p in found if p.unwritten), None)
+    console.say(f"\n{unwritten or f'kept in {evidence.user_file()}'}\n")
+    return found
 
 
 def _row(m: Measured) -> dict[str, Any]:

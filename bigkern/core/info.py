@@ -6,6 +6,7 @@ Importing this module loads the extension if it can be loaded. If it cannot, the
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -35,6 +36,14 @@ try:
     _isa = str(_info.isa(str(OPS_LIBRARY)))
 except (ImportError, OSError) as error:
     import_error = f"{type(error).__name__}: {error}"
+
+
+def version() -> str:
+    """bigkern's, as it is installed."""
+    try:
+        return metadata.version("bigkern")
+    except metadata.PackageNotFoundError:
+        return "source"
 
 
 def build() -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from bigkern.core import info, registry
+from bigkern.core import device, info, registry
 
 LIBRARY = torch.library.Library("bigkern", "FRAGMENT")
 NATIVE = torch.library.Library("bigkern_native", "FRAGMENT")
@@ -117,14 +117,14 @@ def unavailable(backend: str, tensor: Tensor) -> registry.Reason:
 
 
 def unproven(op: str, backend: str) -> Callable[[Any], registry.Reason]:
-    """Of a GPU backend: nothing has shown that it is right on the tensors' GPU."""
+    """Of a GPU backend: nothing has shown that it is right on the tensors' GPU, for calls of this kind."""
 
     def is_unproven(call: Any) -> registry.Reason:
         first = call.flat()[0]
         tensor = first[0] if isinstance(first, list) else first
-        if not tensor.is_cuda:
+        if not device.is_gpu(tensor.device):
             return "off a GPU it is for tests"
-        return registry.unproven(op, backend, tensor.device.index)
+        return registry.unproven(op, backend, tensor.device.index or 0, registry.get(op).variants(call))
 
     return is_unproven
 

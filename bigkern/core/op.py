@@ -267,9 +267,15 @@ class Op(registry.Op):
         if self.measures is None or first is None or first.device.type not in ("cpu", "cuda"):
             return None
         mode = "training" if self.needs_grad(self.tensors(call)) else "forward"
-        dtype = wisdom.DTYPES.get(first.dtype, "other")
-        kind = (dtype, mode, *self.measures.options(call))
+        kind = (wisdom.DTYPES.get(first.dtype, "other"), mode, *self.measures.options(call))
         return wisdom.Place(self.name, kind, self.measures.sizes(call), first.device, self.measures.reach)
+
+    def variants(self, call: Any) -> tuple[str, ...]:
+        """``("bfloat16 causal", "bfloat16 dropout")``: each option's code is proven by itself."""
+        first = next((t for t in self.tensors(call) if t is not None), None)
+        dtype = "other" if first is None else wisdom.DTYPES.get(first.dtype, "other")
+        words = () if self.measures is None else self.measures.options(call)
+        return tuple(f"{dtype} {word}" for word in words) or (f"{dtype} plain",)
 
     def point(self, call: Any) -> Point | None:
         place = self.place(call)

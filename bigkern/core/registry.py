@@ -1,11 +1,11 @@
 """Declare an op once, register its backends, see and force the choice between them.
 
-An op's backends are always asked in the same visible order, that of ``ORDER``. Three questions about a call are asked in turn; a backend answers each with ``None`` or with a
-sentence saying why not:
+An op's backends are always asked in the same visible order, that of ``ORDER``. Three questions about a call
+are asked in turn; a backend answers each with ``None`` or with a sentence saying why not:
 
 * ``refuses``: it *cannot* run this call ("head_dim 320 > 256"). Nothing overrides it.
-* ``unproven``: nothing has shown that it is right here ("not verified on sm_89"). :func:`use` overrides it,
-  and so do the tests.
+* ``unproven``: nothing has shown that it is right here ("not proven on this GPU for bfloat16 window").
+  :func:`use` overrides it, and so do the tests.
 * Which is fastest? Where the call's kind was measured on this machine near its sizes, that decides
   (:mod:`bigkern.core.wisdom`). Elsewhere it is the first that does not ``decline`` by its own cautious rule
   ("stock is faster below 4096 elements"), which may claim only what held on every machine ever measured.
@@ -20,7 +20,7 @@ from __future__ import annotations
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -146,6 +146,10 @@ class Op:
         """The backends from the fastest on, where calls of this kind were measured near the call's sizes."""
         point = self.point(call)
         return () if point is None else point.order
+
+    def variants(self, call: Any) -> tuple[str, ...]:
+        """What has to be proven of a kernel that runs a call."""
+        return ()
 
     def point(self, call: Any) -> Point | None:
         """The nearest point at which calls of this kind were measured, if one is near."""
@@ -316,26 +320,30 @@ def watched() -> bool:
     return forced() or wisdom.noting is not None
 
 
-_warned: set[str] = set()
+_warned: set[int] = set()
 
 
-def _warn_of(arch: str) -> None:
-    """Once, if no kernel at all is proven on a kind of GPU."""
-    if arch in _warned or any(proven[2] == arch for proven in evidence.proven):
+def _warn_of(index: int) -> None:
+    """Once, if no kernel at all is proven on a GPU."""
+    if index in _warned or not evidence.nothing_proven(index):
         return
-    _warned.add(arch)
-    words = "stock PyTorch runs until `bigkern doctor --verify` has proven them, in some minutes"
-    warnings.warn(f"bigkern: no GPU kernel is proven on {arch} yet; {words}", stacklevel=2)
+    _warned.add(index)
+    words = "stock PyTorch runs until `bigkern tune` has proven and measured them, in some minutes"
+    warnings.warn(f"bigkern: no GPU kernel is proven on {evidence.place(index)}; {words}", stacklevel=2)
 
 
-def unproven(op: str, backend: str, device_index: int) -> Reason:
-    """Why a GPU kernel should not be chosen on this device: nothing has shown that it is right there."""
-    arch = evidence.device_arch(device_index)
-    if evidence.verified(op, backend, arch):
-        return None
-    if not torch.compiler.is_compiling():
-        _warn_of(arch)
-    return f"not verified on {arch}; run `bigkern doctor --verify` on this machine"
+def unproven(op: str, backend: str, index: int, variants: Sequence[str]) -> Reason:
+    """Why a GPU kernel should not be chosen there: nothing has shown that it is right for all variants."""
+    for variant in variants:
+        found = evidence.verdict(op, backend, index, variant)
+        if found == evidence.PASS:
+            continue
+        if not torch.compiler.is_compiling():
+            _warn_of(index)
+        if found is None:
+            return f"not proven on this GPU for {variant}; run `bigkern tune`"
+        return f"not right on this GPU for {variant}: {found} in its proof"
+    return None
 
 
 def _built() -> str:

@@ -14,19 +14,16 @@ that yours does not cover. All files are read when bigkern is imported; one that
 from __future__ import annotations
 
 import math
-import os
-import platform
-import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy
 import torch
 
-from bigkern.core import evidence, info
+from bigkern.core import device as processor
+from bigkern.core import info
 from bigkern.core.wisdom_file import (
     Kind,
     Machine,
@@ -146,33 +143,9 @@ noting: Callable[[Any, Any], None] | None = None
 
 def machine(device: torch.device) -> Machine:
     """What measured times depend on."""
-    if device.type == "cpu":
-        return cpu_fingerprint(), torch.get_num_threads()
-    return _gpu_fingerprint(device.index or 0), 0
-
-
-@lru_cache
-def cpu_fingerprint() -> str:
-    """``amd-25-17-avx512bf16``: vendor, family and model, and the instruction set of our kernels."""
-    found: dict[str, str] = {}
-    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
-        for line in lines:
-            name, _, value = line.partition(":")
-            found.setdefault(name.strip(), value.strip())
-    vendor, *model = (found.get(name, "") for name in ("vendor_id", "cpu family", "model"))
-    vendor = vendor.removeprefix("Authentic").removeprefix("Genuine")
-    known = [vendor, *model] if all(model) else [platform.machine(), platform.processor()]
-    return _slug(" ".join([*known, info.isa()]))
-
-
-@lru_cache
-def _gpu_fingerprint(index: int) -> str:
-    gpu = torch.cuda.get_device_properties(index)
-    return _slug(f"{gpu.name} sm {gpu.major}{gpu.minor} {gpu.multi_processor_count}")
-
-
-def _slug(words: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+    if processor.is_gpu(device):
+        return processor.gpu_fingerprint(device.index or 0), 0
+    return processor.cpu_fingerprint(), torch.get_num_threads()
 
 
 # ---- yours -----------------------------------------------------------------------------------------
@@ -180,8 +153,7 @@ def _slug(words: str) -> str:
 
 def folder() -> Path:
     """Of your wisdom."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~"), ".cache")
-    return Path(root) / "bigkern" / "wisdom"
+    return processor.cache() / "wisdom"
 
 
 def file_name(machine: Machine) -> str:
@@ -214,7 +186,7 @@ def remember(machine: Machine, points: Points) -> None:
 
 def about() -> dict[str, Any]:
     """What a file says of itself besides the machine's fingerprint."""
-    return {"torch": torch.__version__, "bigkern": evidence.version()}
+    return {"torch": torch.__version__, "bigkern": info.version()}
 
 
 def summary(device: torch.device) -> dict[str, Any]:

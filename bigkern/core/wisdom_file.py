@@ -122,8 +122,7 @@ def write(path: Path | str, machine: Machine, points: Points, about: dict[str, A
 
 
 def _row(p: Point) -> str:
-    us = {name: float(f"{value:.4g}") for name, value in p.us.items()}
-    gain = {name: round(value, 3) for name, value in p.gain.items()}
+    us, gain = ({name: float(f"{v:.4g}") for name, v in of.items()} for of in (p.us, p.gain))
     return json.dumps({"sizes": list(p.sizes), "us": us, "gain": gain})
 
 

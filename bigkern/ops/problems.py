@@ -55,9 +55,10 @@ def small(op: str) -> list[Problem]:
     return list(_MODULES[op].small())
 
 
-def thorough(op: str) -> list[Problem]:
-    """More calls, for ``bigkern doctor --verify``: sizes and options that choose other code in a kernel."""
-    return list(_MODULES[op].thorough())
+def proof(op: str) -> list[Problem]:
+    """What a kernel has to pass on a GPU: sizes and options that choose other code in it, and the calls that
+    are measured."""
+    return [*small(op), *_MODULES[op].thorough(), *grid(op)]
 
 
 def grid(op: str) -> list[Problem]:
@@ -69,14 +70,15 @@ def plans(op: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> list[
     """The grid in these dtypes, forward and, where there is a gradient, in training."""
     declared: Any = registry.get(op)
     return [
-        Plan(declared, problem.label, training, partial(_bound, problem, dtype, device))
+        Plan(declared, problem.label, training, partial(bound, problem, dtype, device))
         for problem in grid(op)
         for dtype in dtypes
         for training in ((False, True) if problem.differentiable and declared.gradient else (False,))
     ]
 
 
-def _bound(problem: Problem, dtype: torch.dtype, device: torch.device) -> Any:
+def bound(problem: Problem, dtype: torch.dtype, device: torch.device) -> Any:
+    """The call, in training where gradients are enabled."""
     training, made = torch.is_grad_enabled(), _inputs(problem, dtype, device)
     inputs = {name: t.detach().requires_grad_(t.requires_grad and training) for name, t in made.items()}
     arguments, options = problem.arguments(inputs)

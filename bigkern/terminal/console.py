@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import torch
 
-from bigkern.core import evidence
+from bigkern.core import info
 
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
@@ -173,7 +173,7 @@ def machine() -> dict[str, Any]:
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "bigkern": evidence.version(),
+        "bigkern": info.version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

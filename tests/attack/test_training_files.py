@@ -19,9 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from bigkern.cli import doctor
 from bigkern.cli.main import main
-from bigkern.core import evidence
 from bigkern.terminal import files
 from bigkern.terminal.console import Console, RunFailed
 from bigkern.train import checkpoint, corpus
@@ -764,20 +762,3 @@ def test_characters_that_the_output_cannot_show_are_replaced(monkeypatch: pytest
     monkeypatch.setattr(sys, "stdout", ascii_only)
     Console().say("one \ufffd, two \udcff")
     assert ascii_only.buffer.getvalue() == b"one ?, two ?\n"
-
-
-@pytest.mark.parametrize("damage", ["malformed", "a folder"])
-def test_evidence_that_cannot_be_recorded_ends_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("bigkern.core.evidence.device_arch", lambda index: "sm_90")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    file = evidence.user_file()
-    if damage == "malformed":
-        file.parent.mkdir()
-        file.write_text("[1")
-    else:
-        file.mkdir(parents=True)
-    with pytest.raises(RunFailed, match=f"cannot record in {file}"):
-        doctor.verify([doctor.Finding("attention", "cuda", "cuda:0", cases=5)])

@@ -275,5 +275,11 @@ def sizes(call: Adam) -> tuple[int, ...]:
 def options(call: Adam) -> tuple[str, ...]:
     """How moments and masters are stored, and what more is done."""
     stored = [str(x[0].dtype).removeprefix("torch.") for x in (call.exp_avgs, call.masters) if x]
-    words = call.amsgrad and "amsgrad", call.grad_norm is not None and "clipping"
+    words = (
+        call.amsgrad and "amsgrad",
+        call.maximize and "maximize",
+        call.grad_norm is not None and "clipping",
+        (call.grad_scale is not None or call.found_inf is not None) and "scaler",
+        call.lr_tensor is not None and "lr_tensor",
+    )
     return (*stored, *(word for word in words if word))

@@ -37,34 +37,54 @@ STORAGE = {
 }
 
 
-def adam(sizes: Sizes, label: str, decoupled: bool = True, elements: float = 7.0) -> Problem:
+def adam(
+    sizes: Sizes,
+    label: str,
+    decoupled: bool = True,
+    elements: float = 7.0,
+    amsgrad: bool = False,
+    maximize: bool = False,
+    by_tensors: bool = False,
+) -> Problem:
     """One step from given moments; the output is everything that it writes, flattened.
 
-    ``elements`` of the dtype cross the memory bus for each parameter.
+    ``elements`` of the dtype cross the memory bus for each parameter. ``by_tensors``: the rate and what a
+    gradient scaler says, that gradients are twice as large and all finite, are tensors.
     """
 
     def call(inputs: Inputs) -> Call:
         p, g, m, v = _lists(inputs)
-        return (p, g, m, v, [], _steps(p)), {**HYPER, "decoupled": decoupled}
+        given: dict[str, Any] = {
+            **HYPER, "decoupled": decoupled, "amsgrad": amsgrad, "maximize": maximize
+        }  # fmt: skip
+        if by_tensors:
+            numbers = {"lr": HYPER["lr"], "grad_scale": 2.0, "found_inf": 0.0}
+            given |= {name: torch.tensor(number, device=p[0].device) for name, number in numbers.items()}
+            g = [2 * gradient for gradient in g]
+        return (p, g, m, v, [x / 2 for x in v] if amsgrad else [], _steps(p)), given
 
     def public(
-        p: list[Tensor], g: Any, m: list[Tensor], v: list[Tensor], *rest: Any, **options: Any
+        p: list[Tensor], g: Any, m: list[Tensor], v: list[Tensor], highest: Any, *rest: Any, **options: Any
     ) -> Tensor:
-        op.adam(p, g, m, v, *rest, **options)
-        return _written(p, m, v)
+        op.adam(p, g, m, v, highest, *rest, **options)
+        return _written(p, m, v + highest)
 
     def stock(inputs: Inputs) -> Tensor:
         p, g, m, v = _lists(inputs)
         maker = torch.optim.AdamW if decoupled else torch.optim.Adam
         betas = (HYPER["beta1"], HYPER["beta2"])
         optimizer = maker(
-            p, lr=HYPER["lr"], betas=betas, eps=HYPER["eps"], weight_decay=HYPER["weight_decay"]
-        )
+            p, lr=HYPER["lr"], betas=betas, eps=HYPER["eps"], weight_decay=HYPER["weight_decay"],
+            amsgrad=amsgrad, maximize=maximize,
+        )  # fmt: skip
+        highest = [x / 2 for x in v] if amsgrad else []
         for parameter, gradient, first, second, step in zip(p, g, m, v, _steps(p), strict=True):
             parameter.grad = gradient
             optimizer.state[parameter] = {"step": step.cpu(), "exp_avg": first, "exp_avg_sq": second}
+        for parameter, most in zip(p, highest, strict=False):
+            optimizer.state[parameter]["max_exp_avg_sq"] = most
         optimizer.step()
-        return _written(p, m, v)
+        return _written(p, m, v + highest)
 
     count = sum(torch.Size(size).numel() for size in sizes)
     return Problem(
@@ -200,6 +220,8 @@ def small() -> list[Problem]:
     return [
         adam([(1,), (7, 5), (4097,)], "3 tensors, AdamW"),
         adam([(63, 65), (1023,)], "2 tensors, Adam", decoupled=False),
+        adam([(63, 65), (1023,)], "2 tensors, AMSGrad, maximised", amsgrad=True, maximize=True),
+        adam([(63, 65), (1023,)], "2 tensors, rate and scale in tensors", by_tensors=True),
         *(adam_storage(name, [(63, 65), (1023,)]) for name in STORAGE),
     ]
 

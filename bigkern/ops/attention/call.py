@@ -298,14 +298,17 @@ def sizes(call: Attention) -> tuple[int, ...]:
 
 
 def options(call: Attention) -> tuple[str, ...]:
-    beyond = call.softcap != 0.0 or call.alibi_slopes is not None or call.sinks is not None
     words = {
         "packed": call.cu_seqlens_q is not None,
         "causal": call.causal != "none",
         "window": call.window_left >= 0 or (call.causal == "none" and call.window_right >= 0),
         "grouped": call.q.shape[1] != call.k.shape[1],
-        "masked": call.mask is not None or call.bias is not None,
+        "masked": call.mask is not None,
+        "bias": call.bias is not None,
+        "softcap": call.softcap != 0.0,
+        "alibi": call.alibi_slopes is not None,
+        "sinks": call.sinks is not None,
         "dropout": call.dropout_p > 0.0,
-        "beyond": beyond,
+        "wide": max(call.q.shape[3], call.v.shape[3]) > 128,
     }
     return tuple(word for word, used in words.items() if used)

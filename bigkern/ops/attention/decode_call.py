@@ -116,4 +116,11 @@ def sizes(call: Decode) -> tuple[int, ...]:
 
 
 def options(call: Decode) -> tuple[str, ...]:
-    return () if call.page_table is None else ("paged",)
+    words = {
+        "paged": call.page_table is not None,
+        "window": call.window_left >= 0 or (call.causal == "none" and call.window_right >= 0),
+        "softcap": call.softcap != 0.0,
+        "alibi": call.alibi_slopes is not None,
+        "sinks": call.sinks is not None,
+    }
+    return tuple(word for word, used in words.items() if used)

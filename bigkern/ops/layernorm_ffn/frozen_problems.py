@@ -173,7 +173,9 @@ def small() -> list[Problem]:
 
 
 def thorough() -> list[Problem]:
-    return [frozen(M, 1024, 4096, "int8", a) for M in (1, 16, 300) for a in ("gelu", "swiglu")]
+    kinds: tuple[Weights, ...] = ("int8", "fp8")
+    sizes = itertools.product(kinds, (1, 16, 300), ("gelu", "swiglu"))
+    return [frozen(M, 1024, 4096, weights, activation) for weights, M, activation in sizes]
 
 
 def grid() -> list[Problem]:

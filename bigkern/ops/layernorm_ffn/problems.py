@@ -146,6 +146,8 @@ def small() -> list[Problem]:
 def thorough() -> list[Problem]:
     return [
         *(layernorm_ffn(129, 256, 520, a, p) for a in ACTIVATIONS for p in PLACEMENTS),
+        *(layernorm_ffn(129, 256, 520, a, dropout=0.1, hidden_dropout=0.2) for a in ("gelu", "swiglu")),
+        layernorm_ffn(65, 256, 520, placement="post", dropout=0.1, hidden_dropout=0.2),
         layernorm_ffn(1024, 1024, 4096),
     ]
 

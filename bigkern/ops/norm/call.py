@@ -15,6 +15,8 @@ from bigkern.core.checks import kind as kind_of
 from bigkern.core.dropout import check_dropout, dropout_key
 from bigkern.core.op import Call
 
+LONG = 16384  # elements, beyond which a GPU does not keep a row in registers
+
 
 @dataclass(slots=True)
 class Norm(Call):
@@ -112,7 +114,12 @@ def sizes(call: Norm) -> tuple[int, ...]:
 
 
 def options(call: Norm) -> tuple[str, ...]:
-    words = call.kind, call.residual is not None and "residual", call.dropout_p > 0.0 and "dropout"
+    words = (
+        call.kind,
+        call.residual is not None and "residual",
+        call.dropout_p > 0.0 and "dropout",
+        call.x.shape[-1] > LONG and "long",
+    )
     return tuple(word for word in words if word)
 
 

@@ -96,7 +96,10 @@ def small() -> list[Problem]:
 
 def thorough() -> list[Problem]:
     sizes = ((1, 1), (3, 63), (129, 1024), (1000, 4096), (17, 8191))
-    return [norm(*size, kind, residual) for size in sizes for kind in KINDS for residual in (False, True)]
+    wide = [norm(3, 20001, kind, residual) for kind in KINDS for residual in (False, True)]
+    dropped = [norm(*size, kind, True, dropout=0.2) for size in sizes[2:] for kind in KINDS]
+    every = [norm(*size, kind, residual) for size in sizes for kind in KINDS for residual in (False, True)]
+    return [*every, *dropped, *wide]
 
 
 def grid() -> list[Problem]:
