@@ -107,6 +107,19 @@ def test_ours_must_win_three_rounds_of_four(op: Op, taking: Any) -> None:
     assert measured.after == "torch"
 
 
+@pytest.mark.parametrize(
+    ("sittings", "chosen"),
+    [((0.5, 0.5), "cpu"), ((2.0, 2.0), "torch"), ((0.5, 2.0, 0.5), "cpu"), ((2.0, 0.5, 2.0), "torch")],
+)
+def test_where_two_sittings_disagree_a_third_decides(
+    op: Op, taking: Any, sittings: tuple[float, ...], chosen: str
+) -> None:
+    told: list[Any] = []
+    taking(cpu=lambda call: sittings[len(told)] * 1e-3, torch=1e-3)
+    [measured], _ = tune.run([plan(op)], CPU, 1.0, lambda *said: told.append(said))
+    assert (measured.after, len(told)) == (chosen, len(sittings))
+
+
 def test_a_candidate_that_refuses_or_is_unproven_is_not_run(op: Op, taking: Any) -> None:
     taking(cpu=1e-3, torch=2e-3)
     for options in ({"refuses": lambda _: "no"}, {"unproven": lambda _: "not yet"}):

@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 
         def tell(plan: tune.Plan, measured: Measured | None) -> None:
             nonlocal done
-            done += 1
+            done = min(done + 1, tune.SITTINGS * len(plans))  # third sittings are not foreseen
             found.update({} if measured is None else {plan: measured})
             progress.update(done, f"{plan.op.name} {plan.label} {'training' if plan.training else 'forward'}")
 

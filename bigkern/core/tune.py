@@ -3,6 +3,7 @@
 Candidates take turns in one process on the same tensors, so that a slow moment hits all alike. What counts is
 how many times faster than stock one of ours was in the lower quartile of the rounds, in the worse of two
 sittings: for as long as one lasts, where tensors lie and what else the machine does may favour a candidate.
+Where the two choose differently a third one decides.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from bigkern.core.wisdom_file import Kind, Point, Points
 
 NOISY = 0.1  # the same task against itself, between the quartiles
 SITTINGS = 2
+LAST = 0.1  # of the time, for the third
 LEAST_ROUNDS, MOST_ROUNDS = 3, 100  # of a sitting
 
 
@@ -118,7 +120,7 @@ def run(
 ) -> tuple[list[Measured], str | None]:
     """Measure all plans in about so many seconds, and record what was found, also when interrupted.
 
-    ``tell`` is given each plan when it was measured, once in each sitting, and what is known of it.
+    ``tell`` is given each plan when it was measured, once in each sitting, and what is known of it by then.
 
     Returns:
         What was measured, and why it could not be written, or None.
@@ -126,30 +128,36 @@ def run(
     Raises:
         KeyboardInterrupt: after what was measured has been recorded.
     """
-    found: dict[int, Measured] = {}
+    sat: list[list[Measured]] = [[] for _ in plans]
     clock, here = Clock(device), wisdom.machine(device)
-    ends, count = time.monotonic() + seconds, SITTINGS * len(plans)
-    try:
-        for turn in range(count):
-            i = turn % len(plans)
-            left = max(ends - time.monotonic(), 0.0) / (count - turn)
+
+    def sit(turns: Sequence[int], ends: float) -> None:
+        for done, i in enumerate(turns):
+            left = max(ends - time.monotonic(), 0.0) / (len(turns) - done)
             measured = measure(plans[i], device, left, clock)
-            if measured is not None:
-                found[i] = measured if i not in found else _worse(found[i], measured)
-            tell(plans[i], found.get(i))
+            sat[i] += [] if measured is None else [measured]
+            tell(plans[i], _together(sat[i]) if sat[i] else None)
+
+    began = time.monotonic()
+    try:
+        sit(SITTINGS * [*range(len(plans))], began + seconds * (1 - LAST))
+        sit([i for i, those in enumerate(sat) if len({m.after for m in those}) > 1], began + seconds)
     finally:
+        found = [_together(those) for those in sat if those]
         points: Points = {}
-        for m in found.values():
+        for m in found:
             points.setdefault((m.plan.op.name, m.kind), {})[m.point.sizes] = m.point
         problem = wisdom.record(here, points) if points else None
-    return list(found.values()), problem
+    return found, problem
 
 
-def _worse(one: Measured, other: Measured) -> Measured:
-    """Of two sittings: each candidate's shorter time, and its lesser gain."""
-    us = {name: min(us, other.point.us[name]) for name, us in one.point.us.items()}
-    point = replace(one.point, us=us).worse(other.point)
-    return replace(one, point=point, after=point.order[0])
+def _together(sittings: Sequence[Measured]) -> Measured:
+    """Each candidate's shortest time, and its gain: the lesser of two, the middle one of three."""
+    first, every = sittings[0], [m.point for m in sittings]
+    us = {name: min(point.us[name] for point in every) for name in first.point.us}
+    gain = {n: sorted(point.gain[n] for point in every)[(len(every) - 1) // 2] for n in first.point.gain}
+    point = Point(first.point.sizes, us, gain)
+    return replace(first, point=point, after=point.order[0])
 
 
 # ---- the calls of a model of one's own -------------------------------------------------------------
