@@ -499,7 +499,10 @@ def test_native_op_checks_for_itself() -> None:
 
 
 def test_explain_gives_every_backend_a_reason() -> None:
-    explanation = bigkern.explain("attention", Q, Q, Q, causal=True)
+    few = bigkern.explain("attention", Q, Q, Q, causal=True)
+    assert few[-2].reason in ("not measured here: stock is faster below 32 tokens", info.summary())
+    q = torch.zeros(2, 4, 32, 8)
+    explanation = bigkern.explain("attention", q, q, q, causal=True)
     assert [choice.backend for choice in explanation] == ["cuda", "triton", "cpu", "torch"]
     assert explanation.chosen == ("cpu" if info.import_error is None else "torch")
     assert all(choice.reason for choice in explanation)

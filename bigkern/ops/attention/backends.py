@@ -32,6 +32,7 @@ from bigkern.ops.attention.call import (
 )
 
 MAX_HEAD_DIM = 256
+FASTER_FROM = 32  # tokens, on a CPU
 
 
 # ---- gradients and fakes ---------------------------------------------------------------------------
@@ -151,6 +152,15 @@ def _refuses(backend: str) -> Callable[[Attention], Reason]:
     return refuses
 
 
+def _cpu_declines(call: Attention) -> Reason:
+    """Of a few tokens the call itself is what takes the time, and torch's is shorter, where it is one call."""
+    if torch.compiler.is_compiling() or not {"causal", "grouped", "wide"}.issuperset(options(call)):
+        return None  # no graph is bound to few tokens
+    if max(call.q.shape[2], call.k.shape[2]) >= FASTER_FROM:
+        return None
+    return f"not measured here: stock is faster below {FASTER_FROM} tokens"
+
+
 def cuda_backend(namespace: Any, *, emulated: bool = False) -> Backend:
     """The CUDA kernels in ``namespace``: the compiled ones, or, in tests, those that the emulator runs."""
     kernels = native("attention", namespace), native("attention_backward", namespace)
@@ -167,5 +177,13 @@ ATTENTION.register(
         unproven("attention", "triton"),
     )
 )
-ATTENTION.register(Backend("cpu", native("attention"), native("attention_backward"), _refuses("cpu")))
+ATTENTION.register(
+    Backend(
+        "cpu",
+        native("attention"),
+        native("attention_backward"),
+        _refuses("cpu"),
+        declines=_cpu_declines,
+    )
+)
 ATTENTION.register(Backend("torch", stock.attention, by_torch=True))
