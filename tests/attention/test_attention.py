@@ -499,8 +499,8 @@ def test_native_op_checks_for_itself() -> None:
 
 
 def test_explain_gives_every_backend_a_reason() -> None:
-    few = bigkern.explain("attention", Q, Q, Q, causal=True)
-    assert few[-2].reason in ("not measured here: stock is faster below 32 tokens", info.summary())
+    few = {c.backend: c.reason for c in bigkern.explain("attention", Q, Q, Q, causal=True)}
+    assert few["cpu"] in ("not measured here: stock is faster below 32 tokens", info.summary())
     q = torch.zeros(2, 4, 32, 8)
     explanation = bigkern.explain("attention", q, q, q, causal=True)
     assert [choice.backend for choice in explanation] == ["cuda", "triton", "cpu", "torch"]

@@ -153,7 +153,7 @@ def _refuses(backend: str) -> Callable[[Attention], Reason]:
 
 
 def _cpu_declines(call: Attention) -> Reason:
-    """Of a few tokens the call itself is what takes the time, and torch's is shorter, where it is one call."""
+    """Of a few tokens the call itself takes the time, and torch's is shorter where it is one call."""
     if torch.compiler.is_compiling() or not {"causal", "grouped", "wide"}.issuperset(options(call)):
         return None  # no graph is bound to few tokens
     if max(call.q.shape[2], call.k.shape[2]) >= FASTER_FROM:
