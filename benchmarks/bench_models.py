@@ -1,6 +1,7 @@
 """A training step, and inference, of whole models: stock, stock compiled, patched, patched and compiled.
 
-The models are those of transformers, built from their configs with random weights. A training step is
+The models are one layer of torch's Transformer, and those of transformers, built from their configs with
+random weights. A training step is
 forward, loss, backward and AdamW's step, each contestant on weights of its own. On a CPU batches and images
 are fewer and sequences shorter than in earnest; widths, depths and vocabularies never are.
 """
@@ -43,6 +44,10 @@ class Plan(NamedTuple):
 
 
 PLANS = [
+    *(
+        Plan(problems.encoder_layer(D), (1, 64), ([(8, 1024)], [(8, 1024)]), (sizes, sizes))
+        for D, sizes in ((768, [(1, 128), (4, 512)]), (1024, [(1, 512)]))
+    ),
     Plan(problems.gpt2(), (1, 128), ([(8, 1024)], [(8, 1024)]), ([(1, 512)], [(2, 256), (1, 512)])),
     Plan(problems.bert(), (2, 64), ([(64, 128)], [(32, 512)]), ([(8, 128)], [(2, 128)])),
     Plan(problems.vit(), (1, 224), ([(64, 224)], [(64, 224)]), ([(4, 224)], [(4, 224)])),

@@ -10,9 +10,11 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -100,6 +102,30 @@ def vit(name: str = "ViT-B/16", **sizes: Any) -> Network:
         return ViTForImageClassification(ViTConfig(num_labels=1000, **sizes))
 
     return Network(name, build, _images, "images")
+
+
+def encoder_layer(width: int) -> Network:
+    """torch's own Transformer layer alone, pre-norm, with a head for each 64 columns."""
+
+    def batch(rows: int, length: int) -> Inputs:
+        x = torch.randn(rows, length, width, generator=torch.Generator().manual_seed(0))
+        return {"x": x, "labels": torch.arange(rows)}
+
+    return Network(f"encoder layer D{width}", lambda: EncoderLayer(width), batch)
+
+
+class EncoderLayer(nn.Module):
+    """What it returns is called as transformers does; to have a loss, any will do."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(
+            width, width // 64, 4 * width, 0.0, F.gelu, batch_first=True, norm_first=True
+        )
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        y = self.layer(x)
+        return SimpleNamespace(logits=y, loss=None if labels is None else y.square().mean())
 
 
 def resnet50(name: str = "ResNet-50", **sizes: Any) -> Network:
@@ -201,8 +227,8 @@ def patched(model: nn.Module) -> tuple[nn.Module, Report]:
     from bigkern.patch.transformers.attention import NAME, enable
 
     report = bigkern.patch(model)
-    config: Any = model.config
-    if config._attn_implementation != NAME:
+    config: Any = getattr(model, "config", None)
+    if config is not None and config._attn_implementation != NAME:
         with contextlib.suppress(ValueError):  # a network without attention
             enable(model)  # type: ignore[arg-type]
     return model, report
@@ -231,8 +257,9 @@ def forward_flops(network: Network, rows: int, length: int) -> float:
     """Of products and convolutions, attention as if nothing were masked."""
     with torch.device("meta"):
         model: Any = network.build().eval()
-        model.set_attn_implementation("eager")
-        model.config.use_cache = True  # without one GPT-2 looks into its positions
+        if hasattr(model, "config"):
+            model.set_attn_implementation("eager")
+            model.config.use_cache = True  # without one GPT-2 looks into its positions
     batch = {name: x.to("meta") for name, x in network.batch(rows, length).items() if name != "labels"}
     batch.pop("attention_mask", None)  # which is looked into
     with FlopCounterMode(display=False) as counter, torch.no_grad():
