@@ -234,6 +234,15 @@ def test_the_grid_can_be_called(name: str) -> None:
     assert len(set(places)) == len(places)
 
 
+def test_what_a_gpu_is_given_besides_is_of_sizes_of_its_own() -> None:
+    """And small enough for a card of 24 GB: inputs in float32 take 4 at most."""
+    for name in problems.OPS:
+        labels = [problem.label for problem in (*problems.grid(name), *problems.large(name))]
+        assert len(set(labels)) == len(labels)
+        for problem in problems.large(name):
+            assert 4 * sum(torch.Size(shape).numel() for shape in problem.shapes.values()) < 4 << 30
+
+
 COMMAND = ["tune", "grad_norm", "--seconds", "0.1", "--device", "cpu"]
 
 

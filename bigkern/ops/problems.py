@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bigkern.core import registry
+from bigkern.core.device import is_gpu
 from bigkern.core.problem import Inputs, Problem
 from bigkern.core.tune import Plan
 from bigkern.ops.adam import grad_norm_problems
@@ -66,12 +67,17 @@ def grid(op: str) -> list[Problem]:
     return list(_MODULES[op].grid())
 
 
+def large(op: str) -> list[Problem]:
+    """What it measures on a GPU besides: calls as training and serving large models have them."""
+    return list(_MODULES[op].large()) if hasattr(_MODULES[op], "large") else []
+
+
 def plans(op: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> list[Plan]:
-    """The grid in these dtypes, forward and, where there is a gradient, in training."""
+    """What is to be measured, in these dtypes, forward and, where there is a gradient, in training."""
     declared: Any = registry.get(op)
     return [
         Plan(declared, problem.label, training, partial(bound, problem, dtype, device))
-        for problem in grid(op)
+        for problem in (*grid(op), *(large(op) if is_gpu(device) else ()))
         for dtype in dtypes
         for training in ((False, True) if problem.differentiable and declared.gradient else (False,))
     ]

@@ -52,5 +52,10 @@ def grid() -> list[Problem]:
     return [grad_norm(sizes) for sizes in lists]
 
 
+def large() -> list[Problem]:
+    lists: list[Sizes] = [[(4096, 4096)] * 8, [(768,)] * 200 + [(768, 3072)] * 48]
+    return [grad_norm(sizes) for sizes in lists]
+
+
 def typical() -> Problem:
     return grad_norm([(768, 768), (768,)])

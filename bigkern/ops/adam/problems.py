@@ -241,5 +241,12 @@ def grid() -> list[Problem]:
     ]
 
 
+def large() -> list[Problem]:
+    lists: list[Sizes] = [[(4096, 4096)] * 8, [(768,)] * 200 + [(768, 3072)] * 48]
+    return [adam(sizes, f"{len(sizes)} tensors of {sizes[-1]}") for sizes in lists] + [
+        adam_storage(name, lists[0]) for name in STORAGE
+    ]
+
+
 def typical() -> Problem:
     return adam([(768, 768), (768,)], "2 tensors")

@@ -187,5 +187,13 @@ def grid() -> list[Problem]:
     ]
 
 
+def large() -> list[Problem]:
+    return [
+        decode([keys] * B, 32, keys, 128, kv_heads=8, page_size=page_size)
+        for page_size in (0, 64)
+        for B, keys in ((1, 8192), (64, 1024), (64, 4096))
+    ]
+
+
 def typical() -> Problem:
     return decode([4096] * 8, 12, 4096, 64)

@@ -495,5 +495,14 @@ def grid() -> list[Problem]:
     ]
 
 
+def large() -> list[Problem]:
+    sizes = ((16, 16, 1024), (64, 16, 256), (4, 16, 4096))
+    return [
+        *(attention(*size, D, causal) for D in (64, 128) for causal in (False, True) for size in sizes),
+        *(attention(*size, 128, True, kv_heads=size[1] // 4) for size in sizes),
+        *(attention(*size, 64, masked="keys") for size in sizes[:2]),
+    ]
+
+
 def typical() -> Problem:
     return attention(4, 12, 512, 64, causal=True)

@@ -122,5 +122,10 @@ def grid() -> list[Problem]:
     ]
 
 
+def large() -> list[Problem]:
+    sizes = ((128, 64, 56, 56), (128, 256, 28, 28), (128, 2048, 7, 7))
+    return [batch_norm(*size, residual=residual, relu=True) for size in sizes for residual in (False, True)]
+
+
 def typical() -> Problem:
     return batch_norm(8, 64, 56, 56, residual=True)

@@ -184,5 +184,10 @@ def grid() -> list[Problem]:
     return [frozen(*size, weights) for weights in stored for size in sizes]
 
 
+def large() -> list[Problem]:
+    kinds: tuple[Weights, ...] = ("int8", "fp8")
+    return [frozen(M, 4096, 14336, weights, "swiglu") for weights in kinds for M in (1, 16, 256, 4096)]
+
+
 def typical() -> Problem:
     return frozen(16, 768, 3072, "int8")

@@ -159,5 +159,10 @@ def grid() -> list[Problem]:
     return [layernorm_ffn(*size) for size in sizes] + [layernorm_ffn(*size, "swiglu") for size in gated]
 
 
+def large() -> list[Problem]:
+    sizes = ((16384, 768, 3072), (8192, 4096, 14336), (65536, 1024, 4096))
+    return [layernorm_ffn(*size, activation) for size in sizes for activation in ("gelu", "swiglu")]
+
+
 def typical() -> Problem:
     return layernorm_ffn(512, 768, 3072)

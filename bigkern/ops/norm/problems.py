@@ -107,5 +107,10 @@ def grid() -> list[Problem]:
     return [norm(*size, kind, residual) for kind in KINDS for residual in (False, True) for size in sizes]
 
 
+def large() -> list[Problem]:
+    sizes = ((65536, 768), (16384, 4096), (65536, 4096))
+    return [norm(*size, kind, residual) for kind in KINDS for residual in (False, True) for size in sizes]
+
+
 def typical() -> Problem:
     return norm(2048, 768)

@@ -222,5 +222,10 @@ def grid() -> list[Problem]:
     ]
 
 
+def large() -> list[Problem]:
+    sizes = ((256, 64, 512, 512), (256, 64, 1024, 1024), (512, 1, 1024, 1024))
+    return [recurrent(mode, *size) for mode in ("LSTM", "GRU") for size in sizes]
+
+
 def typical() -> Problem:
     return recurrent("LSTM", 128, 32, 256, 512)
