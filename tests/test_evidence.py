@@ -113,7 +113,7 @@ def test_what_a_kernel_is_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
     assert evidence.kernel("norm", "cuda") == f"norm, cuda, sources {sources}"
     triton = pytest.importorskip("triton")
     words = evidence.kernel("norm", "triton_library")
-    assert words.startswith(f"norm, triton {triton.__version__}_library, sources ")
+    assert words.startswith(f"norm, triton_library, triton {triton.__version__}, sources ")
 
 
 def test_the_hash_changes_with_any_source(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ writes what it found into ``proven.json`` in your cache; what we have proven is 
 {"version": 2,
  "proven": {
   "nvidia-h200-sm90-132-227k, torch 2.11.0, driver 13.0": {
-   "attention, triton 3.6.0, sources 1f3a90bc": {"bfloat16 plain": "pass", "bfloat16 window": "fail"}}}}
+   "attention, triton, triton 3.6.0, sources 1f3a90bc": {"bfloat16 plain": "pass", "bfloat16 window": "fail"}}}}
 
 The later verdict counts. Files are read when bigkern is imported; one that cannot be read is a warning, and
 proves nothing.
@@ -55,8 +55,7 @@ def kernel(op: str, candidate: str) -> str:
         return f"{op}, {candidate}, sources {info.build().get('sources', 'unknown')}"
     import triton
 
-    made_by = candidate.replace("triton", f"triton {triton.__version__}", 1)
-    return f"{op}, {made_by}, sources {_triton_sources()}"
+    return f"{op}, {candidate}, triton {triton.__version__}, sources {_triton_sources()}"
 
 
 @lru_cache
