@@ -8,7 +8,7 @@ writes what it found into ``proven.json`` in your cache; what we have proven is 
 {"version": 2,
  "proven": {
   "nvidia-h200-sm90-132-227k, torch 2.11.0, driver 13.0": {
-   "attention, triton, triton 3.6.0, sources 1f3a90bc": {"bfloat16 plain": "pass", "bfloat16 window": "fail"}}}}
+   "attention, triton, triton 3.6.0, sources 1f3a90bc": {"float32 plain": "pass", "float32 window": "fail"}}}}
 
 The later verdict counts. Files are read when bigkern is imported; one that cannot be read is a warning, and
 proves nothing.
