@@ -106,7 +106,7 @@ def unavailable(backend: str, tensor: Tensor) -> registry.Reason:
     """Why a compiled or Triton backend cannot run anything here, or nothing on this tensor's device."""
     if traced():
         return "torch.jit.trace records torch's functions alone"
-    if backend == "cpu":
+    if backend.startswith("cpu"):
         return _NOT_LOADED if tensor.is_cpu else f"tensors are on {tensor.device.type}"
     lacking = _NO_CUDA_KERNELS if backend == "cuda" else _NO_TRITON
     if lacking is not None or tensor.is_cuda:

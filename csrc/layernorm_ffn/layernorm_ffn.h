@@ -68,7 +68,7 @@ struct NormBackwardParams {
   Dropout dropout;
 };
 
-// ---- bias + activation, around a product that a library made (GPU backends) ---------------------
+// ---- the passes around products that a library made ---------------------------------------------
 
 struct BiasActivationParams {
   Dtype dtype;
@@ -201,10 +201,14 @@ constexpr bool is_post(Placement placement, Norm norm) {
 namespace cpu {
 size_t packed_elements(const PackWeightParams& params);  // that `panels` has
 size_t norm_backward_workspace(const NormBackwardParams& params, int threads);
+size_t bias_activation_backward_workspace(const BiasActivationBackwardParams& params, int threads);
 size_t ffn_forward_workspace(const FfnParams& params, int threads);
 size_t ffn_backward_workspace(const FfnBackwardParams& params, int threads);
 void norm_forward(const NormParams& params, const Parallel& parallel);
 void norm_backward(const NormBackwardParams& params, const Parallel& parallel);
+void bias_activation(const BiasActivationParams& params, const Parallel& parallel);
+void bias_activation_backward(const BiasActivationBackwardParams& params, const Parallel& parallel);
+void dropout_add(const DropoutAddParams& params, const Parallel& parallel);
 void ffn_forward(const FfnParams& params, const Parallel& parallel);
 void ffn_backward(const FfnBackwardParams& params, const Parallel& parallel);
 void pack_weight(const PackWeightParams& params, const Parallel& parallel);

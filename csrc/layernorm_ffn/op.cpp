@@ -11,8 +11,20 @@ struct Cpu {
   static void run(const NormBackwardParams& p, const Tensor&) {
     cpu::norm_backward(p, torch_parallel());
   }
+  static void run(const BiasActivationParams& p, const Tensor&) {
+    cpu::bias_activation(p, torch_parallel());
+  }
+  static void run(const BiasActivationBackwardParams& p, const Tensor&) {
+    cpu::bias_activation_backward(p, torch_parallel());
+  }
+  static void run(const DropoutAddParams& p, const Tensor&) {
+    cpu::dropout_add(p, torch_parallel());
+  }
   static size_t workspace(const NormBackwardParams& p) {
     return cpu::norm_backward_workspace(p, torch_parallel().threads);
+  }
+  static size_t workspace(const BiasActivationBackwardParams& p) {
+    return cpu::bias_activation_backward_workspace(p, torch_parallel().threads);
   }
 };
 
@@ -25,7 +37,21 @@ struct Cuda {
     launch_on_device(x, "norm_backward",
                      [&](void* stream) { return cuda::norm_backward(p, stream); });
   }
+  static void run(const BiasActivationParams& p, const Tensor& x) {
+    launch_on_device(x, "bias_activation",
+                     [&](void* stream) { return cuda::bias_activation(p, stream); });
+  }
+  static void run(const BiasActivationBackwardParams& p, const Tensor& x) {
+    launch_on_device(x, "bias_activation_backward",
+                     [&](void* stream) { return cuda::bias_activation_backward(p, stream); });
+  }
+  static void run(const DropoutAddParams& p, const Tensor& x) {
+    launch_on_device(x, "dropout_add", [&](void* stream) { return cuda::dropout_add(p, stream); });
+  }
   static size_t workspace(const NormBackwardParams& p) { return cuda::norm_backward_workspace(p); }
+  static size_t workspace(const BiasActivationBackwardParams& p) {
+    return cuda::bias_activation_backward_workspace(p);
+  }
 };
 #endif
 
@@ -113,9 +139,8 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor> norm_backward
   return {ds, dx, dweight, dbias};
 }
 
-// ---- bias + activation: the GPU backends' pieces ------------------------------------------------
+// ---- the passes around products that a library made ---------------------------------------------
 
-#ifdef BIGKERN_CUDA
 struct BiasActivationCall {
   Arguments& in;
   Tensor product = in.tensor();
@@ -126,6 +151,7 @@ struct BiasActivationCall {
 };
 
 // Adds the bias to the product in place, and returns the activation of that.
+template <class Device>
 Tensor bias_activation(const BiasActivationCall& call) {
   const Tensor& product = call.product;
   const First first(product, "product");
@@ -145,8 +171,7 @@ Tensor bias_activation(const BiasActivationCall& call) {
   if (bias.has_value()) p.preactivation = out(product);
   p.out = out(activated);
   p.dropout = dropout_of(call.dropout_key, call.dropout_p);
-  launch_on_device(product, "bias_activation",
-                   [&](void* stream) { return cuda::bias_activation(p, stream); });
+  Device::run(p, product);
   return activated;
 }
 
@@ -159,6 +184,7 @@ struct BiasActivationBackwardCall {
   OptionalTensor dropout_key = in.optional();
 };
 
+template <class Device>
 std::tuple<Tensor, OptionalTensor, OptionalTensor> bias_activation_backward(
     const BiasActivationBackwardCall& call) {
   const First first(call.preactivation, "preactivation");
@@ -176,10 +202,9 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor> bias_activation_backward(
   p.dout = dout.const_data_ptr(), p.preactivation = preactivation.const_data_ptr();
   p.dpre = out(dpre), p.out = out(activated), p.dbias = out(dbias);
   p.dropout = dropout_of(call.dropout_key, call.dropout_p);
-  const Tensor workspace = empty_bytes(dout, cuda::bias_activation_backward_workspace(p));
+  const Tensor workspace = empty_bytes(dout, Device::workspace(p));
   p.workspace = out(workspace);
-  launch_on_device(dout, "bias_activation_backward",
-                   [&](void* stream) { return cuda::bias_activation_backward(p, stream); });
+  Device::run(p, dout);
   return {dpre, activated, dbias};
 }
 
@@ -191,6 +216,7 @@ struct DropoutAddCall {
   Tensor dropout_key = in.tensor();
 };
 
+template <class Device>
 Tensor dropout_add(const DropoutAddCall& call) {
   const First first(call.x, "x");
   const auto [M, N] = rows_of(call.x, "x");
@@ -202,10 +228,9 @@ Tensor dropout_add(const DropoutAddCall& call) {
   p.dtype = first.dtype, p.M = M, p.N = N;
   p.x = x.const_data_ptr(), p.residual = data_or_null(residual), p.out = out(result);
   p.dropout = dropout_of(call.dropout_key, call.dropout_p);
-  launch_on_device(x, "dropout_add", [&](void* stream) { return cuda::dropout_add(p, stream); });
+  Device::run(p, x);
   return result;
 }
-#endif
 
 // ---- the whole block: the CPU backend -----------------------------------------------------------
 
@@ -356,32 +381,29 @@ Gradients layernorm_ffn_backward(BackwardCall& call) {
 }
 #endif
 
-#ifdef BIGKERN_CUDA
-template <class Library>
-void implement_cuda(Library& m) {
-  m.impl("norm", &boxed<norm<Cuda>>);
-  m.impl("norm_backward", &boxed<norm_backward<Cuda>>);
-  m.impl("dropout_add", &boxed<dropout_add>);
-  m.impl("bias_activation", &boxed<bias_activation>);
-  m.impl("bias_activation_backward", &boxed<bias_activation_backward>);
+template <class Device, class Library>
+void implement_passes(Library& m) {
+  m.impl("norm", &boxed<norm<Device>>);
+  m.impl("norm_backward", &boxed<norm_backward<Device>>);
+  m.impl("dropout_add", &boxed<dropout_add<Device>>);
+  m.impl("bias_activation", &boxed<bias_activation<Device>>);
+  m.impl("bias_activation_backward", &boxed<bias_activation_backward<Device>>);
 }
-#endif
 
 }  // namespace
 
 #ifdef BIGKERN_SIMT
-STABLE_TORCH_LIBRARY_IMPL(bigkern_simt, CPU, m) { implement_cuda(m); }
+STABLE_TORCH_LIBRARY_IMPL(bigkern_simt, CPU, m) { implement_passes<Cuda>(m); }
 #else
 STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CPU, m) {
-  m.impl("norm", &boxed<norm<Cpu>>);
-  m.impl("norm_backward", &boxed<norm_backward<Cpu>>);
+  implement_passes<Cpu>(m);
   m.impl("layernorm_ffn", &boxed<layernorm_ffn>);
   m.impl("layernorm_ffn_backward", &boxed<layernorm_ffn_backward>);
   m.impl("frozen_layernorm_ffn", &boxed<frozen_layernorm_ffn>);
   m.impl("pack_ffn_weight", &boxed<pack_ffn_weight>);
 }
 #ifdef BIGKERN_CUDA
-STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CUDA, m) { implement_cuda(m); }
+STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CUDA, m) { implement_passes<Cuda>(m); }
 #endif
 #endif
 

@@ -68,14 +68,14 @@ def _refuses(backend: str) -> Callable[[LayernormFfn], Reason]:
             return f"dtype {x.dtype} is not float32, bfloat16 or float16"
         if x.numel() == 0 or w1.numel() == 0:
             return "x or the weights are empty"
-        if backend != "cpu" and x.shape[-1] > MAX_COLUMNS:
+        if not backend.startswith("cpu") and x.shape[-1] > MAX_COLUMNS:
             return f"rows of {x.shape[-1]} > {MAX_COLUMNS} elements"
         return autocast(x)
 
     return refuses
 
 
-def _cpu_declines(call: LayernormFfn) -> Reason:
+def _unmeasured(call: LayernormFfn) -> Reason:
     return "not measured here: on some processors stock's products are faster"
 
 
@@ -95,7 +95,15 @@ LAYERNORM_FFN.register(
         native("layernorm_ffn"),
         native("layernorm_ffn_backward"),
         _refuses("cpu"),
-        declines=_cpu_declines,
+        declines=_unmeasured,
+    )
+)
+LAYERNORM_FFN.register(
+    Backend(
+        "cpu_library",
+        *block_of(native_pieces(torch.ops.bigkern_native)),
+        _refuses("cpu_library"),
+        declines=_unmeasured,
     )
 )
 LAYERNORM_FFN.register(Backend("torch", stock.layernorm_ffn, by_torch=True))

@@ -83,5 +83,39 @@ inline void with_activation(Activation activation, const F& f) {
   }
 }
 
+// The gradient of W preactivations, and of as many of the other half if they are gates.
+struct HiddenGradient {
+  vf gate, up;
+};
+
+// The backward of a = drop(act(h)): dh is stored, and a again.
+template <class T>
+struct ActivationBackward {
+  int64_t F;
+  const T* h;  // [M, F] or [M, 2F]
+  T *dh, *a;   // like h, and [M, F]; a null: not wanted
+  Drop drop;
+
+  // Row i, columns f .. f + n; da as it arrives, before the dropout is undone.
+  template <Activation A, class N>
+  HiddenGradient run(vf da, int64_t i, int64_t f, N n) const {
+    constexpr bool gated = is_gated(A);
+    const int64_t at = i * (gated ? 2 * F : F) + f;
+    da = drop(da, i, f);
+    Curve curve = curve_of<A>(load_upto(h + at, n));
+    HiddenGradient d = {da * curve.slope, zero()};
+    if constexpr (gated) {
+      const vf up = load_upto(h + at + F, n);
+      d.up = da * curve.value;
+      store_upto(dh + at + F, d.up, n);
+      curve.value *= up;
+      d.gate *= up;
+    }
+    store_upto(dh + at, d.gate, n);
+    if (a) store_upto(a + i * F + f, drop(curve.value, i, f), n);
+    return d;
+  }
+};
+
 }  // namespace
 }  // namespace bigkern::layernorm_ffn::BIGKERN_ISA

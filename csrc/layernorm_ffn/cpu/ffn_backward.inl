@@ -27,37 +27,24 @@ constexpr int64_t kTokens = 2048;
 // Epilogue of da = dz W2.
 template <class T>
 struct ActivationBackwardTile {
-  int64_t F;
+  ActivationBackward<T> at;
   Activation activation;
-  const T* h;  // [M, F] or [M, 2F]
-  T *dh, *a;   // like h, and [M, F]; a null: not wanted
   float* db1;  // [row blocks, F or 2F] partial sums, null: not wanted
-  Drop drop;
 
   template <Activation A>
   void column(const Tile& tile, int64_t j, int64_t n) const {
     constexpr bool gated = is_gated(A);
-    const int64_t width = gated ? 2 * F : F, f = tile.j + j;
-    vf sum = zero(), sum_up = zero();
+    const int64_t width = gated ? 2 * at.F : at.F, f = tile.j + j;
+    HiddenGradient sum = {zero(), zero()};
     for (int r = 0; r < tile.rows; ++r) {
-      const int64_t i = tile.i + r, at = i * width + f;
-      const vf da = drop(load(tile.c + r * NR + j), i, f);
-      Curve curve = curve_of<A>(load_upto(h + at, n));
-      vf d = da * curve.slope;
-      if constexpr (gated) {
-        const vf up = load_upto(h + at + F, n), d_up = da * curve.value;
-        store_upto(dh + at + F, d_up, n);
-        sum_up += d_up;
-        curve.value *= up;
-        d *= up;
-      }
-      store_upto(dh + at, d, n);
-      sum += d;
-      if (a) store_upto(a + i * F + f, drop(curve.value, i, f), n);
+      const HiddenGradient d = at.template run<A>(load(tile.c + r * NR + j), tile.i + r, f, n);
+      sum.gate += d.gate;
+      sum.up += d.up;
     }
     if (!db1) return;
-    accumulate(db1 + tile.row_block * width, f, sum, n, tile.first);
-    if constexpr (gated) accumulate(db1 + tile.row_block * width, F + f, sum_up, n, tile.first);
+    float* sums = db1 + tile.row_block * width;
+    accumulate(sums, f, sum.gate, n, tile.first);
+    if constexpr (gated) accumulate(sums, at.F + f, sum.up, n, tile.first);
   }
 
   void operator()(const Tile& tile) const {
@@ -68,25 +55,6 @@ struct ActivationBackwardTile {
     });
   }
 };
-
-// a = drop(act(h)), where nothing but dW2 is wanted.
-template <class T>
-void rebuild_activation(const T* h, int64_t M, int64_t F, Activation activation, const Drop& drop,
-                        T* a, const Parallel& parallel) {
-  with_activation(activation, [&](auto constant) BIGKERN_FN {
-    constexpr Activation A = decltype(constant)::value;
-    const int64_t width = is_gated(A) ? 2 * F : F;
-    parallel.for_range(0, M, 1, [&](int64_t begin, int64_t end) BIGKERN_FN {
-      for (int64_t i = begin; i < end; ++i) {
-        for (int64_t f = 0; f < F; f += W) {
-          vf value = value_of<A>(load_upto(h + i * width + f, F - f));
-          if constexpr (is_gated(A)) value *= load_upto(h + i * width + F + f, F - f);
-          store_upto(a + i * F + f, drop(value, i, f), F - f);
-        }
-      }
-    });
-  });
-}
 
 template <class T>
 struct FfnBackward {
@@ -176,16 +144,23 @@ struct FfnBackward {
                        floats(sums_at), make_row, parallel);
   }
 
+  // a = drop(act(h)), where nothing but dW2 is wanted.
+  void rebuild_activation(T* a, const Parallel& parallel) const {
+    BiasActivationParams pass = {};
+    pass.M = p.M, pass.F = p.F, pass.activation = p.activation, pass.dropout = p.hidden_dropout;
+    pass.product = p.preactivation, pass.out = a;
+    bias_activation<T>(pass, parallel);
+  }
+
   void through_activation(const Parallel& parallel) const {
     T* a = want_dw2 ? stored(a_at) : nullptr;
     if (!want_dh) {
-      const T* h = in(p.preactivation);
-      if (a) rebuild_activation(h, p.M, p.F, p.activation, hidden_drop, a, parallel);
+      if (a) rebuild_activation(a, parallel);
       return;
     }
     float* db1 = p.db1 ? floats(db1_at) : nullptr;
-    const ActivationBackwardTile<T> tile = {p.F, p.activation, in(p.preactivation), stored(dh_at),
-                                            a,   db1,          hidden_drop};
+    const ActivationBackward<T> at = {p.F, in(p.preactivation), stored(dh_at), a, hidden_drop};
+    const ActivationBackwardTile<T> tile = {at, p.activation, db1};
     const Matrix<T> A = {dz(), p.D, 1}, B = weight(p.w2, p.D, p.F, p.w2_transposed);
     gemm<T>(da, A, B, tile, floats(gemm_at), parallel);
     add_partial_sums(db1, p.M > 0 ? da.row_blocks : 0, width, width, out(p.db1), parallel);

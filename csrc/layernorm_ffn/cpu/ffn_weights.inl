@@ -16,7 +16,7 @@
 // Compiled once per instruction set.
 
 #ifndef BIGKERN_ISA  // an editor reads this file by itself
-#include "layernorm_ffn/cpu/activation.inl"
+#include "layernorm_ffn/cpu/passes.inl"
 #endif
 
 namespace bigkern::layernorm_ffn::BIGKERN_ISA {

@@ -8,6 +8,7 @@
 #include "layernorm_ffn/cpu/dropout.inl"
 #include "layernorm_ffn/cpu/norm.inl"
 #include "layernorm_ffn/cpu/activation.inl"
+#include "layernorm_ffn/cpu/passes.inl"
 #include "layernorm_ffn/cpu/ffn_weights.inl"
 #include "layernorm_ffn/cpu/ffn_forward.inl"
 #include "layernorm_ffn/cpu/ffn_backward.inl"

@@ -16,6 +16,19 @@ void norm_backward(const NormBackwardParams& p, const Parallel& parallel) {
   with_dtype(p.dtype, [&](auto t) BIGKERN_FN { norm_backward<decltype(t)>(p, parallel); });
 }
 
+void bias_activation(const BiasActivationParams& p, const Parallel& parallel) {
+  with_dtype(p.dtype, [&](auto t) BIGKERN_FN { bias_activation<decltype(t)>(p, parallel); });
+}
+
+void bias_activation_backward(const BiasActivationBackwardParams& p, const Parallel& parallel) {
+  with_dtype(p.dtype,
+             [&](auto t) BIGKERN_FN { bias_activation_backward<decltype(t)>(p, parallel); });
+}
+
+void dropout_add(const DropoutAddParams& p, const Parallel& parallel) {
+  with_dtype(p.dtype, [&](auto t) BIGKERN_FN { dropout_add<decltype(t)>(p, parallel); });
+}
+
 void ffn_forward(const FfnParams& p, const Parallel& parallel) {
   with_dtype(p.dtype, [&](auto t) BIGKERN_FN { ffn_forward<decltype(t)>(p, parallel); });
 }
@@ -37,6 +50,11 @@ size_t packed_elements(const PackWeightParams& p, int) {
 
 size_t norm_backward_workspace(const NormBackwardParams& p, int) {
   return size_t(row_sum_blocks(p.M) * 2 * p.N) * sizeof(float);
+}
+
+size_t bias_activation_backward_workspace(const BiasActivationBackwardParams& p, int) {
+  const int64_t width = is_gated(p.activation) ? 2 * p.F : p.F;
+  return size_t(row_sum_blocks(p.M) * width) * sizeof(float);
 }
 
 size_t ffn_forward_workspace(const FfnParams& p, int threads) {
