@@ -31,6 +31,7 @@ TIERS = {
     "cpu": "native CPU",
     "torch": "native CPU" if not GPU else "GPU",
     "triton": "GPU" if GPU else "interpreter",
+    "triton_library": "GPU" if GPU else "interpreter",
     "simt": "emulator",
     "cuda": "GPU",
 }
@@ -48,10 +49,11 @@ def backends() -> list[str]:
 
 BACKENDS = backends()
 KERNEL_BACKENDS = [name for name in BACKENDS if name != "torch"]
+LIBRARY_BACKENDS = ["triton_library"] if "triton" in BACKENDS else []  # of some ops: torch's own products
 
 
 def device_of(backend: str) -> torch.device:
-    return torch.device("cuda" if GPU and backend in ("cuda", "triton", "torch") else "cpu")
+    return torch.device("cuda" if GPU and backend not in ("cpu", "simt") else "cpu")
 
 
 @contextmanager

@@ -35,7 +35,6 @@ from bigkern.ops.layernorm_ffn.frozen_call import (
     sizes,
 )
 from bigkern.ops.layernorm_ffn.frozen_reference import PIECES
-from bigkern.ops.layernorm_ffn.pieces import TRITON_PIECES
 from bigkern.ops.layernorm_ffn.reference import Pieces, down_norm_by
 
 define_native("pack_ffn_weight(Tensor weight, bool gated) -> Tensor packed")
@@ -221,7 +220,7 @@ def triton_pieces() -> Pieces:
     def down(a: Tensor, w2: Any, b2: Any, residual: Tensor | None, dropout: Any) -> Tensor:
         return cast(Tensor, frozen_down(*operand(a, w2), *w2, b2, residual, a.dtype))
 
-    norm = TRITON_PIECES.norm
+    norm = triton_kernel("layernorm_ffn", "norm")
     return PIECES._replace(norm=norm, up=up, down=down, down_norm=down_norm_by(down, norm))
 
 
