@@ -22,6 +22,7 @@ from bigkern.core.library import (
 from bigkern.core.op import Measures, Op, native
 from bigkern.core.registry import Backend, Reason
 from bigkern.ops.layernorm_ffn import frozen_reference as reference
+from bigkern.ops.layernorm_ffn import frozen_stock as stock
 from bigkern.ops.layernorm_ffn import layernorm_ffn
 from bigkern.ops.layernorm_ffn.call import Activation, Norm, Placement
 from bigkern.ops.layernorm_ffn.frozen_call import (
@@ -234,4 +235,4 @@ FROZEN.register(
     )
 )
 FROZEN.register(Backend("cpu", native("frozen_layernorm_ffn"), None, _refuses("cpu")))
-FROZEN.register(Backend("torch", reference.frozen_layernorm_ffn, by_torch=True))
+FROZEN.register(Backend("torch", stock.frozen_layernorm_ffn, by_torch=True))
