@@ -153,11 +153,16 @@ def test_verify_records_gpu_kernels_alone(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     passed = doctor.Finding("attention", "cuda", "cuda:0", cases=5)
     failed = doctor.Finding("adam", "cuda", "cuda:0", cases=5, problem="wrong")
+    stock = doctor.Finding("attention", "torch_flash", "cuda:0", cases=5)
+    library = doctor.Finding("layernorm_ffn", "triton_library", "cuda:0", cases=3)
     on_cpu = doctor.Finding("attention", "cpu", "cpu", cases=5)
     untested = doctor.Finding("norm", "triton", "cuda:0", refused="no triton")
-    recorded = doctor.verify([passed, failed, on_cpu, untested])
-    assert [(e.op, e.backend, e.arch, e.cases) for e in recorded] == [("attention", "cuda", "sm_90", 5)]
+    recorded = doctor.verify([passed, failed, stock, library, on_cpu, untested])
+    assert [(e.op, e.backend, e.arch, e.cases) for e in recorded] == [
+        ("attention", "cuda", "sm_90", 5), ("layernorm_ffn", "triton_library", "sm_90", 3),
+    ]  # fmt: skip
     assert evidence.read(evidence.user_file()) == recorded
+    assert evidence.verified("layernorm_ffn", "triton_library", "sm_90")
     assert evidence.verified("attention", "cuda", "sm_90")
 
 
