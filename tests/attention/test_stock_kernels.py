@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bigkern
-from bigkern.core import registry, wisdom
+from bigkern.core import evidence, registry, wisdom
 from bigkern.core.wisdom_file import Point
 from bigkern.ops.attention import stock_kernels
 from bigkern.ops.attention.backends import ATTENTION, bind
@@ -153,6 +153,11 @@ class Called(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
+class Causal(torch.nn.Module):
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        return bigkern.attention(q, k, k, causal=True)  # type: ignore[return-value]
+
+
 class Model(torch.nn.Module):
     def forward(self, q: Tensor) -> Tensor:
         return bigkern.attention(q, q, q)  # type: ignore[return-value]
@@ -183,3 +188,20 @@ def test_heads_too_long_for_some_gpus_are_not_traced() -> None:
     remember("torch_flash", q)
     assert bigkern.explain("attention", q, q, q).chosen == "torch_flash"
     assert "flash" not in targets(torch.export.export(Model(), (q,), strict=True).graph)
+
+
+def test_sizes_left_open_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each graph would be bound to having as many keys as queries, or not."""
+    monkeypatch.setattr(evidence, "proven", frozenset({("attention", "triton", "sm_90")}))
+    guards: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        context = torch._guards.TracingContext.get()
+        guards.extend(str(guard.expr) for guard in context.fake_mode.shape_env.guards)
+        return graph
+
+    q, k = drawn(S=32), drawn(S=48)
+    for x in (q, k):
+        torch._dynamo.mark_dynamic(x, 2)
+    torch.compile(Causal(), backend=backend, fullgraph=True)(q, k)
+    assert not [guard for guard in guards if guard.startswith(("Eq", "Ne"))]

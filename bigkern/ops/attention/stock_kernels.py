@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.backends import cuda
 
+from bigkern.core import wisdom
 from bigkern.core.library import KERNEL_DTYPES, in_functorch
 from bigkern.core.registry import Backend, Reason
 from bigkern.ops.attention.call import Attention
@@ -100,7 +101,10 @@ def _needs_more(call: Attention) -> Reason:
     windowed = call.window_left >= 0 or (call.causal == "none" and call.window_right >= 0)
     if windowed or call.mask is not None or call.bias is not None or call.alibi_slopes is not None:
         return "masks, windows, biases and slopes are for torch's whole function"
-    if call.causal != "none" and call.q.shape[2] != call.k.shape[2]:
+    queries, keys = call.q.shape[2], call.k.shape[2]
+    if wisdom.left_open((queries, keys)):
+        return "nothing is measured of sizes that torch.compile leaves open"
+    if call.causal != "none" and queries != keys:
         return "causal with more queries or keys: kernels differ in the corner"
     return None
 
