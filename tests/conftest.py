@@ -74,6 +74,29 @@ def undeclined(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wisdom, "state", wisdom.State({}, {}))  # what was decided before is forgotten
 
 
+class Card:
+    name, major, minor, multi_processor_count = "Fake GPU", 9, 0, 132
+    shared_memory_per_block_optin = 227 << 10
+
+
+@pytest.fixture
+def fake_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What fake tensors on a GPU lie on: a card of which nothing is proven and nothing measured."""
+    from bigkern.core import device, evidence, registry, wisdom
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: Card)
+    monkeypatch.setattr(registry, "_warned", {0})
+    monkeypatch.setattr(evidence, "proven", {})
+    monkeypatch.setattr(wisdom, "state", wisdom.State({}, {}))
+    for cached in (device.gpu_fingerprint, evidence.place):
+        cached.cache_clear()
+    yield
+    for cached in (device.gpu_fingerprint, evidence.place):
+        cached.cache_clear()
+    torch._dynamo.reset()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _triton_interpreter() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":

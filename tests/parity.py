@@ -29,8 +29,10 @@ FUZZ_FROM = int(os.environ.get("BIGKERN_FUZZ_FROM", "0"))  # added to the seeds 
 
 TIERS = {
     "cpu": "native CPU",
+    "cpu_library": "native CPU",
     "torch": "native CPU" if not GPU else "GPU",
     "triton": "GPU" if GPU else "interpreter",
+    "triton_library": "GPU" if GPU else "interpreter",
     "simt": "emulator",
     "cuda": "GPU",
 }
@@ -48,10 +50,12 @@ def backends() -> list[str]:
 
 BACKENDS = backends()
 KERNEL_BACKENDS = [name for name in BACKENDS if name != "torch"]
+# Of some ops: torch's own products, and our passes around them.
+LIBRARY_BACKENDS = [f"{name}_library" for name in BACKENDS if name in ("cpu", "triton")]
 
 
 def device_of(backend: str) -> torch.device:
-    return torch.device("cuda" if GPU and backend in ("cuda", "triton", "torch") else "cpu")
+    return torch.device("cuda" if GPU and backend not in ("cpu", "cpu_library", "simt") else "cpu")
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,34 +9,17 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bigkern.core import device, evidence, registry, wisdom
+from bigkern.core import evidence, registry, wisdom
 from bigkern.core.problem import Problem
 from bigkern.core.wisdom_file import Point
 from bigkern.ops import problems
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a fake card beside a real one")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a fake card beside a real one"),
+    pytest.mark.usefixtures("fake_card"),
+]
 
 OPS = ("attention", "norm", "layernorm_ffn", "recurrent")
-
-
-class Card:
-    name, major, minor, multi_processor_count = "Fake GPU", 9, 0, 132
-    shared_memory_per_block_optin = 227 << 10
-
-
-@pytest.fixture(autouse=True)
-def _a_fake_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: Card)
-    device.gpu_fingerprint.cache_clear()
-    evidence.place.cache_clear()
-    monkeypatch.setattr(registry, "_warned", {0})
-    monkeypatch.setattr(evidence, "proven", {})
-    monkeypatch.setattr(wisdom, "state", wisdom.State({}, {}))
-    yield
-    device.gpu_fingerprint.cache_clear()
-    evidence.place.cache_clear()
-    torch._dynamo.reset()
 
 
 def proven(monkeypatch: pytest.MonkeyPatch, problem: Problem) -> None:

@@ -132,6 +132,17 @@ def test_new_backends_and_new_evidence_decide_anew(monkeypatch: pytest.MonkeyPat
     assert len(calls) == 2
 
 
+def test_deterministic_algorithms_decide_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, x = checked(monkeypatch, ATTENTION), q()
+    try:
+        for asked in (False, True, True, False):
+            torch.use_deterministic_algorithms(asked)
+            bigkern.attention(x, x, x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(calls) == 3
+
+
 def test_masks_and_lengths_are_looked_at_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     x, mask = q(), torch.ones(5, 5, dtype=torch.bool)
     bigkern.attention(x, x, x, mask=mask)

@@ -113,11 +113,11 @@ REBUILD = "pip install --force-reinstall --no-build-isolation bigkern"
 
 
 def _fix(op: str, backend: str, crashed: bool) -> str:
-    if backend == "torch":
+    if registry.is_stock(backend):
         return "this is stock PyTorch itself: reinstall torch, then report what `bigkern env` prints"
     if crashed and backend in ("cpu", "cuda"):
         return f"rebuild for torch {torch.__version__}: {REBUILD}"
-    if crashed and backend == "triton":
+    if crashed and backend in ("triton", "triton_library"):
         return "install the triton that this torch wants: pip install --upgrade 'triton>=3.6'"
     return f'use stock PyTorch here, `with bigkern.use({op}="torch"):`, and report what `bigkern env` prints'
 

@@ -106,7 +106,8 @@ def _show(report: dict[str, Any], console: Console) -> None:
         console.say(f"{name:<16} {value}")
     for entry in report["ops"]:
         console.say(f"\n{entry['op']} ({entry['call']}) on {entry['device']}")
+        width = max(map(len, entry["backends"]))
         for backend, reason in entry["backends"].items():
             if reason == report["extension"]["summary"] and report["extension"]["import_error"]:
                 reason = "the extension did not load, see above"
-            console.say(f"  {'->' if backend == entry['chosen'] else '  '} {backend:<8} {reason}")
+            console.say(f"  {'->' if backend == entry['chosen'] else '  '} {backend:<{width}}  {reason}")

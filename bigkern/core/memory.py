@@ -62,7 +62,12 @@ class Memory:
         if not _undisturbed():
             return None, None
         of = self._of
-        if of[0] is not self._op.backends or of[1] is not evidence.proven or of[2] is not wisdom.state:
+        if (
+            of[0] is not self._op.backends
+            or of[1] is not evidence.proven
+            or of[2] is not wisdom.state
+            or of[3] is not is_deterministic()
+        ):
             self._of = self._now()
             self._decisions.clear()
         try:
@@ -73,7 +78,7 @@ class Memory:
 
     def _now(self) -> tuple[Any, ...]:
         """What decisions depend on besides the call."""
-        return self._op.backends, evidence.proven, wisdom.state
+        return self._op.backends, evidence.proven, wisdom.state, is_deterministic()
 
     def _remember(
         self, key: Any, arguments: tuple[Any, ...], call: Any, decided: tuple[Backend, bool]
@@ -125,6 +130,7 @@ is_compiling, is_grad_enabled, get_num_threads = (
     torch.is_grad_enabled,
     torch.get_num_threads,
 )
+is_deterministic = torch._C._get_deterministic_algorithms
 _GLOBALS = {"is_grad_enabled": is_grad_enabled, "get_num_threads": get_num_threads}
 
 

@@ -39,6 +39,11 @@ ORDER = (
 Reason = str | None
 
 
+def is_stock(backend: str) -> bool:
+    """Whether nothing in a backend of this name is ours."""
+    return backend.startswith("torch")
+
+
 class BackendRefused(RuntimeError):
     """The backend forced with :func:`use` cannot run this call; the message says why."""
 
@@ -61,8 +66,7 @@ class Backend:
 
     @property
     def is_stock(self) -> bool:
-        """Whether nothing in it is ours."""
-        return self.name.startswith("torch")
+        return is_stock(self.name)
 
     def unable(self, call: Any) -> Reason:
         return self.refuses(call) or self.unproven(call)
@@ -93,7 +97,8 @@ class Explanation(tuple[Choice, ...]):
         return next((choice.backend for choice in self if choice.chosen), "none")
 
     def __str__(self) -> str:
-        rows = [f"  {'->' if c.chosen else '  '} {c.backend:<8} {c.reason}" for c in self]
+        width = max((len(c.backend) for c in self), default=0)
+        rows = [f"  {'->' if c.chosen else '  '} {c.backend:<{width}}  {c.reason}" for c in self]
         return "\n".join([self.op, *rows])
 
     __repr__ = __str__

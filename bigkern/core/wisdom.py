@@ -115,18 +115,22 @@ def point(place: Place) -> Point | None:
 
 
 def order(place: Place) -> tuple[str, ...]:
-    """Candidates from the fastest on, at the nearest measured point; none where there is no such point.
-
-    A size that torch.compile leaves open is not looked at: that would bind the graph to it.
-    """
+    """Candidates from the fastest on, at the nearest measured point; none where there is no such point."""
+    if left_open(place.sizes):
+        return ()
     if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import has_static_value
-
-        if not all(has_static_value(n) for n in place.sizes):
-            return ()
         return _traced_order(place.op, place.kind, place.sizes, str(place.device), place.reach)
     found = point(place)
     return () if found is None else found.order
+
+
+def left_open(sizes: Sizes) -> bool:
+    """Whether torch.compile leaves a size open: to look at it would bind the graph to it."""
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return not all(has_static_value(n) for n in sizes)
 
 
 def _traced_order(op: str, kind: Kind, sizes: Sizes, device: str, reach: float) -> tuple[str, ...]:

@@ -6,7 +6,8 @@
     >>> torch.nn.attention.restore_flash_attention_impl()
 
 While it is active, the calls that torch gives to its flash backend, on the CPU and on CUDA devices, run on
-the backend that :func:`bigkern.explain` names; what that leaves to stock runs the kernel that torch had.
+the backend that :func:`bigkern.explain` names. What that leaves to stock, whichever of torch's kernels it
+names, runs the flash kernel that torch had: torch has made its choice by then.
 """
 
 from __future__ import annotations

@@ -33,10 +33,11 @@ class Row:
         why = reasons.get(chosen, "what use() forces refuses it")
         point = explanation.point
         if point is not None and chosen in point.gain:
-            faster = point.us["torch"] / point.us[chosen]
+            faster = min(us for name, us in point.us.items() if registry.is_stock(name)) / point.us[chosen]
             why = f"measured at {'x'.join(map(str, point.sizes))}: {faster:.2f}x as fast as torch"
-        elif chosen == "torch":  # why no kernel of ours runs it, by the last that could on this device
-            here = [c for c in explanation if not c.chosen and not c.reason.startswith("tensors are on")]
+        elif registry.is_stock(chosen):  # why no kernel of ours does, by the last that could on this device
+            ours = [c for c in explanation if not registry.is_stock(c.backend)]
+            here = [c for c in ours if not c.reason.startswith("tensors are on")]
             why = f"{here[-1].backend}: {here[-1].reason}" if here else why
         return cls(name, kind, op, chosen, why, measured=point is not None)
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from bigkern.core import registry
 from bigkern.core.tune import tune
 from bigkern.terminal import files
 from bigkern.terminal.console import INTERRUPTED, Console, Failure, RunFailed, machine
@@ -79,7 +80,7 @@ def _tune(this: Run, console: Console) -> None:
     began = time.perf_counter()
     with tune(TUNING) as measured:
         trainer.train_step()
-    ours = sum(m.after != "torch" for m in measured)
+    ours = sum(not registry.is_stock(m.after) for m in measured)
     seconds = time.perf_counter() - began
     console.say(f"tuned in {seconds:.0f} s: kernels of ours run {ours} of {len(measured)} kinds of calls")
 

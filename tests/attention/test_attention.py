@@ -14,7 +14,8 @@ from torch import Tensor
 
 import bigkern
 from bigkern.core import info
-from bigkern.core.problem import Problem, results
+from bigkern.core.problem import Problem, judge, results
+from bigkern.ops.attention import stock_kernels
 from bigkern.ops.attention.call import bind
 from bigkern.ops.attention.problems import form, forms, heads_first, varlen
 from bigkern.ops.attention.transforms import RULES
@@ -503,7 +504,9 @@ def test_explain_gives_every_backend_a_reason() -> None:
     assert few["cpu"] in ("not measured here: stock is faster below 32 tokens", info.summary())
     q = torch.zeros(2, 4, 32, 8)
     explanation = bigkern.explain("attention", q, q, q, causal=True)
-    assert [choice.backend for choice in explanation] == ["cuda", "triton", "cpu", "torch"]
+    named = [choice.backend for choice in explanation]
+    assert named == ["cuda", "triton", "cpu", "torch", *stock_kernels.KERNELS][: len(named)]
+    assert len(named) == (7 if torch.backends.cuda.is_built() else 4)
     assert explanation.chosen == ("cpu" if info.import_error is None else "torch")
     assert all(choice.reason for choice in explanation)
     wide = torch.zeros(1, 1, 2, 320)
@@ -523,6 +526,18 @@ def test_use_forces_or_refuses() -> None:
     if not torch.cuda.is_available():
         with bigkern.use("cuda"), pytest.raises(bigkern.BackendRefused, match="cuda backend refuses"):
             bigkern.attention(Q, Q, Q)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's kernels are a GPU's")
+@pytest.mark.parametrize("name", stock_kernels.KERNELS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_torchs_single_kernels_are_attention(name: str, causal: bool) -> None:
+    problem = form(D=64, causal=causal, lse=False)
+    try:
+        verdicts = judge(problem, torch.bfloat16, torch.device("cuda"), name)
+    except bigkern.BackendRefused as error:
+        pytest.skip(str(error))
+    assert not [verdict.problem for verdict in verdicts.values() if not verdict.passed]
 
 
 # ---- torch's own function --------------------------------------------------------------------------

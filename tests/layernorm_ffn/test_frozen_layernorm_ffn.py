@@ -9,13 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from parity import DTYPES, KERNEL_BACKENDS, run_backend
+import torch.nn.functional as F
+from parity import DTYPES, KERNEL_BACKENDS, assert_parity, run_backend
 from test_layernorm_ffn import inputs_of, stock
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import bigkern
 from bigkern import FrozenWeight, freeze_weight, frozen_layernorm_ffn
+from bigkern.core.parity import Yardstick
 from bigkern.ops.layernorm_ffn import frozen_reference as reference
+from bigkern.ops.layernorm_ffn import frozen_stock
 from bigkern.ops.layernorm_ffn.frozen_call import FP8, bind, check_fp8
 
 OP = "frozen_layernorm_ffn"
@@ -75,6 +80,38 @@ def test_quantised_weights(dtype: torch.dtype) -> None:
     assert (q[5].float() == 0).all()
     relative = ((q.float() * scale[:, None] - w).abs() / w.abs().amax(1, keepdim=True).clamp(min=1e-30)).max()
     assert relative <= (0.5 / 127 if dtype == torch.int8 else 2.0**-4) * 1.001
+
+
+# ---- stock in fp8 ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_in_fp8_is_the_references(bias: bool) -> None:
+    x, b = torch.randn(33, 64).bfloat16(), torch.randn(48).bfloat16() if bias else None
+    weight = reference.Weight(*reference.quantised(torch.randn(48, 64), FP8))
+    factors = (q.double() * scale.double()[:, None] for q, scale in (reference.quantised(x, FP8), weight))
+    exact = F.linear(*factors, bias=None if b is None else b.double())
+    yardstick = Yardstick({"y": exact}, lambda: {"y": reference.product(x, weight, b)})
+    assert_parity(OP, "torch", {"y": frozen_stock.scaled_product(x, weight, b)}, yardstick)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "N", "in_fp8"),
+    [(torch.bfloat16, 48, True), (torch.bfloat16, 40, False), (torch.half, 48, False)],
+)
+def test_a_gpu_multiplies_bfloat16_in_fp8(dtype: torch.dtype, N: int, in_fp8: bool) -> None:
+    """What torch's product with a scale for each row takes; the rest is the reference's."""
+
+    def product(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        return frozen_stock.product(x, reference.Weight(w, scale), bias)
+
+    with FakeTensorMode():
+        x, bias = (torch.empty(shape, dtype=dtype, device="cuda") for shape in ((33, 64), (N,)))
+        w = torch.empty(N, 64, dtype=FP8, device="cuda")
+        traced = make_fx(product)(x, w, torch.empty(N, device="cuda"), bias)
+        y = product(x, w, torch.empty(N, device="cuda"), bias)
+    assert (y.shape, y.dtype) == ((33, N), dtype)
+    assert ("aten._scaled_mm.default" in {str(node.target) for node in traced.graph.nodes}) == in_fp8
 
 
 # ---- what surrounds the op -------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from parity import (
     BACKENDS,
     DTYPES,
     KERNEL_BACKENDS,
+    LIBRARY_BACKENDS,
     assert_parity,
     check,
     device_of,
@@ -31,6 +32,8 @@ from bigkern.ops.layernorm_ffn import reference
 from bigkern.ops.layernorm_ffn.call import GATED, bind
 from bigkern.ops.layernorm_ffn.problems import ACTIVATIONS, NAMES, PLACEMENTS, layernorm_ffn
 from bigkern.ops.layernorm_ffn.stock import activate
+
+KERNELS, EVERY = KERNEL_BACKENDS + LIBRARY_BACKENDS, BACKENDS + LIBRARY_BACKENDS
 
 
 def inputs_of(
@@ -68,7 +71,7 @@ def with_gradients(inputs: Sequence[Any], grad: Tensor, **options: Any) -> dict[
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+@pytest.mark.parametrize("backend", KERNELS)
 def test_extreme_preactivations(backend: str, activation: str) -> None:
     """Tails of the activations: nothing overflows, and nothing is lost where they vanish."""
 
@@ -79,7 +82,7 @@ def test_extreme_preactivations(backend: str, activation: str) -> None:
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+@pytest.mark.parametrize("backend", KERNELS)
 def test_large_mean_and_tiny_variance(backend: str, placement: str) -> None:
     def values(drawn: Inputs) -> Inputs:
         return drawn | {"x": 1e4 + 0.1 * drawn["x"]}
@@ -142,7 +145,7 @@ def test_transposed_weights_are_read_where_they_lie(dtype: torch.dtype, activati
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+@pytest.mark.parametrize("backend", KERNELS)
 def test_strided_inputs(backend: str, placement: str) -> None:
     problem = layernorm_ffn(12, 24, 40, placement=placement)
     shapes = {
@@ -178,7 +181,7 @@ def test_no_rows_run_on_stock(placement: str) -> None:
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY)
 def test_frozen_parameters(backend: str, placement: str) -> None:
     """Each gradient alone and each one left out; what is not wanted is not there."""
     inputs = inputs_of(backend, torch.float32, activation="swiglu")
@@ -197,7 +200,7 @@ def test_frozen_parameters(backend: str, placement: str) -> None:
                 assert leaf.grad is None or torch.allclose(leaf.grad, want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+@pytest.mark.parametrize("backend", KERNELS)
 def test_shared_weights(backend: str) -> None:
     """The same parameters used twice, and one tensor in two places, add up their gradients."""
     block = layernorm_ffn(4, 16, 16, "silu")
@@ -221,7 +224,7 @@ def op_options(activation: str, placement: str, save: str, norm: str = "layer", 
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY)
 def test_saves_only_what_a_backward_needs(backend: str, placement: str) -> None:
     inputs = inputs_of(backend, torch.float32, (4, 8, 24), 40, "swiglu")
     op = torch.ops.bigkern.layernorm_ffn
@@ -256,7 +259,7 @@ def saved_numbers(backend: str, leaves: Sequence[Any], **options: Any) -> int:
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY)
 def test_saving_the_input_gives_the_same_bits(backend: str, placement: str) -> None:
     for dtype, activation in itertools.product((torch.float32, torch.bfloat16), ("gelu", "swiglu")):
         inputs = inputs_of(backend, dtype, (7, 24), 40, activation)
@@ -297,7 +300,7 @@ def in_sums(problem: Problem) -> Problem:
     return replace(problem, **given, outputs=("dw1", "dw2"))
 
 
-@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+@pytest.mark.parametrize("backend", KERNELS)
 def test_weight_gradients_are_added_to_sums(backend: str) -> None:
     """What is left of the gradients is as without them."""
     for dtype, activation in itertools.product(DTYPES, ("gelu", "geglu")):
@@ -307,7 +310,7 @@ def test_weight_gradients_are_added_to_sums(backend: str) -> None:
 # ---- dropout ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY)
 def test_what_dropout_keeps(backend: str) -> None:
     """An identity for W2 shows the draws: their share, their scale, and that they follow the seed."""
     size, p = 64, 0.25
@@ -337,7 +340,7 @@ def test_what_dropout_keeps(backend: str) -> None:
 # ---- determinism, gradcheck ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+@pytest.mark.parametrize("backend", KERNELS)
 def test_backward_is_deterministic(backend: str) -> None:
     problem = layernorm_ffn(37, 64, 128)
     inputs = problem.make(torch.bfloat16, device_of(backend))
@@ -388,7 +391,7 @@ def test_opcheck(backend: str, placement: str) -> None:
         torch.library.opcheck(backward.default, (dy, *plain, key, *(None,) * 4, *options, some))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY)
 def test_compile_without_recompiles(backend: str) -> None:
     torch._dynamo.reset()
     _, *parameters = inputs_of(backend, torch.float32)

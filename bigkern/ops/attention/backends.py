@@ -19,7 +19,7 @@ from bigkern.core.library import (
 )
 from bigkern.core.op import Autograd, Measures, Op, native, of_fields
 from bigkern.core.registry import Backend, Reason
-from bigkern.ops.attention import reference, stock, transforms
+from bigkern.ops.attention import reference, stock, stock_kernels, transforms
 from bigkern.ops.attention.call import (
     Attention,
     AttentionBackward,
@@ -187,3 +187,6 @@ ATTENTION.register(
     )
 )
 ATTENTION.register(Backend("torch", stock.attention, by_torch=True))
+if torch.backends.cuda.is_built():
+    for name in stock_kernels.KERNELS:
+        ATTENTION.register(stock_kernels.backend(name))

@@ -24,7 +24,7 @@ from bigkern.ops.layernorm_ffn.call import (
     options,
     sizes,
 )
-from bigkern.ops.layernorm_ffn.pieces import TRITON_PIECES, block_of, native_pieces
+from bigkern.ops.layernorm_ffn.pieces import block_of, native_pieces, triton_library_pieces, triton_pieces
 
 LAYERNORM_FFN = Op(
     "layernorm_ffn",
@@ -86,9 +86,10 @@ def cuda_backend(native: Any, *, emulated: bool = False) -> Backend:
 
 
 LAYERNORM_FFN.register(cuda_backend(torch.ops.bigkern_native))
-LAYERNORM_FFN.register(
-    Backend("triton", *block_of(TRITON_PIECES), _refuses("triton"), unproven("layernorm_ffn", "triton"))
-)
+for name, pieces in (("triton", triton_pieces()), ("triton_library", triton_library_pieces())):
+    LAYERNORM_FFN.register(
+        Backend(name, *block_of(pieces), _refuses("triton"), unproven("layernorm_ffn", name))
+    )
 LAYERNORM_FFN.register(
     Backend(
         "cpu",

@@ -22,6 +22,7 @@ from bigkern.core.library import (
 from bigkern.core.op import Measures, Op, native
 from bigkern.core.registry import Backend, Reason
 from bigkern.ops.layernorm_ffn import frozen_reference as reference
+from bigkern.ops.layernorm_ffn import frozen_stock as stock
 from bigkern.ops.layernorm_ffn import layernorm_ffn
 from bigkern.ops.layernorm_ffn.call import Activation, Norm, Placement
 from bigkern.ops.layernorm_ffn.frozen_call import (
@@ -35,7 +36,6 @@ from bigkern.ops.layernorm_ffn.frozen_call import (
     sizes,
 )
 from bigkern.ops.layernorm_ffn.frozen_reference import PIECES
-from bigkern.ops.layernorm_ffn.pieces import TRITON_PIECES
 from bigkern.ops.layernorm_ffn.reference import Pieces, down_norm_by
 
 define_native("pack_ffn_weight(Tensor weight, bool gated) -> Tensor packed")
@@ -221,7 +221,7 @@ def triton_pieces() -> Pieces:
     def down(a: Tensor, w2: Any, b2: Any, residual: Tensor | None, dropout: Any) -> Tensor:
         return cast(Tensor, frozen_down(*operand(a, w2), *w2, b2, residual, a.dtype))
 
-    norm = TRITON_PIECES.norm
+    norm = triton_kernel("layernorm_ffn", "norm")
     return PIECES._replace(norm=norm, up=up, down=down, down_norm=down_norm_by(down, norm))
 
 
@@ -235,4 +235,4 @@ FROZEN.register(
     )
 )
 FROZEN.register(Backend("cpu", native("frozen_layernorm_ffn"), None, _refuses("cpu")))
-FROZEN.register(Backend("torch", reference.frozen_layernorm_ffn, by_torch=True))
+FROZEN.register(Backend("torch", stock.frozen_layernorm_ffn, by_torch=True))

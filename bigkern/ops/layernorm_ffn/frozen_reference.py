@@ -12,6 +12,7 @@ Dettmers et al., LLM.int8() (2022); Micikevicius et al., FP8 Formats for Deep Le
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ def quantised(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     wide = w.to(torch.promote_types(w.dtype, torch.float32))
     largest = wide.abs().amax(-1)
     scale = torch.where(largest == 0, 1, largest / LARGEST[dtype])
-    shares = wide / scale[..., None]
+    shares = wide / scale.unsqueeze(-1)
     return (shares.round() if dtype == torch.int8 else shares).to(dtype), scale.float()
 
 
@@ -49,7 +50,7 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     if w.dtype == FP8:
         q, x_scale = quantised(x.detach(), FP8)
-        rounded = q.to(wide) * x_scale.to(wide)[..., None]
+        rounded = q.to(wide) * x_scale.to(wide).unsqueeze(-1)
         p = F.linear(rounded + (x - x.detach()), w.to(wide))  # x's gradient passes the rounding
     else:
         p = F.linear(x, w.to(x.dtype)).to(wide)
@@ -57,18 +58,22 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     return (p if bias is None else p + bias).to(x.dtype)
 
 
-def _up(
-    x: Tensor, w1: Weight, b1: Tensor | None, activation: str, dropout: Dropout, save: bool
-) -> tuple[None, Tensor]:
-    return None, activate(product(x, w1, b1), activation)
+def pieces_by(product: Callable[[Tensor, Weight, Tensor | None], Tensor]) -> Pieces:
+    """The plain pieces around a product with frozen weights."""
+
+    def up(
+        x: Tensor, w1: Weight, b1: Tensor | None, activation: str, dropout: Dropout, save: bool
+    ) -> tuple[None, Tensor]:
+        return None, activate(product(x, w1, b1), activation)
+
+    def down(a: Tensor, w2: Weight, b2: Tensor | None, residual: Tensor | None, dropout: Dropout) -> Tensor:
+        y = product(a, w2, b2)
+        return y if residual is None else residual + y
+
+    return PLAIN._replace(up=up, down=down, down_norm=down_norm_by(down, PLAIN.norm))
 
 
-def _down(a: Tensor, w2: Weight, b2: Tensor | None, residual: Tensor | None, dropout: Dropout) -> Tensor:
-    y = product(a, w2, b2)
-    return y if residual is None else residual + y
-
-
-PIECES = PLAIN._replace(up=_up, down=_down, down_norm=down_norm_by(_down, PLAIN.norm))
+PIECES = pieces_by(product)
 
 
 def frozen_layernorm_ffn(call: FrozenLayernormFfn, pieces: Pieces = PIECES) -> Tensor:

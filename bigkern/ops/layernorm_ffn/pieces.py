@@ -83,17 +83,20 @@ def down_backward_by(dropout_add: Callable[..., Any]) -> Callable[..., tuple[Ten
     return down_backward
 
 
+PASSES = ("norm", "norm_backward", "bias_activation", "bias_activation_backward", "dropout_add")
+
+
 def native_pieces(native: Any) -> Pieces:
-    names = ("norm", "norm_backward", "bias_activation", "bias_activation_backward", "dropout_add")
-    return composed_pieces(*(getattr(native, name) for name in names))
+    return composed_pieces(*(getattr(native, name) for name in PASSES))
 
 
-def fused_pieces() -> Pieces:
-    """Triton's: each product in one kernel with what follows it."""
+def triton_library_pieces() -> Pieces:
+    return composed_pieces(*(triton_kernel("layernorm_ffn", name) for name in PASSES))
+
+
+def triton_pieces() -> Pieces:
+    """Each product in one kernel with what follows it."""
     kernels = {
         name: triton_kernel("layernorm_ffn", name) for name in Pieces._fields if name != "down_backward"
     }
     return Pieces(**kernels, down_backward=down_backward_by(triton_kernel("layernorm_ffn", "dropout_add")))
-
-
-TRITON_PIECES = fused_pieces()

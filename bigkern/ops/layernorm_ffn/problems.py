@@ -92,6 +92,7 @@ def layernorm_ffn(
         flops=2 * M * D * (rows + hidden),
         elements=2 * M * D + D * (rows + hidden),
         parameters=tuple(name for name in shapes if name != "x"),
+        kernels=("cpu", "cpu_library", "triton", "triton_library", "cuda"),
     )
 
 

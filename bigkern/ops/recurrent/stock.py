@@ -1,4 +1,7 @@
-"""A recurrent layer without kernels: torch's own functions, and the reference where they have no word."""
+"""A recurrent layer without kernels: torch's own functions, and the reference where they have no word.
+
+On a GPU torch's functions are cuDNN's kernels already, so stock has no other candidate there.
+"""
 
 from __future__ import annotations
 
