@@ -86,8 +86,10 @@ FUZZED = {
     "layernorm_ffn": Fuzz(
         cpu=400, cuda=100, triton=20, simt=30, largest=200, emulated=40, cpu_library=100, triton_library=6
     ),
-    "frozen_layernorm_ffn": Fuzz(cpu=200, cuda=0, triton=16, simt=0, largest=800, emulated=64),
-    "recurrent": Fuzz(cpu=300, cuda=60, triton=4, simt=4, largest=72, emulated=9),
+    "frozen_layernorm_ffn": Fuzz(
+        cpu=200, cuda=0, triton=16, simt=0, largest=800, emulated=64, cpu_library=50
+    ),
+    "recurrent": Fuzz(cpu=300, cuda=60, triton=4, simt=4, largest=72, emulated=9, cpu_library=100),
     "norm": Fuzz(cpu=40, cuda=40, triton=4, simt=4, largest=100, emulated=10),
 }
 SEEDS = [

@@ -16,6 +16,22 @@ Parallel team_parallel() {
 }
 
 struct Cpu {
+  // A scan alone is a layer whose gates have been projected.
+  static Layer layer_of(const Scan& call) {
+    Layer p = {};
+    p.of = call.of, p.projected = call.gates, p.gates = call.save ? call.gates : nullptr;
+    p.w_hh[0] = call.w_hh[0], p.w_hh[1] = call.w_hh[1], p.bias_n = call.bias_n;
+    p.h0 = call.h0, p.c0 = call.c0, p.zoneout = call.zoneout;
+    p.y = call.y, p.hn = call.hn, p.cn = call.cn, p.reserve = call.reserve;
+    p.workspace = call.workspace;
+    return p;
+  }
+  static size_t workspace(const Scan& call) {
+    return cpu::layer_workspace(layer_of(call), team_parallel().threads);
+  }
+  static void launch(const Scan& call, const Tensor&) {
+    cpu::layer(layer_of(call), team_parallel());
+  }
   static size_t workspace(const ScanBackward& call) {
     return cpu::scan_backward_workspace(call, team_parallel().threads);
   }
@@ -176,7 +192,6 @@ std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor> layer
 }
 #endif
 
-#ifdef BIGKERN_CUDA
 struct ScanCall {
   Arguments& in;
   Tensor gates = in.tensor();
@@ -187,6 +202,7 @@ struct ScanCall {
   bool save = in.flag();
 };
 
+template <class Device>
 std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor> scan(ScanCall& call) {
   const Tensor& gates = call.gates;
   const Steps steps = Steps::of_gates(gates, *call.h0, call.batch_sizes, call.mode);
@@ -206,12 +222,11 @@ std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor> scan(ScanCall& call) 
   p.bias_n = steps.data(call.bias_n, "bias_n", {of.D, of.H});
   p.zoneout = steps.rows(call.zoneout, "zoneout");
   p.y = out(y), p.hn = out(hn), p.cn = out(cn), p.reserve = static_cast<float*>(out(reserve));
-  const Tensor workspace = empty_bytes(gates, Cuda::workspace(p));
+  const Tensor workspace = empty_bytes(gates, Device::workspace(p));
   p.workspace = out(workspace);
-  Cuda::launch(p, gates);
+  Device::launch(p, gates);
   return {y, hn, cn, reserve};
 }
-#endif
 
 struct ScanBackwardCall {
   Arguments& in;
@@ -281,7 +296,7 @@ bool fits(const FitsCall& call) {
 template <class Library>
 void implement_cuda(Library& m) {
   m.impl("recurrent_fits", &boxed<fits>);
-  m.impl("recurrent_scan", &boxed<scan>);
+  m.impl("recurrent_scan", &boxed<scan<Cuda>>);
   m.impl("recurrent_scan_backward", &boxed<scan_backward<Cuda>>);
 }
 #endif
@@ -293,6 +308,7 @@ STABLE_TORCH_LIBRARY_IMPL(bigkern_simt, CPU, m) { implement_cuda(m); }
 #else
 STABLE_TORCH_LIBRARY_IMPL(bigkern_native, CPU, m) {
   m.impl("recurrent", &boxed<layer>);
+  m.impl("recurrent_scan", &boxed<scan<Cpu>>);
   m.impl("recurrent_scan_backward", &boxed<scan_backward<Cpu>>);
 }
 #ifdef BIGKERN_CUDA

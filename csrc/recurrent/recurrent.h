@@ -1,7 +1,7 @@
 // The scan of a recurrent layer over time: its contract on every backend, free of torch.
 //
-// On a GPU the input's part of the gates has been multiplied before, as one product over all steps;
-// the scan adds the state's part and walks through time. On a CPU it is a product over some steps
+// The input's part of the gates has been multiplied before, as one product over all steps; the scan
+// adds the state's part and walks through time. On a CPU it may also be a product over some steps
 // at a time, whose results wait in the caches. With ' for the step before, * elementwise:
 //
 //   LSTM   i, f, o = sigmoid(x_i + W_i h'), ..   g = tanh(x_g + W_g h')
@@ -60,15 +60,17 @@ struct Scan {
   void* workspace;
 };
 
-// A layer: projection and scan.
+// A layer on a CPU: projection and scan, or a scan alone.
 struct Layer {
   Sizes of;
   int64_t I;
-  const void* x;        // [N, I]
-  const void* w_ih[2];  // [G, H, I] a direction
-  const void* w_hh[2];  // [G, H, H]
-  const void* b_ih[2];  // [G, H], both null ok: 0
+  const void* x;          // [N, I], or null where the gates have been projected
+  const void* projected;  // [N, D, G, H]: x W_ih^T + biases, as the scan's gates; may alias gates
+  const void* w_ih[2];    // [G, H, I] a direction
+  const void* w_hh[2];    // [G, H, H]
+  const void* b_ih[2];    // [G, H], both null ok: 0
   const void* b_hh[2];
+  const void* bias_n;   // [D, H], null ok: 0; of projected gates, the GRU's alone
   const void *h0, *c0;  // [D, B, H]; c0 of the LSTM alone
   const void* zoneout;  // [N, D, H], null ok: 0
   void* y;              // [N, D, H]

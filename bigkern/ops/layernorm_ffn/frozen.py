@@ -36,7 +36,7 @@ from bigkern.ops.layernorm_ffn.frozen_call import (
     sizes,
 )
 from bigkern.ops.layernorm_ffn.frozen_reference import PIECES
-from bigkern.ops.layernorm_ffn.reference import Pieces, down_norm_by
+from bigkern.ops.layernorm_ffn.reference import NO_DROPOUT, Pieces, down_norm_by
 
 define_native("pack_ffn_weight(Tensor weight, bool gated) -> Tensor packed")
 
@@ -195,7 +195,7 @@ def _refuses(backend: str) -> Callable[[FrozenLayernormFfn], Reason]:
             return "x or the weights are empty"
         if w1.dtype != w2.dtype:
             return f"the weights are {w1.dtype} and {w2.dtype}"
-        if backend == "cpu" and w1.dtype == FP8:
+        if backend.startswith("cpu") and w1.dtype == FP8:
             return "CPUs do not multiply in fp8"
         if backend == "triton" and call.w1_scale is None:
             return "packed weights are the CPU's"
@@ -225,6 +225,16 @@ def triton_pieces() -> Pieces:
     return PIECES._replace(norm=norm, up=up, down=down, down_norm=down_norm_by(down, norm))
 
 
+def library_pieces() -> Pieces:
+    """torch's own products, and the CPU's kernels around them."""
+    kernels = torch.ops.bigkern_native
+
+    def activate(preactivation: Tensor, activation: str) -> Tensor:
+        return cast(Tensor, kernels.bias_activation(preactivation, None, activation, *NO_DROPOUT))
+
+    return reference.pieces_by(reference.product, activate, kernels.norm)
+
+
 FROZEN.register(
     Backend(
         "triton",
@@ -235,4 +245,13 @@ FROZEN.register(
     )
 )
 FROZEN.register(Backend("cpu", native("frozen_layernorm_ffn"), None, _refuses("cpu")))
+FROZEN.register(
+    Backend(
+        "cpu_library",
+        partial(reference.frozen_layernorm_ffn, pieces=library_pieces()),
+        None,
+        _refuses("cpu_library"),
+        declines=lambda call: "not measured here: packed weights are read faster",
+    )
+)
 FROZEN.register(Backend("torch", stock.frozen_layernorm_ffn, by_torch=True))

@@ -21,7 +21,11 @@ from bigkern.ops.layernorm_ffn.problems import ACTIVATIONS, NORMS, PLACEMENTS
 from bigkern.ops.layernorm_ffn.stock import activate
 
 Weights = op.Weights
-KERNELS = {"packed": ("cpu",), "int8": ("cpu", "triton"), "fp8": ("triton",)}
+KERNELS = {
+    "packed": ("cpu", "cpu_library"),
+    "int8": ("cpu", "cpu_library", "triton"),
+    "fp8": ("triton",),
+}
 
 
 def frozen(

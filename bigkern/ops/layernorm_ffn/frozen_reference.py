@@ -58,8 +58,12 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     return (p if bias is None else p + bias).to(x.dtype)
 
 
-def pieces_by(product: Callable[[Tensor, Weight, Tensor | None], Tensor]) -> Pieces:
-    """The plain pieces around a product with frozen weights."""
+def pieces_by(
+    product: Callable[[Tensor, Weight, Tensor | None], Tensor],
+    activate: Callable[[Tensor, str], Tensor] = activate,
+    norm: Callable[..., Any] = PLAIN.norm,
+) -> Pieces:
+    """The pieces around a product with frozen weights: the plain ones, or a kernel's."""
 
     def up(
         x: Tensor, w1: Weight, b1: Tensor | None, activation: str, dropout: Dropout, save: bool
@@ -70,7 +74,7 @@ def pieces_by(product: Callable[[Tensor, Weight, Tensor | None], Tensor]) -> Pie
         y = product(a, w2, b2)
         return y if residual is None else residual + y
 
-    return PLAIN._replace(up=up, down=down, down_norm=down_norm_by(down, PLAIN.norm))
+    return PLAIN._replace(norm=norm, up=up, down=down, down_norm=down_norm_by(down, norm))
 
 
 PIECES = pieces_by(product)

@@ -24,6 +24,7 @@ from bigkern.core.library import (
 )
 from bigkern.core.op import Autograd, Measures, Op, native, of_fields
 from bigkern.core.registry import Backend, Reason
+from bigkern.ops.linear import reference as linear_reference
 from bigkern.ops.recurrent import stock
 from bigkern.ops.recurrent.call import (
     GATES,
@@ -250,6 +251,23 @@ RECURRENT.register(
         composed_backward(native("recurrent_scan_backward")),
         _refuses("cpu"),
         declines=_cpu_declines,
+    )
+)
+
+
+def _library_refuses(call: Recurrent) -> Reason:
+    if call.mode == "RNN_RELU":
+        return "the input's part of the gates is rounded by itself, which could turn the sign that ReLU sees"
+    return _refuses("cpu_library")(call)
+
+
+RECURRENT.register(
+    Backend(
+        "cpu_library",
+        composed(native("recurrent_scan"), linear_reference.linear),
+        composed_backward(native("recurrent_scan_backward"), linear_reference.linear_backward),
+        _library_refuses,
+        declines=lambda call: "not measured here: stock's products may be slower than ours",
     )
 )
 RECURRENT.register(Backend("torch", _by_torch, by_torch=True))

@@ -107,6 +107,7 @@ def recurrent(
         flops=2 * product,
         parameters=tuple(weights),
         features=tuple(filter(None, features)),
+        kernels=("cpu", *(() if mode == "RNN_RELU" else ("cpu_library",)), "triton", "cuda"),
     )
 
 

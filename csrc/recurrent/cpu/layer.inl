@@ -32,9 +32,9 @@ struct LayerSpace {
 
   LayerSpace(const Layer& p, int threads, void* workspace)
       : layout(p.of),
-        input_words(words_of<T>(p.I)),
+        input_words(p.x ? words_of<T>(p.I) : 0),
         row_panels(most_row_panels(p.of, threads)),
-        chunk_panels(at_least(kRowPanels, (p.of.B + MR - 1) / MR)),
+        chunk_panels(p.x ? at_least(kRowPanels, (p.of.B + MR - 1) / MR) : 0),
         threads(threads) {
     const int64_t D = p.of.D, chains = D * at_most(threads, p.of.B);
     Workspace parts(workspace);
@@ -102,7 +102,7 @@ struct Forward : Places<T> {
   void walk() const {
     int parity = 0;
     for (Step now = first_step(of, chain.direction); now.rows > 0;) {
-      const Step end = project(now);
+      const Step end = p.x ? project(now) : next_step(of, chain.direction, now);
       int64_t input_row = 0;
       while (now.t != end.t) {
         const Step next = next_step(of, chain.direction, now);
@@ -198,19 +198,22 @@ struct Forward : Places<T> {
   }
 
   // A block of one sequence's units: `products` and `inputs` are rows of tiles, the next gates'
-  // further on.
+  // further on; of projected gates there are no inputs.
   void row_of_cells(const Step& now, const Step& next, int64_t block, int64_t row,
                     const float* products, const float* inputs) const {
     const int64_t H = of.H, here = at(now, row, block, 1);
     const float* bias = space.bias + chain.direction * (layout.G + 1) * layout.width() + block * NR;
-    T* gates_row = p.gates ? out(p.gates) + at(now, row, block, layout.G) : nullptr;
+    const int64_t here_gates = at(now, row, block, layout.G);
+    const T* projected = p.x ? nullptr : in(p.projected) + here_gates;
+    T* gates_row = p.gates ? out(p.gates) + here_gates : nullptr;
     const bool ends = chain.begin + row >= next.rows;
     for (int64_t v = 0; v < layout.units(block); v += W) {
       const int64_t n = layout.units(block) - v, state = row * layout.width() + block * NR + v;
       vf gates[G<mode>], product[G<mode>];
       for (int g = 0; g < G<mode>; ++g) {
-        gates[g] =
-            load(inputs + g * space.chunk_panels * kTile + v) + load(bias + g * layout.width() + v);
+        gates[g] = projected ? load_upto(projected + g * H + v, n)
+                             : load(inputs + g * space.chunk_panels * kTile + v) +
+                                   load(bias + g * layout.width() + v);
         product[g] = load(products + g * kRowPanels * kTile + v);
       }
       if (mode == Mode::gru) product[G<mode> - 1] += load(bias + G<mode> * layout.width() + v);
@@ -238,6 +241,10 @@ template <class T>
 void widen_biases(const Layer& p, const Layout<T>& layout, int64_t d, float* bias) {
   const T *b_ih = static_cast<const T*>(p.b_ih[d]), *b_hh = static_cast<const T*>(p.b_hh[d]);
   memset(bias, 0, size_t((layout.G + 1) * layout.width()) * sizeof(float));
+  const T* bias_n = static_cast<const T*>(p.bias_n);
+  for (int64_t i = 0; bias_n && i < layout.H; ++i) {
+    bias[layout.G * layout.width() + i] = to_float(bias_n[d * layout.H + i]);
+  }
   for (int64_t i = 0; b_ih && i < layout.G * layout.H; ++i) {
     const int64_t g = i / layout.H, at = g * layout.width() + i % layout.H;
     const bool hidden_n = p.of.mode == Mode::gru && g == 2;
@@ -250,7 +257,7 @@ template <Mode mode, class T>
 void layer_by(const Layer& p, const Member& member, const LayerSpace<T>& space) {
   const Layout<T>& layout = space.layout;
   const Sizes& of = p.of;
-  pack_weights<T>(layout, of.D, p.w_ih, p.I, false, space.input_weights, member);
+  if (p.x) pack_weights<T>(layout, of.D, p.w_ih, p.I, false, space.input_weights, member);
   pack_weights<T>(layout, of.D, p.w_hh, of.H, false, space.weights, member);
   for (int64_t d = member.me; d < of.D; d += member.team) {
     widen_biases<T>(p, layout, d, space.bias + d * (layout.G + 1) * layout.width());
