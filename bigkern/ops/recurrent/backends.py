@@ -1,7 +1,7 @@
 """The recurrent op: its declaration and its candidates.
 
 The scan alone is a kernel's; the products around it are the same for every candidate: ``layer.py`` composes
-them.
+them. Only the candidate ``cpu`` multiplies the input itself, some steps at a time.
 """
 
 from __future__ import annotations
