@@ -32,15 +32,16 @@ if not torch.cuda.is_available():  # where evidence of a GPU's kernels is kept
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 from bigkern.core import wisdom
 
-wisdom.state = wisdom.State({}, {})
+UNMEASURED = wisdom.state = wisdom.State({}, {})
 
 BUILD = Path(__file__).parent.parent / "build"
 
 
 @pytest.fixture(autouse=True)
 def _same_start() -> None:
-    """Every test draws its own seeded random numbers and leaves no backend forced."""
+    """Every test draws its own seeded random numbers, and knows of no measurement that another made."""
     torch.manual_seed(0)
+    wisdom.state = UNMEASURED
 
 
 @pytest.fixture

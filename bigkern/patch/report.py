@@ -36,7 +36,7 @@ class Row:
             faster = min(us for name, us in point.us.items() if registry.is_stock(name)) / point.us[chosen]
             why = f"measured at {'x'.join(map(str, point.sizes))}: {faster:.2f}x as fast as torch"
         elif registry.is_stock(chosen):  # why no kernel of ours does, by the last that could on this device
-            ours = [c for c in explanation if not registry.is_stock(c.backend)]
+            ours = [c for c in explanation if "_" not in c.backend and not registry.is_stock(c.backend)]
             here = [c for c in ours if not c.reason.startswith("tensors are on")]
             why = f"{here[-1].backend}: {here[-1].reason}" if here else why
         return cls(name, kind, op, chosen, why, measured=point is not None)

@@ -2,8 +2,8 @@
 
 A product and nothing around it is what stock libraries do best, on a GPU above all. On some CPUs there are
 sizes and dtypes where they leave a third of the machine unused, and a kernel that reads its operands in
-panels does not. Where that is so is measured. Nothing surrounds the product, so torch's with our passes around
-it (``cpu_library`` of other ops) would be stock itself.
+panels does not. Where that is so is measured. Nothing surrounds the product, so torch's with our passes
+around it (``cpu_library`` of other ops) would be stock itself.
 """
 
 from __future__ import annotations
