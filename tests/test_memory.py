@@ -26,7 +26,8 @@ def _forget() -> None:
 
 
 def q(**options: Any) -> Tensor:
-    return torch.randn(1, 2, 5, 8, **options)
+    """Of so many tokens that our kernel runs: of fewer stock does, which is known by a rough likeness."""
+    return torch.randn(1, 2, 40, 8, **options)
 
 
 def checked(monkeypatch: pytest.MonkeyPatch, op: Any) -> list[str]:
@@ -144,7 +145,7 @@ def test_deterministic_algorithms_decide_anew(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_masks_and_lengths_are_looked_at_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, mask = q(), torch.ones(5, 5, dtype=torch.bool)
+    x, mask = q(), torch.ones(40, 40, dtype=torch.bool)
     bigkern.attention(x, x, x, mask=mask)
     calls = checked(monkeypatch, ATTENTION)
     bigkern.attention(x, x, x, mask=mask)

@@ -53,6 +53,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> Now:
     clock = Now()
     monkeypatch.setattr(timing.time, "perf_counter", clock)
     monkeypatch.setattr(tune.time, "monotonic", clock)
+    monkeypatch.setattr(tune, "ASKING", 0.0)
     return clock
 
 
@@ -97,6 +98,15 @@ def test_the_faster_candidate_is_chosen_from_then_on(op: Op, taking: Any) -> Non
     assert op.resolve(Doubled(torch.ones(8, 8))).name == "cpu"  # of another kind
     wisdom.refresh()
     assert op.resolve(Doubled(torch.ones(100))).name == "torch"
+
+
+def test_what_a_call_takes_before_its_kernel_counts(
+    op: Op, taking: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "ASKING", 2e-6)
+    taking(cpu=10e-6, torch=11e-6)
+    [measured], _ = tune.run([plan(op)], CPU, 1.0, lambda *_: None)
+    assert (measured.after, measured.point.us) == ("torch", pytest.approx({"cpu": 12.0, "torch": 11.0}))
 
 
 def test_ours_must_win_three_rounds_of_four(op: Op, taking: Any) -> None:

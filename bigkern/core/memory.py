@@ -108,7 +108,7 @@ class Stocks:
         """Whether stock ran all calls of this likeness; None if nothing is known of it."""
         if is_compiling():
             return None
-        known = self._known.get((*likeness, is_grad_enabled(), get_num_threads()))
+        known = self._known.get((likeness, is_grad_enabled(), get_num_threads()))
         if known is None or self._of[0] is not evidence.proven or self._of[1] is not wisdom.state:
             return None
         return None if registry.watched() else known
@@ -120,7 +120,7 @@ class Stocks:
         if self._of[0] is not evidence.proven or self._of[1] is not wisdom.state or len(self._known) >= MOST:
             self._known.clear()
             self._of = evidence.proven, wisdom.state
-        key = (*likeness, is_grad_enabled(), get_num_threads())
+        key = (likeness, is_grad_enabled(), get_num_threads())
         self._known[key] = ran and self._known.get(key, True)
 
 

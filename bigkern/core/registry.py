@@ -236,6 +236,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
 Blocks = tuple[dict[str, str], ...]  # of use() that were entered and not left: op, or "*", -> backend
 _BLOCKS: ContextVar[Blocks] = ContextVar("bigkern.use")
 _HANDED_ON = "bigkern.use"
+_entered: list[Any] = []  # one for each block that any thread has not left
 
 
 class _Here(types.ModuleType):
@@ -298,9 +299,11 @@ def use(backend: str | None = None, **per_op: str) -> Iterator[None]:
             argument = "backend" if op == "*" else op
             raise ValueError(f"{argument} must be a backend: {name!r} is not one of {', '.join(ORDER)}")
     _here.blocks = (*_here.blocks, wanted)
+    _entered.append(wanted)
     try:
         yield
     finally:
+        _entered.pop()
         wanted.clear()  # wherever a context that has a copy may be: the block is over
         _here.blocks = tuple(block for block in _here.blocks if block)
 
@@ -316,8 +319,11 @@ def _forced_backend(op: str) -> str | None:
 
 
 def forced() -> bool:
-    """Whether :func:`use` is in force for any op."""
-    return any(_here.blocks)
+    """Whether :func:`use` is in force for any op.
+
+    Mostly nobody has entered a block, which costs less to ask than whether it is this thread's.
+    """
+    return bool(_entered or torch.compiler.is_compiling()) and any(_here.blocks)
 
 
 def watched() -> bool:

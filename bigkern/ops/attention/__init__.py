@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bigkern.ops.attention.backends import ATTENTION, run
@@ -78,8 +82,20 @@ def attention(
         >>> bigkern.attention(q, k, k, causal="bottom_right", window=(8, 0)).shape
         torch.Size([2, 8, 16, 64])
     """
-    decided = ATTENTION.decided(
+    plain = (
+        mask is None and bias is None and scale is None and window is None and softcap == 0.0
+        and alibi_slopes is None and sinks is None and dropout_p == 0.0 and seed is None and not return_lse
+        and (causal is True or causal is False) and type(q) is type(k) is type(v) is Tensor
+    )  # fmt: skip
+    likeness = (q.shape, k.shape, v.shape, q.dtype, q.is_cuda, q.requires_grad, causal) if plain else ()
+    if plain and ATTENTION.stocks.have(likeness):
+        grouped: Any = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal is True, **grouped)
+    candidate, call, needs_grad = ATTENTION.decided(
         q, k, v, None, None, None, None, causal, mask, bias, scale, window, softcap, alibi_slopes, sinks,
         dropout_p, seed, offset, return_lse,
     )  # fmt: skip
-    return run(*decided, return_lse)
+    if plain and not torch.compiler.is_compiling():
+        square = q.shape[2] == k.shape[2]  # else torch's causal mask is not quite ours
+        ATTENTION.stocks.learn(candidate.name == "torch" and square, likeness)
+    return run(candidate, call, needs_grad, return_lse)
