@@ -64,8 +64,9 @@ def take_turns(
     """Seconds of each task by round: ``least`` rounds (3 if slow) to ``most``, in some ``budget`` seconds."""
     slow = False
     for task in tasks:  # warm-up: kernels are compiled, memory is touched
-        clock.seconds(task)
-        slow = clock.seconds(task) > 1.0 or slow
+        first = clock.seconds(task)
+        if not 0.05 < first < 1.0:  # a short call needs one more; was a long one compiling, or is it slow?
+            slow = clock.seconds(task) > 1.0 or slow
     least = 3 if slow else least
     began = time.perf_counter()
     times: list[list[float]] = [[] for _ in tasks]
