@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,10 +58,7 @@ def layer_norm(
         >>> y.shape
         torch.Size([2, 16, 64])
     """
-    usual = dropout_p == 0.0 and type(x) is Tensor and type(eps) is float and eps >= 0.0
-    if residual is not None:
-        usual = usual and type(residual) is Tensor and residual.shape == x.shape and residual.dtype == x.dtype
-    if usual and NORM.stocks.have("layer", x.numel(), x.shape[-1], x.dtype, residual is None):
+    if dropout_p == 0.0 and type(eps) is float and 0.0 <= eps < math.inf and _is_stocks("layer", x, residual):
         shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
         try:
             s = x if residual is None else x + residual
@@ -111,7 +109,27 @@ def rms_norm(
         >>> bigkern.rms_norm(torch.randn(2, 16, 64), (64,), torch.ones(64)).shape
         torch.Size([2, 16, 64])
     """
+    usual = eps is None or (type(eps) is float and 0.0 <= eps < math.inf)
+    if dropout_p == 0.0 and usual and _is_stocks("rms", x, residual):
+        shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
+        try:
+            s = x if residual is None else x + residual
+            y = torch.rms_norm(s, shape, weight, eps)  # type: ignore[arg-type]
+            return y if residual is None else (y, s)
+        except (RuntimeError, TypeError):
+            pass
     return _norm(x, normalized_shape, weight, None, eps, residual, "rms", dropout_p, seed, offset)
+
+
+def _is_stocks(kind: str, x: Tensor, residual: Tensor | None) -> bool:
+    """Whether stock is known to run calls like this one, to be asked first: a call may be short."""
+    if type(x) is not Tensor:
+        return False
+    if residual is not None and (
+        type(residual) is not Tensor or residual.shape != x.shape or residual.dtype != x.dtype
+    ):
+        return False
+    return bool(NORM.stocks.have(kind, x.numel(), x.shape[-1], x.dtype, residual is None))
 
 
 def _norm(x: Tensor, *others: Any) -> Tensor | tuple[Tensor, Tensor]:

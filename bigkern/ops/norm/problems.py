@@ -103,7 +103,8 @@ def thorough() -> list[Problem]:
 
 
 def grid() -> list[Problem]:
-    sizes = [(M, N) for N in (64, 768, 4096) for M in (4, 64, 1024, 16384) if M * N <= 1 << 23]
+    rows = (4, 32, 256, 2048, 16384)
+    sizes = [(M, N) for N in (64, 256, 1024, 4096) for M in rows if M * N <= 1 << 23]
     return [norm(*size, kind, residual) for kind in KINDS for residual in (False, True) for size in sizes]
 
 
