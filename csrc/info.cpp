@@ -76,7 +76,9 @@ std::vector<py::dict> kernels(const std::string& ops_library) {
 
 PYBIND11_MODULE(_info, m) {
   m.doc() = "What was built, and what the compiler made of it.";
-  m.def("build", &build, "torch, compiler, CUDA version and architectures of this build, and a hash of its sources.");
+  m.def(
+      "build", &build,
+      "torch, compiler, CUDA version and architectures of this build, and a hash of its sources.");
   m.def("isa", &isa, py::arg("ops_library"), "The instruction set that the CPU kernels use.");
   m.def("set_isa", &set_isa, py::arg("ops_library"), py::arg("name"),
         "Use this instruction set; ValueError if the CPU lacks it.");

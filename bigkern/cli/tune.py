@@ -26,7 +26,9 @@ SHOWN = 25  # changes
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("op", nargs="*", help=f"which: {', '.join(problems.OPS)} (default: all)")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="about how long, at least (default: 55)")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="about how long, at least (default: 55)"
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument(
         "--export", type=Path, metavar="FILE", help="write all of this machine's wisdom there"
