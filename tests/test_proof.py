@@ -204,6 +204,19 @@ def test_prove_measure_record_dispatch(
 
 
 @pytest.mark.usefixtures("gpu")
+def test_what_was_not_proven_whole_is_proven_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "DTYPES", (torch.float32, torch.bfloat16))
+    job = [("norm", "triton")]
+    assert proof.unproven(["norm"], CPU) == job
+    evidence.record("norm", "triton", 0, {"float32 layer": "pass"})
+    assert proof.unproven(["norm"], CPU) == job
+    evidence.record("norm", "triton", 0, {"bfloat16 layer": "pass"})
+    assert proof.unproven(["norm"], CPU) == []
+    evidence.record("norm", "triton", 0, {"bfloat16 layer": "crash"})
+    assert proof.unproven(["norm"], CPU) == job
+
+
+@pytest.mark.usefixtures("gpu")
 def test_a_call_of_which_one_option_is_unproven_is_stocks() -> None:
     evidence.record("norm", "triton", 0, {"float32 layer": "pass", "float32 residual": "fail"})
     x = torch.randn(4, 64)

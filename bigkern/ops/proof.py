@@ -66,8 +66,9 @@ def unproven(ops: Sequence[str], device: torch.device) -> list[tuple[str, str]]:
         calls = [problems.bound(problem, torch.float32, device) for problem in problems.small(op)]
         for name, backend in registry.get(op).backends.items():
             if name.startswith(("cuda", "triton")) and any(backend.refuses(call) is None for call in calls):
-                known = evidence.verdicts(op, name, device.index or 0).values()
-                jobs += [] if known and all(v == PASS for v in known) else [(op, name)]
+                known = evidence.verdicts(op, name, device.index or 0)
+                whole = {variant.split()[0] for variant in known} >= {word(dtype) for dtype in DTYPES}
+                jobs += [] if whole and set(known.values()) == {PASS} else [(op, name)]
     return jobs
 
 
@@ -137,7 +138,8 @@ class _Crew:
                 return
             self.tell(proof, problem.label)
             if done == len(every) or every[done][0] != dtype:
-                found = {name: v for name, v in proof.verdicts.items() if name.split()[0] == word(dtype)}
+                through = [word(of) for of in DTYPES[: DTYPES.index(dtype) + 1]]
+                found = {name: v for name, v in proof.verdicts.items() if name.split()[0] in through}
                 where = proof.device.index or 0
                 proof.unwritten = evidence.record(proof.op, proof.candidate, where, found)
 
