@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import math
-import re
 import subprocess
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from torch import Tensor
 from bigkern.benchmarks.breakdown import Breakdown
 from bigkern.benchmarks.footprint import peak_memory_mb, processor_ms, saved_mb
 from bigkern.benchmarks.table import Row
-from bigkern.core import info
+from bigkern.core import info, wisdom
 from bigkern.core.parity import Verdict
 from bigkern.core.problem import Inputs, Problem, judge, results
 from bigkern.core.timing import Clock, Task, spread, take_turns
@@ -190,13 +189,8 @@ class Bench:
         return min(clock.seconds(Task(run)) for _ in range(10))
 
     def name(self) -> str:
-        """The machine as a folder name."""
-        about = machine()
-        gpu = self.device.type == "cuda"
-        words = (
-            torch.cuda.get_device_name(self.device) if gpu else f"{about['cpu']} {about['threads']} threads"
-        )
-        return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+        """The machine as a folder name, the same as its wisdom's file."""
+        return wisdom.name(wisdom.machine(self.device))
 
 
 @cache

@@ -160,9 +160,14 @@ def folder() -> Path:
     return processor.cache() / "wisdom"
 
 
-def file_name(machine: Machine) -> str:
+def name(machine: Machine) -> str:
+    """Of a machine's files: ``amd-25-17-avx512bf16-2-threads``."""
     fingerprint, threads = machine
-    return f"{fingerprint}-{threads}-threads.json" if threads else f"{fingerprint}.json"
+    return f"{fingerprint}-{threads}-threads" if threads else fingerprint
+
+
+def file_name(machine: Machine) -> str:
+    return f"{name(machine)}.json"
 
 
 def record(machine: Machine, points: Points) -> str | None:
