@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,7 +119,7 @@ def test_ours_must_win_three_rounds_of_four(op: Op, taking: Any) -> None:
 
 @pytest.mark.parametrize(
     ("sittings", "chosen"),
-    [((0.5, 0.5), "cpu"), ((2.0, 2.0), "torch"), ((0.5, 2.0, 0.5), "cpu"), ((2.0, 0.5, 2.0), "torch")],
+    [((0.8, 0.8), "cpu"), ((1.2, 1.2), "torch"), ((0.8, 1.2, 0.8), "cpu"), ((1.2, 0.8, 1.2), "torch")],
 )
 def test_where_two_sittings_disagree_a_third_decides(
     op: Op, taking: Any, sittings: tuple[float, ...], chosen: str
@@ -283,3 +283,29 @@ def test_a_busy_machine_is_not_trusted(
     monkeypatch.setattr(tune, "noise", lambda device: 0.5)
     assert main(COMMAND) == 0
     assert "too busy to be trusted" in capsys.readouterr().out
+
+
+def test_who_is_far_behind_is_timed_once(op: Op, taking: Any, now: Now) -> None:
+    taking(cpu=0.01, torch=0.5)
+    [measured], _ = tune.run([plan(op)], CPU, 0.1, lambda *_: None)
+    assert (measured.after, measured.point.gain) == ("cpu", {"cpu": pytest.approx(50.0)})
+    assert 0.5 < now.seconds < 0.9
+    taking(cpu=0.5, torch=0.01)
+    [measured], _ = tune.run([plan(op)], CPU, 0.1, lambda *_: None)
+    assert (measured.after, measured.point.gain) == ("torch", {"cpu": pytest.approx(0.02)})
+
+
+def test_a_plain_choice_is_made_in_one_sitting(op: Op, taking: Any) -> None:
+    told: list[Any] = []
+    taking(cpu=1e-3, torch=3e-3)
+    tune.run([plan(op)], CPU, 1.0, lambda *said: told.append(said))
+    assert len(told) == 1
+
+
+def test_sizes_that_would_take_too_long_are_left_out(op: Op, taking: Any) -> None:
+    taking(cpu=1e-3, torch=lambda call: 1e-3 * call.x.numel())
+    plans = [replace(plan(op, size), work=float(size)) for size in (16, 256, 4096)]
+    found, _ = tune.run(plans, CPU, 1.0, lambda *_: None)
+    assert [m.point.sizes for m in found] == [(16,), (256,)]
+    found, _ = tune.run([plan(op, 4096)], CPU, 1.0, lambda *_: None)  # a call that somebody made
+    assert [m.point.sizes for m in found] == [(4096,)]

@@ -50,13 +50,14 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         console.say("this machine is too busy to be trusted: tune it again when it is quiet")
     plans = [plan for op in ops for plan in problems.plans(op, device, DTYPES)]
     found: dict[tune.Plan, Measured] = {}
-    began, done = time.perf_counter(), 0
-    with console.progress(tune.SITTINGS * len(plans)) as progress:
+    began, turns = time.perf_counter(), {plan: turn for turn, plan in enumerate(plans, 1)}
+    sittings: Counter[tune.Plan] = Counter()
+    with console.progress(2 * len(plans)) as progress:
 
         def tell(plan: tune.Plan, measured: Measured | None) -> None:
-            nonlocal done
-            done = min(done + 1, tune.SITTINGS * len(plans))  # third sittings are not foreseen
+            sittings[plan] += 1
             found.update({} if measured is None else {plan: measured})
+            done = turns[plan] + (len(plans) if sittings[plan] > 1 else 0)  # a third one is not foreseen
             progress.update(done, f"{plan.op.name} {plan.label} {'training' if plan.training else 'forward'}")
 
         try:

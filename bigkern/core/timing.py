@@ -30,6 +30,9 @@ class Task:
     state: Callable[[], float] = lambda: math.nan
 
 
+SHORT, LONG = 0.05, 1.0  # seconds of a call
+
+
 class Clock:
     """Times one call on a device."""
 
@@ -62,12 +65,19 @@ def take_turns(
     tasks: Sequence[Task], clock: Clock, budget: float, most: int = 200, least: int = 5
 ) -> list[list[float]]:
     """Seconds of each task by round: ``least`` rounds (3 if slow) to ``most``, in some ``budget`` seconds."""
-    slow = False
-    for task in tasks:  # warm-up: kernels are compiled, memory is touched
-        first = clock.seconds(task)
-        if not 0.05 < first < 1.0:  # a short call needs one more; was a long one compiling, or is it slow?
-            slow = clock.seconds(task) > 1.0 or slow
-    least = 3 if slow else least
+    warm = zip(tasks, warm_up(tasks, clock), strict=True)
+    slow = [clock.seconds(task) > LONG for task, seconds in warm if seconds > LONG]  # or was it compiling?
+    return rounds(tasks, clock, budget, most, 3 if any(slow) else least)
+
+
+def warm_up(tasks: Sequence[Task], clock: Clock) -> list[float]:
+    """Seconds of each task's first call, or of a short one's second: by then memory is touched."""
+    first = [(task, clock.seconds(task)) for task in tasks]
+    return [clock.seconds(task) if seconds < SHORT else seconds for task, seconds in first]
+
+
+def rounds(tasks: Sequence[Task], clock: Clock, budget: float, most: int, least: int) -> list[list[float]]:
+    """Seconds of each task by round, once they are warm."""
     began = time.perf_counter()
     times: list[list[float]] = [[] for _ in tasks]
     for turn in range(most):

@@ -4,6 +4,10 @@ Candidates take turns in one process on the same tensors, so that a slow moment 
 how many times faster than stock one of ours was in the lower quartile of the rounds, in the worse of two
 sittings: for as long as one lasts, where tensors lie and what else the machine does may favour a candidate.
 Where the two choose differently a third one decides.
+
+What could take minutes is cut short: who is four times behind after one call gets no second one; where the
+choice is plain one sitting is enough; and a size is left out if, by the speed of the one before it, its
+slowest candidate would take over half a second. On some processors products of bfloat16 are that slow.
 """
 
 from __future__ import annotations
@@ -21,14 +25,18 @@ from torch import Tensor
 
 from bigkern.core import registry, wisdom
 from bigkern.core.op import Op
-from bigkern.core.timing import Clock, Task, take_turns
+from bigkern.core.timing import SHORT, Clock, Task, rounds, take_turns, warm_up
 from bigkern.core.wisdom_file import Kind, Point, Points
 
 NOISY = 0.1  # the same task against itself, between the quartiles
-SITTINGS = 2
-LAST = 0.1  # of the time, for the third
+LAST = 0.1  # of the time, for the third sitting
 ASKING = 2e-6  # seconds that a call of ours takes before its kernel is reached, and one of stock's does not
 LEAST_ROUNDS, MOST_ROUNDS = 3, 100  # of a sitting
+FEWEST_ROUNDS = 2  # where calls are long, and so differ little
+LEAST_SECONDS = 0.01  # of a sitting
+BEHIND, MOMENT = 4.0, 0.02  # who takes so many times as long, and at least these seconds, is timed once
+PLAIN = 1.5  # a choice that is so many times faster than the next
+LONGEST = 0.5  # seconds of a call
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +47,7 @@ class Plan:
     label: str
     training: bool
     make: Callable[[], Any]
+    work: float = 0.0  # in proportion to it, about, is how long the calls of a kind take
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +65,31 @@ class Measured:
         """How many times faster the choice now is than the one before."""
         return self.point.us[self.before] / self.point.us[self.after] if self.before in self.point.us else 1.0
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the choice leaves no doubt: looking again would change nothing."""
+        us = self.point.us
+        return all(us[name] > PLAIN * us[self.after] for name in us if name != self.after)
 
-def measure(plan: Plan, device: torch.device, seconds: float, clock: Clock | None = None) -> Measured | None:
-    """A plan's point; None where there is nothing to choose between."""
+
+class Slowest:
+    """Seconds that the slowest candidate takes for a unit of work, by the last size measured of each kind."""
+
+    def __init__(self) -> None:
+        self._of: dict[tuple[str, Kind], float] = {}
+
+    def takes(self, plan: Plan, kind: Kind) -> float:
+        return self._of.get((plan.op.name, kind), 0.0) * plan.work
+
+    def learn(self, plan: Plan, measured: Measured) -> None:
+        if plan.work:
+            self._of[plan.op.name, measured.kind] = 1e-6 * max(measured.point.us.values()) / plan.work
+
+
+def measure(
+    plan: Plan, device: torch.device, seconds: float, clock: Clock, slowest: Slowest
+) -> Measured | None:
+    """A plan's point; None where there is nothing to choose between, or where it would take too long."""
     with torch.set_grad_enabled(plan.training), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own
         call = plan.make()
@@ -66,22 +97,39 @@ def measure(plan: Plan, device: torch.device, seconds: float, clock: Clock | Non
         place = plan.op.place(call)
         if place is None or len(able) < 2 or not any(b.is_stock for b in able):
             return None
+        if slowest.takes(plan, place.kind) > LONGEST:
+            return None
         before = plan.op.choose(call).name
         tasks = [_task(plan, candidate, call) for candidate in able]
-        rounds = take_turns(tasks, clock or Clock(device), seconds, MOST_ROUNDS, LEAST_ROUNDS)
-    times = dict(zip((b.name for b in able), rounds, strict=True))
+        turns = _rounds(tasks, clock, seconds)
+    times = dict(zip((b.name for b in able), turns, strict=True))
     for b in able:
         times[b.name] = [each + (0.0 if b.is_stock else ASKING) for each in times[b.name]]
     us = {name: 1e6 * statistics.median(of) for name, of in times.items()}
     stock = min((b.name for b in able if b.is_stock), key=us.__getitem__)
     gain = {b.name: _quartile(times[stock], times[b.name]) for b in able if not b.is_stock}
     point = Point(place.sizes, us, gain)
-    return Measured(plan, place.kind, point, before, point.order[0])
+    measured = Measured(plan, place.kind, point, before, point.order[0])
+    slowest.learn(plan, measured)
+    return measured
+
+
+def _rounds(tasks: Sequence[Task], clock: Clock, seconds: float) -> list[list[float]]:
+    """Seconds of each task by round; a single one of those that are far behind."""
+    warm = warm_up(tasks, clock)
+    limit = max(BEHIND * min(warm), MOMENT)
+    near = [i for i, once in enumerate(warm) if once <= limit]
+    least = LEAST_ROUNDS if max(warm[i] for i in near) < SHORT else FEWEST_ROUNDS
+    turns = rounds([tasks[i] for i in near], clock, max(seconds, LEAST_SECONDS), MOST_ROUNDS, least)
+    found = dict(zip(near, turns, strict=True))
+    return [found.get(i, [once]) for i, once in enumerate(warm)]
 
 
 def _quartile(stock: Sequence[float], ours: Sequence[float]) -> float:
+    if len(stock) != len(ours):  # one of them was far behind
+        return statistics.median(stock) / statistics.median(ours)
     ratios = [s / o for s, o in zip(stock, ours, strict=True)]
-    return statistics.quantiles(ratios, n=4, method="inclusive")[0]
+    return statistics.quantiles(ratios, n=4, method="inclusive")[0] if len(ratios) > 1 else ratios[0]
 
 
 def _task(plan: Plan, candidate: registry.Backend, call: Any) -> Task:
@@ -123,7 +171,7 @@ def run(
 ) -> tuple[list[Measured], str | None]:
     """Measure all plans in about so many seconds, and record what was found, also when interrupted.
 
-    ``tell`` is given each plan when it was measured, once in each sitting, and what is known of it by then.
+    ``tell`` is given each plan once in each sitting, and what is known of it by then.
 
     Returns:
         What was measured, and why it could not be written, or None.
@@ -132,18 +180,22 @@ def run(
         KeyboardInterrupt: after what was measured has been recorded.
     """
     sat: list[list[Measured]] = [[] for _ in plans]
-    clock, here = Clock(device), wisdom.machine(device)
+    clock, here, slowest = Clock(device), wisdom.machine(device), Slowest()
 
     def sit(turns: Sequence[int], ends: float) -> None:
         for done, i in enumerate(turns):
             left = max(ends - time.monotonic(), 0.0) / (len(turns) - done)
-            measured = measure(plans[i], device, left, clock)
+            measured = measure(plans[i], device, left, clock, slowest)
             sat[i] += [] if measured is None else [measured]
             tell(plans[i], _together(sat[i]) if sat[i] else None)
 
     began = time.monotonic()
     try:
-        sit(SITTINGS * [*range(len(plans))], began + seconds * (1 - LAST))
+        sit(range(len(plans)), began + seconds * (1 - LAST) / 2)
+        sit(
+            [i for i, those in enumerate(sat) if those and not those[0].is_plain],
+            began + seconds * (1 - LAST),
+        )
         sit([i for i, those in enumerate(sat) if len({m.after for m in those}) > 1], began + seconds)
     finally:
         found = [_together(those) for those in sat if those]

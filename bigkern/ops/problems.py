@@ -76,11 +76,15 @@ def plans(op: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> list[
     """What is to be measured, in these dtypes, forward and, where there is a gradient, in training."""
     declared: Any = registry.get(op)
     return [
-        Plan(declared, problem.label, training, partial(bound, problem, dtype, device))
+        Plan(declared, problem.label, training, partial(bound, problem, dtype, device), _work(problem))
         for problem in (*grid(op), *(large(op) if is_gpu(device) else ()))
         for dtype in dtypes
         for training in ((False, True) if problem.differentiable and declared.gradient else (False,))
     ]
+
+
+def _work(problem: Problem) -> float:
+    return float(problem.flops or problem.elements)
 
 
 def bound(problem: Problem, dtype: torch.dtype, device: torch.device) -> Any:

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigkern.core.library import KERNEL_DTYPES, MAX_COLUMNS, autocast, foreign, unavailable, unproven
+from bigkern.core.library import (
+    KERNEL_DTYPES,
+    MAX_COLUMNS,
+    SLOW_PRODUCTS,
+    autocast,
+    foreign,
+    unavailable,
+    unproven,
+)
 from bigkern.core.op import Autograd, Measures, Op, native
 from bigkern.core.registry import Backend, Reason
 from bigkern.ops.layernorm_ffn import reference, stock
@@ -75,8 +83,11 @@ def _refuses(backend: str) -> Callable[[LayernormFfn], Reason]:
     return refuses
 
 
-def _unmeasured(call: LayernormFfn) -> Reason:
-    return "not measured here: on some processors stock's products are faster"
+_UNMEASURED = "not measured here: on some processors stock's products are faster"
+
+
+def _cpu_declines(call: LayernormFfn) -> Reason:
+    return None if call.x.dtype in SLOW_PRODUCTS else _UNMEASURED
 
 
 def cuda_backend(native: Any, *, emulated: bool = False) -> Backend:
@@ -96,7 +107,7 @@ LAYERNORM_FFN.register(
         native("layernorm_ffn"),
         native("layernorm_ffn_backward"),
         _refuses("cpu"),
-        declines=_unmeasured,
+        declines=_cpu_declines,
     )
 )
 LAYERNORM_FFN.register(
@@ -104,7 +115,7 @@ LAYERNORM_FFN.register(
         "cpu_library",
         *block_of(native_pieces(torch.ops.bigkern_native)),
         _refuses("cpu_library"),
-        declines=_unmeasured,
+        declines=lambda call: _UNMEASURED,
     )
 )
 LAYERNORM_FFN.register(Backend("torch", stock.layernorm_ffn, by_torch=True))

@@ -15,6 +15,7 @@ from torch import Tensor
 from bigkern.core import wisdom
 from bigkern.core.library import (
     KERNEL_DTYPES,
+    SLOW_PRODUCTS,
     autocast,
     define_native,
     foreign,
@@ -158,6 +159,8 @@ def _cpu_declines(call: Recurrent) -> Reason:
     T = x.shape[0] if batch_sizes is None else len(batch_sizes)
     if T < FASTER_FROM:
         return f"stock is as fast below {FASTER_FROM} steps"
+    if x.dtype in SLOW_PRODUCTS:
+        return None
     if torch.compiler.is_exporting():
         return None  # a choice by the batch would bind the graph to batches of one side
     B = x.shape[1] if batch_sizes is None else x.shape[0] // T
