@@ -47,6 +47,12 @@ class Layer:
         rows = (sum(sizes),) if sizes else (self.T, self.B)
         weights = {name: tuple(p.shape) for name, p in self.empty(bigkern.nn).named_parameters()}
         products = sum(w[0] * w[1] for w in weights.values() if len(w) == 2)
+
+        def values(drawn: Inputs) -> Inputs:
+            """About as torch draws them: larger weights make a GRU chaotic, and a rounding error grow to 1."""
+            scale = (3 * self.H) ** -0.5
+            return {n: x * scale if n.startswith(("weight_", "bias_")) else x for n, x in drawn.items()}
+
         return Problem(
             "recurrent",
             self.label(),
@@ -55,6 +61,7 @@ class Layer:
             lambda inputs: ((inputs,), {}),
             lambda inputs: self.stock(inputs)(inputs["x"]),
             constants=lambda device: {"batch_sizes": torch.tensor(sizes)} if sizes else {},
+            values=values,
             outputs=("output", "hn", "cn") if self.kind == "LSTM" else ("output", "hn"),
             flops=2 * torch.Size(rows).numel() * products,
             parameters=tuple(weights),
