@@ -49,7 +49,7 @@ class Layer:
         products = sum(w[0] * w[1] for w in weights.values() if len(w) == 2)
 
         def values(drawn: Inputs) -> Inputs:
-            """About as torch draws them: with larger weights a GRU is chaotic, and a rounding error grows to 1."""
+            """About as torch draws them: with larger weights a GRU is chaotic, and a rounding grows to 1."""
             scale = (3 * self.H) ** -0.5
             return {n: x * scale if n.startswith(("weight_", "bias_")) else x for n, x in drawn.items()}
 
