@@ -87,11 +87,11 @@ def test_every_number_counts(monkeypatch: pytest.MonkeyPatch, options: dict[str,
 )
 def test_everything_of_a_tensor_counts(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     x = q()
-    bigkern.attention(x, x, x)
+    bigkern.attention(x, x, x, causal=True)
     calls = checked(monkeypatch, ATTENTION)
     changed = change(x)
     try:
-        bigkern.attention(changed, changed, changed)
+        bigkern.attention(changed, changed, changed, causal=True)
     except (TypeError, NotImplementedError):
         assert changed.is_sparse or changed.is_meta
     assert calls == ["checked"]
@@ -99,21 +99,21 @@ def test_everything_of_a_tensor_counts(monkeypatch: pytest.MonkeyPatch, change: 
 
 def test_what_is_in_force_decides_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     x = q()
-    bigkern.attention(x, x, x)
+    bigkern.attention(x, x, x, causal=True)
     calls = checked(monkeypatch, ATTENTION)
     with bigkern.use("torch"):
-        bigkern.attention(x, x, x)
+        bigkern.attention(x, x, x, causal=True)
     with torch.autocast("cpu"):
-        assert bigkern.attention(x, x, x).dtype == torch.bfloat16
-    torch.func.vmap(lambda t: bigkern.attention(t, t, t))(x[None])
+        assert bigkern.attention(x, x, x, causal=True).dtype == torch.bfloat16
+    torch.func.vmap(lambda t: bigkern.attention(t, t, t, causal=True))(x[None])
     assert len(calls) == 3
-    bigkern.attention(x, x, x)
+    bigkern.attention(x, x, x, causal=True)
     assert len(calls) == 3
 
 
 def test_an_error_is_no_decision(monkeypatch: pytest.MonkeyPatch) -> None:
     x = q()
-    bigkern.attention(x, x, x)
+    bigkern.attention(x, x, x, causal=True)
     for _ in range(2):
         with pytest.raises(ValueError, match="k must be"):
             bigkern.attention(x, x[..., :4], x)
@@ -123,13 +123,13 @@ def test_an_error_is_no_decision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_new_backends_and_new_evidence_decide_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     x = q()
-    bigkern.attention(x, x, x)
+    bigkern.attention(x, x, x, causal=True)
     calls = checked(monkeypatch, ATTENTION)
     ATTENTION.register(ATTENTION.backends["cpu"])
-    bigkern.attention(x, x, x)
+    bigkern.attention(x, x, x, causal=True)
     assert len(calls) == 1
     monkeypatch.setattr("bigkern.core.evidence.proven", frozenset())
-    bigkern.attention(x, x, x)
+    bigkern.attention(x, x, x, causal=True)
     assert len(calls) == 2
 
 
@@ -138,7 +138,7 @@ def test_deterministic_algorithms_decide_anew(monkeypatch: pytest.MonkeyPatch) -
     try:
         for asked in (False, True, True, False):
             torch.use_deterministic_algorithms(asked)
-            bigkern.attention(x, x, x)
+            bigkern.attention(x, x, x, causal=True)
     finally:
         torch.use_deterministic_algorithms(False)
     assert len(calls) == 3
@@ -166,7 +166,7 @@ def test_several_normalized_dimensions_are_checked_each_time(monkeypatch: pytest
 
 def test_no_tensor_is_kept() -> None:
     x = q()
-    bigkern.attention(x, x, x)
+    bigkern.attention(x, x, x, causal=True)
     assert len(ATTENTION.memory._decisions) == 1
     gone = weakref.ref(x)
     del x
@@ -178,7 +178,7 @@ def test_the_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "MOST", 3)
     for S in range(2, 9):
         x = torch.randn(1, 1, S, 8)
-        bigkern.attention(x, x, x)
+        bigkern.attention(x, x, x, causal=True)
     assert len(ATTENTION.memory._decisions) <= 3
 
 
@@ -187,9 +187,9 @@ def test_gradients_are_those_of_a_call_that_was_checked() -> None:
     for _ in range(2):
         torch.manual_seed(0)
         x = q(requires_grad=True)
-        (dx,) = torch.autograd.grad(bigkern.attention(x, x, x).sum(), x)
+        (dx,) = torch.autograd.grad(bigkern.attention(x, x, x, causal=True).sum(), x)
         with torch.no_grad():
-            assert not bigkern.attention(x, x, x).requires_grad
+            assert not bigkern.attention(x, x, x, causal=True).requires_grad
         grads.append(dx)
     assert torch.equal(*grads)
     assert registry.get("attention").memory is ATTENTION.memory
@@ -226,3 +226,11 @@ def test_small_products_and_norms_ask_nobody_twice(monkeypatch: pytest.MonkeyPat
     for wrong in (x[:2], x.double()):
         with pytest.raises((RuntimeError, TypeError), match="residual"):
             bigkern.layer_norm(x, 8, residual=wrong)
+
+
+def test_what_stock_refuses_of_a_call_like_its_own_is_refused_by_name() -> None:
+    x = q()
+    for _ in range(2):
+        bigkern.attention(x, x, x)
+    with pytest.raises(TypeError, match="q must be"):
+        bigkern.attention(x.to_sparse(), x, x)

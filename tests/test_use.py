@@ -200,7 +200,9 @@ def test_a_compiled_graph_notices_whose_choice_is_in_force() -> None:
         graphs.append(graph.print_readable(print_output=False))
         return graph
 
-    compiled = torch.compile(lambda q: bigkern.attention(q, q, q), fullgraph=True, backend=backend)
+    compiled = torch.compile(
+        lambda q: bigkern.attention(q, q, q, causal=True), fullgraph=True, backend=backend
+    )
     with bigkern.use("torch"):
         compiled(q)
         in_a_thread(lambda: compiled(q))

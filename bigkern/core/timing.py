@@ -30,7 +30,7 @@ class Task:
     state: Callable[[], float] = lambda: math.nan
 
 
-SHORT, LONG = 0.05, 1.0  # seconds of a call
+LONG = 1.0  # seconds of a call
 
 
 class Clock:
@@ -71,9 +71,9 @@ def take_turns(
 
 
 def warm_up(tasks: Sequence[Task], clock: Clock) -> list[float]:
-    """Seconds of each task's first call, or of a short one's second: by then memory is touched."""
+    """Seconds of each task's second call, or of a long first one: by then all is imported and compiled."""
     first = [(task, clock.seconds(task)) for task in tasks]
-    return [clock.seconds(task) if seconds < SHORT else seconds for task, seconds in first]
+    return [clock.seconds(task) if seconds < LONG else seconds for task, seconds in first]
 
 
 def rounds(tasks: Sequence[Task], clock: Clock, budget: float, most: int, least: int) -> list[list[float]]:

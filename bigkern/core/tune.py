@@ -5,7 +5,7 @@ how many times faster than stock one of ours was in the lower quartile of the ro
 sittings: for as long as one lasts, where tensors lie and what else the machine does may favour a candidate.
 Where the two choose differently a third one decides.
 
-What could take minutes is cut short: who is four times behind after one call gets no second one; where the
+What could take minutes is cut short: who is four times behind in the warm-up is timed no more; where the
 choice is plain one sitting is enough; and a size is left out if, by the speed of the one before it, its
 slowest candidate would take over half a second. On some processors products of bfloat16 are that slow.
 """
@@ -25,16 +25,16 @@ from torch import Tensor
 
 from bigkern.core import registry, wisdom
 from bigkern.core.op import Op
-from bigkern.core.timing import SHORT, Clock, Task, rounds, take_turns, warm_up
+from bigkern.core.timing import Clock, Task, rounds, take_turns, warm_up
 from bigkern.core.wisdom_file import Kind, Point, Points
 
 NOISY = 0.1  # the same task against itself, between the quartiles
 LAST = 0.1  # of the time, for the third sitting
 ASKING = 2e-6  # seconds that a call of ours takes before its kernel is reached, and one of stock's does not
 LEAST_ROUNDS, MOST_ROUNDS = 3, 100  # of a sitting
-FEWEST_ROUNDS = 2  # where calls are long, and so differ little
+SHORT, FEWEST_ROUNDS = 0.05, 2  # calls of more seconds differ little
 LEAST_SECONDS = 0.01  # of a sitting
-BEHIND, MOMENT = 4.0, 0.02  # who takes so many times as long, and at least these seconds, is timed once
+BEHIND, MOMENT = 4.0, 0.02  # who takes so many times as long, and at least these seconds, is out
 PLAIN = 1.5  # a choice that is so many times faster than the next
 LONGEST = 0.5  # seconds of a call
 
@@ -115,7 +115,7 @@ def measure(
 
 
 def _rounds(tasks: Sequence[Task], clock: Clock, seconds: float) -> list[list[float]]:
-    """Seconds of each task by round; a single one of those that are far behind."""
+    """Seconds of each task by round; those of the warm-up of who is far behind."""
     warm = warm_up(tasks, clock)
     limit = max(BEHIND * min(warm), MOMENT)
     near = [i for i, once in enumerate(warm) if once <= limit]

@@ -90,7 +90,10 @@ def attention(
     likeness = (q.shape, k.shape, v.shape, q.dtype, q.is_cuda, q.requires_grad, causal) if plain else ()
     if plain and ATTENTION.stocks.have(likeness):
         grouped: Any = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal is True, **grouped)
+        try:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal is True, **grouped)
+        except RuntimeError:
+            pass  # torch refused: bind says why in the op's own words
     candidate, call, needs_grad = ATTENTION.decided(
         q, k, v, None, None, None, None, causal, mask, bias, scale, window, softcap, alibi_slopes, sinks,
         dropout_p, seed, offset, return_lse,

@@ -153,8 +153,12 @@ def _refuses(backend: str) -> Callable[[Attention], Reason]:
 
 
 def _cpu_declines(call: Attention) -> Reason:
-    """Of a few tokens the call itself takes the time, and torch's is shorter where it is one call."""
-    if torch.compiler.is_compiling() or not {"causal", "grouped", "wide"}.issuperset(options(call)):
+    """Stock loses where it computes what no query sees, or is not one kernel; and wins where the call itself
+    takes the time, of a few tokens."""
+    words = set(options(call))
+    if words <= {"masked", "bias", "wide"}:
+        return "not measured here: stock is as fast where every query sees all keys, or a mask says which"
+    if torch.compiler.is_compiling() or not words <= {"causal", "grouped", "wide"}:
         return None  # no graph is bound to few tokens
     if max(call.q.shape[2], call.k.shape[2]) >= FASTER_FROM:
         return None

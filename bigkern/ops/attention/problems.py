@@ -491,6 +491,7 @@ def grid() -> list[Problem]:
         *(attention(*size, 64, causal) for causal in (False, True) for size in sizes),
         *(attention(*size, 128, causal) for causal in (False, True) for size in sizes[2:4]),
         *(attention(*size, 64, masked="keys") for size in sizes[1:]),
+        *(attention(*size, 64, bias="learned") for size in sizes[2:5]),
         *(attention(*size, 64, True, kv_heads=size[1] // 4) for size in sizes[1:]),
     ]
 
