@@ -35,7 +35,7 @@ LEAST_ROUNDS, MOST_ROUNDS = 3, 100  # of a sitting
 SHORT, FEWEST_ROUNDS = 0.05, 2  # calls of more seconds differ little
 LEAST_SECONDS = 0.01  # of a sitting
 BEHIND, MOMENT = 4.0, 0.02  # who takes so many times as long, and at least these seconds, is out
-PLAIN = 1.5  # a choice that is so many times faster than the next
+PLAIN = 1.3  # a choice that is so many times faster than the next
 LONGEST = 0.5  # seconds of a call
 
 

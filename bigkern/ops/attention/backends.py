@@ -11,6 +11,7 @@ from torch import Tensor
 from bigkern.core.library import (
     KERNEL_DTYPES,
     LIBRARY,
+    SLOW_PRODUCTS,
     in_functorch,
     traced,
     triton_kernel,
@@ -156,7 +157,8 @@ def _cpu_declines(call: Attention) -> Reason:
     """Stock loses where it computes what no query sees, or is not one kernel; and wins where the call itself
     takes the time, of a few tokens."""
     words = set(options(call))
-    if words <= {"masked", "bias", "wide"}:
+    slow_backward = call.q.dtype in SLOW_PRODUCTS and ATTENTION.needs_grad(ATTENTION.tensors(call))
+    if words <= {"masked", "bias", "wide"} and not (slow_backward and "bias" not in words):
         return "not measured here: stock is as fast where every query sees all keys, or a mask says which"
     if torch.compiler.is_compiling() or not words <= {"causal", "grouped", "wide"}:
         return None  # no graph is bound to few tokens
