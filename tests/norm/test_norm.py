@@ -290,12 +290,14 @@ def test_compile_without_recompiles(backend: str) -> None:
                     torch.testing.assert_close(ours, theirs)
 
 
-def test_the_cpu_kernels_run_where_they_are_faster() -> None:
-    x, big = torch.randn(4, 64, requires_grad=True), torch.randn(2048, 768, requires_grad=True)
-    assert "stock is faster below" in str(bigkern.explain("norm", x, 64))
-    assert bigkern.explain("norm", big, 768).chosen in ("cpu", "cuda", "triton")
+def test_unmeasured_layer_norm_is_stocks_and_rms_norm_ours() -> None:
+    small, large = torch.randn(4, 64, requires_grad=True), torch.randn(2048, 768, requires_grad=True)
+    assert "not measured here" in str(bigkern.explain("norm", large, 768))
+    for x in (small, large):
+        assert bigkern.explain("norm", x, x.shape[1:], kind="rms").chosen == "cpu"
     with torch.no_grad():
-        assert "no gradient" in str(bigkern.explain("norm", big, 768))
+        assert "no gradient" in str(bigkern.explain("norm", small, 64, kind="rms"))
+        assert bigkern.explain("norm", large, 768, kind="rms").chosen == "cpu"
 
 
 def test_compile_with_inductor() -> None:
