@@ -172,12 +172,16 @@ def test_prove_measure_record_dispatch(
         assert reason() == "not proven on this GPU for float32 layer; run `bigkern tune`"
 
     def measured_as(**seconds: float) -> None:
-        def take_turns(tasks: Any, *_: Any) -> list[list[float]]:
+        def warm_up(tasks: Any, _: Any) -> list[float]:
             for task in tasks:
                 task.run(None)
+            return [1e-3] * len(tasks)
+
+        def rounds(tasks: Any, *_: Any) -> list[list[float]]:
             return [[seconds[name]] * 4 for name in ("triton", "cpu", "torch")[-len(tasks) :]]
 
-        monkeypatch.setattr(tune, "take_turns", take_turns)
+        monkeypatch.setattr(tune, "warm_up", warm_up)
+        monkeypatch.setattr(tune, "rounds", rounds)
         monkeypatch.setattr(tune, "noise", lambda device: 0.0)
         assert main(["tune", "norm"]) == 0
 

@@ -37,9 +37,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
         return call
 
     backends = dict(op.backends)
-    backends["cpu"] = registry.Backend(
-        "cpu", counted("forward"), counted("backward"), cpu.refuses, cpu.declines
-    )
+    backends["cpu"] = registry.Backend("cpu", counted("forward"), counted("backward"), cpu.refuses)
     monkeypatch.setattr(op, "backends", backends)
     sdpa.register()
     torch.nn.attention.activate_flash_attention_impl(sdpa.NAME)
