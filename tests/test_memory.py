@@ -116,9 +116,9 @@ def test_an_error_is_no_decision(monkeypatch: pytest.MonkeyPatch) -> None:
     bigkern.attention(x, x, x, causal=True)
     for _ in range(2):
         with pytest.raises(ValueError, match="k must be"):
-            bigkern.attention(x, x[..., :4], x)
+            bigkern.attention(x, x[..., :4], x, causal=True)
         with pytest.raises(TypeError, match="v must be a Tensor"):
-            bigkern.attention(x, x, [1.0])  # type: ignore[arg-type]
+            bigkern.attention(x, x, [1.0], causal=True)  # type: ignore[arg-type]
 
 
 def test_new_backends_and_new_evidence_decide_anew(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -292,11 +292,12 @@ def test_who_is_far_behind_in_the_warm_up_is_timed_no_more(op: Op, taking: Any, 
     assert 1.0 < now.seconds < 1.4
 
 
+@pytest.mark.parametrize("first", [0.5, 5.0])
 def test_a_first_call_that_imports_or_compiles_is_not_taken_for_a_slow_one(
-    op: Op, taking: Any, now: Now
+    op: Op, taking: Any, first: float
 ) -> None:
     turns = iter(range(10**6))
-    taking(cpu=lambda call: 0.5 if next(turns) == 0 else 1e-3, torch=2e-3)
+    taking(cpu=lambda call: first if next(turns) == 0 else 1e-3, torch=2e-3)
     [measured], _ = tune.run([plan(op)], CPU, 0.1, lambda *_: None)
     assert (measured.after, measured.point.gain) == ("cpu", {"cpu": pytest.approx(2.0)})
 

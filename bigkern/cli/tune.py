@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         def tell(plan: tune.Plan, measured: Measured | None) -> None:
             sittings[plan] += 1
             found.update({} if measured is None else {plan: measured})
-            done = turns[plan] + (len(plans) if sittings[plan] > 1 else 0)  # a third one is not foreseen
+            done = (turns[plan], len(plans) + turns[plan], 2 * len(plans))[sittings[plan] - 1]
             progress.update(done, f"{plan.op.name} {plan.label} {'training' if plan.training else 'forward'}")
 
         try:

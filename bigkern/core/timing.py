@@ -30,9 +30,6 @@ class Task:
     state: Callable[[], float] = lambda: math.nan
 
 
-LONG = 1.0  # seconds of a call
-
-
 class Clock:
     """Times one call on a device."""
 
@@ -65,15 +62,15 @@ def take_turns(
     tasks: Sequence[Task], clock: Clock, budget: float, most: int = 200, least: int = 5
 ) -> list[list[float]]:
     """Seconds of each task by round: ``least`` rounds (3 if slow) to ``most``, in some ``budget`` seconds."""
-    warm = zip(tasks, warm_up(tasks, clock), strict=True)
-    slow = [clock.seconds(task) > LONG for task, seconds in warm if seconds > LONG]  # or was it compiling?
-    return rounds(tasks, clock, budget, most, 3 if any(slow) else least)
+    slow = max(warm_up(tasks, clock), default=0.0) > 1.0
+    return rounds(tasks, clock, budget, most, 3 if slow else least)
 
 
 def warm_up(tasks: Sequence[Task], clock: Clock) -> list[float]:
-    """Seconds of each task's second call, or of a long first one: by then all is imported and compiled."""
-    first = [(task, clock.seconds(task)) for task in tasks]
-    return [clock.seconds(task) if seconds < LONG else seconds for task, seconds in first]
+    """Seconds of each task's second call: the first may import, compile, and touch memory."""
+    for task in tasks:
+        clock.seconds(task)
+    return [clock.seconds(task) for task in tasks]
 
 
 def rounds(tasks: Sequence[Task], clock: Clock, budget: float, most: int, least: int) -> list[list[float]]:

@@ -126,10 +126,10 @@ def _rounds(tasks: Sequence[Task], clock: Clock, seconds: float) -> list[list[fl
 
 
 def _quartile(stock: Sequence[float], ours: Sequence[float]) -> float:
-    if len(stock) != len(ours):  # one of them was far behind
+    if min(len(stock), len(ours)) == 1:  # who was far behind has one time
         return statistics.median(stock) / statistics.median(ours)
     ratios = [s / o for s, o in zip(stock, ours, strict=True)]
-    return statistics.quantiles(ratios, n=4, method="inclusive")[0] if len(ratios) > 1 else ratios[0]
+    return statistics.quantiles(ratios, n=4, method="inclusive")[0]
 
 
 def _task(plan: Plan, candidate: registry.Backend, call: Any) -> Task:

@@ -12,8 +12,9 @@ from torch import Tensor
 from bigkern.core.library import (
     KERNEL_DTYPES,
     MAX_COLUMNS,
-    SLOW_PRODUCTS,
+    UNMEASURED_PRODUCTS,
     autocast,
+    declines_products,
     foreign,
     unavailable,
     unproven,
@@ -83,13 +84,6 @@ def _refuses(backend: str) -> Callable[[LayernormFfn], Reason]:
     return refuses
 
 
-_UNMEASURED = "not measured here: on some processors stock's products are faster"
-
-
-def _cpu_declines(call: LayernormFfn) -> Reason:
-    return None if call.x.dtype in SLOW_PRODUCTS else _UNMEASURED
-
-
 def cuda_backend(native: Any, *, emulated: bool = False) -> Backend:
     """The CUDA kernels in ``native``: the compiled ones, or, in the tests, those that the emulator runs."""
     refuses = _refuses("cpu" if emulated else "cuda")
@@ -107,7 +101,7 @@ LAYERNORM_FFN.register(
         native("layernorm_ffn"),
         native("layernorm_ffn_backward"),
         _refuses("cpu"),
-        declines=_cpu_declines,
+        declines=declines_products,
     )
 )
 LAYERNORM_FFN.register(
@@ -115,7 +109,7 @@ LAYERNORM_FFN.register(
         "cpu_library",
         *block_of(native_pieces(torch.ops.bigkern_native)),
         _refuses("cpu_library"),
-        declines=lambda call: _UNMEASURED,
+        declines=lambda call: UNMEASURED_PRODUCTS,
     )
 )
 LAYERNORM_FFN.register(Backend("torch", stock.layernorm_ffn, by_torch=True))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bigkern.core import registry
-from bigkern.core.library import KERNEL_DTYPES, SLOW_PRODUCTS, autocast, foreign, ordinary, unavailable
+from bigkern.core.library import KERNEL_DTYPES, autocast, declines_products, foreign, ordinary, unavailable
 from bigkern.core.op import Autograd, Measures, Op, native, of_fields
 from bigkern.core.registry import Backend, Reason
 from bigkern.ops.linear import reference, stock
@@ -87,13 +87,7 @@ def _cpu_refuses(call: Linear) -> Reason:
     return autocast(x)
 
 
-def _cpu_declines(call: Linear) -> Reason:
-    if call.x.dtype in SLOW_PRODUCTS:
-        return None
-    return "not measured here: on some processors stock's products are faster"
-
-
 LINEAR.register(
-    Backend("cpu", native("linear"), native("linear_backward"), _cpu_refuses, declines=_cpu_declines)
+    Backend("cpu", native("linear"), native("linear_backward"), _cpu_refuses, declines=declines_products)
 )
 LINEAR.register(Backend("torch", of_fields(stock.linear), by_torch=True))
